@@ -1,0 +1,440 @@
+//! cuBLASLt's matrix product with fused bias and activation.
+//!
+//! The library is opened at run time; its few functions and constants are declared here by hand,
+//! as `cublasLt.h`, `cublas_api.h` and `library_types.h` of CUDA 12 and 13 give them.
+//!
+//! cuBLASLt is column-major. A row-major matrix read as column-major is its transpose, so
+//! `Y = X·W + b` becomes `Yᵀ = Wᵀ·Xᵀ + b`, with the bias along the rows of `Yᵀ`, where cuBLASLt's
+//! epilogue adds it.
+
+use std::ffi::{c_int, c_void};
+use std::path::{Path, PathBuf};
+use std::ptr;
+
+use anyhow::{Context, bail, ensure};
+use kasmina::{Activation, DType, WeightLayout};
+use libloading::Library;
+
+use crate::measure::operands::Problem;
+
+/// Folders or files to look in before the loader's own places, separated by colons.
+const PATH_VARIABLE: &str = "KASMINA_CUBLASLT";
+const FILE_NAMES: [&str; 3] = ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"];
+const WORKSPACE_BYTES: usize = 64 << 20;
+/// How many algorithms the heuristic may propose.
+const MAX_ALGORITHMS: usize = 16;
+
+const CUDA_R_32F: c_int = 0;
+const CUDA_R_16F: c_int = 2;
+const CUDA_R_16BF: c_int = 14;
+/// f32 accumulation; for f32 operands full f32 products, not TF32.
+const CUBLAS_COMPUTE_32F: c_int = 68;
+const CUBLAS_OP_N: i32 = 0;
+const CUBLAS_OP_T: i32 = 1;
+const DESC_TRANSA: c_int = 3;
+const DESC_TRANSB: c_int = 4;
+const DESC_EPILOGUE: c_int = 7;
+const DESC_BIAS_POINTER: c_int = 8;
+const PREF_MAX_WORKSPACE_BYTES: c_int = 1;
+const EPILOGUE_BIAS: u32 = 4;
+const EPILOGUE_RELU_BIAS: u32 = 6;
+const EPILOGUE_GELU_BIAS: u32 = 36;
+
+type Handle = *mut c_void;
+type Descriptor = *mut c_void;
+type Layout = *mut c_void;
+type Preference = *mut c_void;
+type Stream = *mut c_void;
+/// `cublasStatus_t`; 0 is success.
+type Status = c_int;
+
+/// `cublasLtMatmulAlgo_t`
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Algorithm([u64; 8]);
+
+/// `cublasLtMatmulHeuristicResult_t`
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Proposal {
+    algorithm: Algorithm,
+    workspace_bytes: usize,
+    state: Status,
+    waves: f32,
+    reserved: [c_int; 4],
+}
+
+type Create = unsafe extern "C" fn(*mut Handle) -> Status;
+type Destroy = unsafe extern "C" fn(*mut c_void) -> Status;
+type GetVersion = unsafe extern "C" fn() -> usize;
+type DescCreate = unsafe extern "C" fn(*mut Descriptor, c_int, c_int) -> Status;
+type SetAttribute = unsafe extern "C" fn(*mut c_void, c_int, *const c_void, usize) -> Status;
+type LayoutCreate = unsafe extern "C" fn(*mut Layout, c_int, u64, u64, i64) -> Status;
+type PreferenceCreate = unsafe extern "C" fn(*mut Preference) -> Status;
+type GetHeuristic = unsafe extern "C" fn(
+    Handle,
+    Descriptor,
+    Layout,
+    Layout,
+    Layout,
+    Layout,
+    Preference,
+    c_int,
+    *mut Proposal,
+    *mut c_int,
+) -> Status;
+type Multiply = unsafe extern "C" fn(
+    Handle,
+    Descriptor,
+    *const c_void,
+    *const c_void,
+    Layout,
+    *const c_void,
+    Layout,
+    *const c_void,
+    *const c_void,
+    Layout,
+    *mut c_void,
+    Layout,
+    *const Algorithm,
+    *mut c_void,
+    usize,
+    Stream,
+) -> Status;
+
+/// The library, opened.
+pub(crate) struct CublasLt {
+    destroy: Destroy,
+    desc_create: DescCreate,
+    desc_destroy: Destroy,
+    desc_set: SetAttribute,
+    layout_create: LayoutCreate,
+    layout_destroy: Destroy,
+    preference_create: PreferenceCreate,
+    preference_destroy: Destroy,
+    preference_set: SetAttribute,
+    get_heuristic: GetHeuristic,
+    multiply: Multiply,
+    handle: Handle,
+    /// Its name and version.
+    pub(crate) name: String,
+    /// Keeps the functions above mapped.
+    _library: Library,
+}
+
+impl CublasLt {
+    /// Opens the library. A CUDA context must be current.
+    pub(crate) fn open() -> anyhow::Result<Self> {
+        let library = open_library()?;
+        // SAFETY: the types are those of cublasLt.h, and the pointers are used only while
+        // `library`, stored beside them, stays open.
+        let (mut this, create) = unsafe {
+            let version = symbol::<GetVersion>(&library, "cublasLtGetVersion")?();
+            let create: Create = symbol(&library, "cublasLtCreate")?;
+            let this = Self {
+                destroy: symbol(&library, "cublasLtDestroy")?,
+                desc_create: symbol(&library, "cublasLtMatmulDescCreate")?,
+                desc_destroy: symbol(&library, "cublasLtMatmulDescDestroy")?,
+                desc_set: symbol(&library, "cublasLtMatmulDescSetAttribute")?,
+                layout_create: symbol(&library, "cublasLtMatrixLayoutCreate")?,
+                layout_destroy: symbol(&library, "cublasLtMatrixLayoutDestroy")?,
+                preference_create: symbol(&library, "cublasLtMatmulPreferenceCreate")?,
+                preference_destroy: symbol(&library, "cublasLtMatmulPreferenceDestroy")?,
+                preference_set: symbol(&library, "cublasLtMatmulPreferenceSetAttribute")?,
+                get_heuristic: symbol(&library, "cublasLtMatmulAlgoGetHeuristic")?,
+                multiply: symbol(&library, "cublasLtMatmul")?,
+                handle: ptr::null_mut(),
+                name: format!(
+                    "cuBLASLt {}.{}.{}",
+                    version / 10_000,
+                    version / 100 % 100,
+                    version % 100
+                ),
+                _library: library,
+            };
+            (this, create)
+        };
+        // SAFETY: `handle` is where the new handle is written.
+        check("cublasLtCreate", unsafe { create(&raw mut this.handle) })?;
+        Ok(this)
+    }
+}
+
+impl Drop for CublasLt {
+    fn drop(&mut self) {
+        if !self.handle.is_null() {
+            // SAFETY: the handle came from cublasLtCreate, and every `Product` that borrows it is
+            // gone. The status of a failing destruction has no one to act on it.
+            unsafe { (self.destroy)(self.handle) };
+        }
+    }
+}
+
+fn open_library() -> anyhow::Result<Library> {
+    let listed = std::env::var_os(PATH_VARIABLE).unwrap_or_default();
+    let mut candidates: Vec<PathBuf> = Vec::new();
+    for entry in std::env::split_paths(&listed).filter(|entry| !entry.as_os_str().is_empty()) {
+        if entry.is_dir() {
+            candidates.extend(FILE_NAMES.iter().map(|name| entry.join(name)));
+        } else {
+            candidates.push(entry);
+        }
+    }
+    candidates.extend(FILE_NAMES.iter().map(PathBuf::from));
+    candidates.iter().find_map(|path| open_path(path)).with_context(|| {
+        format!("none of {FILE_NAMES:?} found; name its folder in {PATH_VARIABLE}")
+    })
+}
+
+fn open_path(path: &Path) -> Option<Library> {
+    // SAFETY: cuBLASLt's initialisers only register its kernels with the CUDA runtime.
+    unsafe { Library::new(path) }.ok()
+}
+
+/// # Safety
+/// `T` must be the function's type, and the result must not outlive `library`.
+unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> anyhow::Result<T> {
+    // SAFETY: the caller vouches for `T` and for the lifetime.
+    let symbol = unsafe { library.get::<T>(name.as_bytes()) };
+    symbol.map(|symbol| *symbol).with_context(|| format!("cuBLASLt has no {name}"))
+}
+
+fn check(call: &str, status: Status) -> anyhow::Result<()> {
+    ensure!(status == 0, "{call} returned status {status}");
+    Ok(())
+}
+
+/// Device addresses of one set of operands, row-major and without gaps between rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operands {
+    /// `[m, k]`
+    pub(crate) x: u64,
+    /// `[k, n]` or `[n, k]`
+    pub(crate) w: u64,
+    /// `[m, n]`
+    pub(crate) y: u64,
+}
+
+/// A [`Problem`] that cuBLASLt is ready to compute.
+pub(crate) struct Product<'a> {
+    library: &'a CublasLt,
+    descriptor: Descriptor,
+    w: Layout,
+    x: Layout,
+    y: Layout,
+    algorithms: Vec<Algorithm>,
+    chosen: usize,
+    /// Device address of [`WORKSPACE_BYTES`] bytes.
+    workspace: u64,
+    stream: Stream,
+}
+
+impl<'a> Product<'a> {
+    /// Bytes of device memory that [`Self::new`] wants as its workspace.
+    pub(crate) const WORKSPACE_BYTES: usize = WORKSPACE_BYTES;
+
+    /// Whether cuBLASLt fuses this activation; its GELU is the tanh approximation.
+    #[must_use]
+    pub(crate) fn fuses(activation: Activation) -> bool {
+        matches!(activation, Activation::None | Activation::Relu | Activation::GeluTanh)
+    }
+
+    /// Prepares `problem` for `stream`; the heuristic's first proposal is chosen.
+    ///
+    /// # Safety
+    /// `bias` is the device address of `problem.n` elements, and `workspace` that of
+    /// [`WORKSPACE_BYTES`] bytes that nothing else uses; both and `stream` outlive the result.
+    pub(crate) unsafe fn new(
+        library: &'a CublasLt,
+        problem: &Problem,
+        bias: u64,
+        workspace: u64,
+        stream: Stream,
+    ) -> anyhow::Result<Self> {
+        let mut this = Self {
+            library,
+            descriptor: ptr::null_mut(),
+            w: ptr::null_mut(),
+            x: ptr::null_mut(),
+            y: ptr::null_mut(),
+            algorithms: Vec::new(),
+            chosen: 0,
+            workspace,
+            stream,
+        };
+        // SAFETY: `descriptor` is where the new descriptor is written.
+        check("cublasLtMatmulDescCreate", unsafe {
+            (library.desc_create)(&raw mut this.descriptor, CUBLAS_COMPUTE_32F, CUDA_R_32F)
+        })?;
+        let transpose_w = match problem.layout {
+            WeightLayout::InOut => CUBLAS_OP_N,
+            WeightLayout::OutIn => CUBLAS_OP_T,
+        };
+        this.set(DESC_TRANSA, &transpose_w)?;
+        this.set(DESC_TRANSB, &CUBLAS_OP_N)?;
+        let epilogue = match problem.activation {
+            Activation::None => EPILOGUE_BIAS,
+            Activation::Relu => EPILOGUE_RELU_BIAS,
+            Activation::GeluTanh => EPILOGUE_GELU_BIAS,
+            other => bail!("cuBLASLt does not fuse {other:?}"),
+        };
+        this.set(DESC_EPILOGUE, &epilogue)?;
+        this.set(DESC_BIAS_POINTER, &bias)?;
+
+        let (w_rows, w_columns) = problem.layout.rows_columns(problem.k, problem.n);
+        this.w = this.layout(problem.dtype, w_columns, w_rows)?;
+        this.x = this.layout(problem.dtype, problem.k, problem.m)?;
+        this.y = this.layout(problem.dtype, problem.n, problem.m)?;
+        this.algorithms = this.propose()?;
+        Ok(this)
+    }
+
+    /// Takes the algorithm for which `time` returns least.
+    pub(crate) fn tune(
+        &mut self,
+        mut time: impl FnMut(&Self) -> anyhow::Result<f64>,
+    ) -> anyhow::Result<()> {
+        let mut best = (f64::INFINITY, 0);
+        for candidate in 0..self.algorithms.len() {
+            self.chosen = candidate;
+            // A proposal that turns out not to run is no candidate.
+            if let Ok(microseconds) = time(self)
+                && microseconds < best.0
+            {
+                best = (microseconds, candidate);
+            }
+        }
+        ensure!(best.0.is_finite(), "none of cuBLASLt's proposals runs");
+        self.chosen = best.1;
+        Ok(())
+    }
+
+    /// Enqueues the product.
+    ///
+    /// # Safety
+    /// The addresses are those of matrices as the problem describes them, on the stream's device,
+    /// and they stay allocated until the stream is synchronised.
+    pub(crate) unsafe fn enqueue(&self, operands: Operands) -> anyhow::Result<()> {
+        let (one, zero) = (1.0_f32, 0.0_f32);
+        // SAFETY: descriptor, layouts and algorithm belong together, the scales have the scale
+        // type f32 and are read during the call; the caller vouches for the operands, and `new`'s
+        // caller for workspace and stream.
+        check("cublasLtMatmul", unsafe {
+            (self.library.multiply)(
+                self.library.handle,
+                self.descriptor,
+                (&raw const one).cast(),
+                operands.w as *const c_void,
+                self.w,
+                operands.x as *const c_void,
+                self.x,
+                (&raw const zero).cast(),
+                operands.y as *const c_void,
+                self.y,
+                operands.y as *mut c_void,
+                self.y,
+                &raw const self.algorithms[self.chosen],
+                self.workspace as *mut c_void,
+                WORKSPACE_BYTES,
+                self.stream,
+            )
+        })
+    }
+
+    fn set<T: Copy>(&self, attribute: c_int, value: &T) -> anyhow::Result<()> {
+        // SAFETY: the callers pass the type that cublasLt.h gives for the attribute: i32 for the
+        // transpositions, u32 for the epilogue, an address for the bias.
+        check("cublasLtMatmulDescSetAttribute", unsafe {
+            (self.library.desc_set)(
+                self.descriptor,
+                attribute,
+                ptr::from_ref(value).cast(),
+                size_of::<T>(),
+            )
+        })
+    }
+
+    /// A column-major layout without gaps.
+    fn layout(&self, dtype: DType, rows: usize, columns: usize) -> anyhow::Result<Layout> {
+        let dtype = match dtype {
+            DType::F32 => CUDA_R_32F,
+            DType::F16 => CUDA_R_16F,
+            DType::BF16 => CUDA_R_16BF,
+            other => bail!("no cuBLASLt type for {other}"),
+        };
+        let mut layout = ptr::null_mut();
+        // SAFETY: `layout` is where the new layout is written.
+        check("cublasLtMatrixLayoutCreate", unsafe {
+            (self.library.layout_create)(
+                &raw mut layout,
+                dtype,
+                rows as u64,
+                columns as u64,
+                rows as i64,
+            )
+        })?;
+        Ok(layout)
+    }
+
+    fn propose(&self) -> anyhow::Result<Vec<Algorithm>> {
+        let library = self.library;
+        let mut preference = ptr::null_mut();
+        // SAFETY: `preference` is where the new preference is written.
+        check("cublasLtMatmulPreferenceCreate", unsafe {
+            (library.preference_create)(&raw mut preference)
+        })?;
+        let mut proposals = [Proposal::default(); MAX_ALGORITHMS];
+        let mut count = 0;
+        // SAFETY: the attribute is a size_t; `proposals` has room for the number asked for; the
+        // preference is not used after it is destroyed.
+        let (set, found) = unsafe {
+            let set = (library.preference_set)(
+                preference,
+                PREF_MAX_WORKSPACE_BYTES,
+                ptr::from_ref(&WORKSPACE_BYTES).cast(),
+                size_of::<usize>(),
+            );
+            let found = (library.get_heuristic)(
+                library.handle,
+                self.descriptor,
+                self.w,
+                self.x,
+                self.y,
+                self.y,
+                preference,
+                MAX_ALGORITHMS as c_int,
+                proposals.as_mut_ptr(),
+                &raw mut count,
+            );
+            (library.preference_destroy)(preference);
+            (set, found)
+        };
+        check("cublasLtMatmulPreferenceSetAttribute", set)?;
+        check("cublasLtMatmulAlgoGetHeuristic", found)?;
+        let usable: Vec<Algorithm> = proposals[..count as usize]
+            .iter()
+            .filter(|proposal| proposal.state == 0 && proposal.workspace_bytes <= WORKSPACE_BYTES)
+            .map(|proposal| proposal.algorithm)
+            .collect();
+        ensure!(!usable.is_empty(), "cuBLASLt proposes no algorithm");
+        Ok(usable)
+    }
+}
+
+impl Drop for Product<'_> {
+    fn drop(&mut self) {
+        let layout_destroy = self.library.layout_destroy;
+        for (destroy, object) in [
+            (layout_destroy, self.w),
+            (layout_destroy, self.x),
+            (layout_destroy, self.y),
+            (self.library.desc_destroy, self.descriptor),
+        ] {
+            if !object.is_null() {
+                // SAFETY: the object came from the matching create function, and cuBLASLt reads
+                // it only while it enqueues.
+                unsafe { destroy(object) };
+            }
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Libraries to measure against, loaded at run time.
+
+pub(crate) mod cublaslt;

@@ -1,0 +1,138 @@
+//! How kernels are chosen and where their PTX comes from.
+#![forbid(unsafe_code)]
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use kasmina_kernels::abi::Tier;
+
+use crate::error::{Error, Result};
+
+/// Environment variable that names a tier to force.
+const TIER_VARIABLE: &str = "KASMINA_TIER";
+/// Environment variable that names a folder of PTX modules.
+const PTX_DIR_VARIABLE: &str = "KASMINA_PTX_DIR";
+
+/// How kernels are chosen, and where their PTX comes from.
+///
+/// The default leaves everything to the library. What a config leaves open is taken from
+/// `KASMINA_TIER` and `KASMINA_PTX_DIR` as they were when the [`Device`](crate::Device) was opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelConfig {
+    tier: Option<Tier>,
+    hopper_tile: Option<[u32; 2]>,
+    enable_tma: bool,
+    ptx_dir: Option<PathBuf>,
+}
+
+impl Default for KernelConfig {
+    fn default() -> Self {
+        Self { tier: None, hopper_tile: None, enable_tma: true, ptx_dir: None }
+    }
+}
+
+impl KernelConfig {
+    /// The config that `KASMINA_TIER` and `KASMINA_PTX_DIR` ask for; unset or empty variables ask
+    /// for nothing.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTier`] if `KASMINA_TIER` names none.
+    pub fn from_env() -> Result<Self> {
+        Self::from_variables(std::env::var_os(TIER_VARIABLE), std::env::var_os(PTX_DIR_VARIABLE))
+    }
+
+    fn from_variables(tier: Option<OsString>, ptx_dir: Option<OsString>) -> Result<Self> {
+        let tier = match tier.filter(|name| !name.is_empty()) {
+            None => None,
+            Some(name) => {
+                let name = name.to_string_lossy().into_owned();
+                let tier = Tier::from_name(&name).ok_or(Error::UnknownTier { name })?;
+                Some(tier)
+            }
+        };
+        let ptx_dir = ptx_dir.filter(|path| !path.is_empty()).map(PathBuf::from);
+        Ok(Self { tier, ptx_dir, ..Self::default() })
+    }
+
+    /// Forces a tier: a call gets exactly this one or
+    /// [`Error::Unsupported`](crate::Error::Unsupported).
+    #[must_use]
+    pub const fn tier(mut self, tier: Tier) -> Self {
+        self.tier = Some(tier);
+        self
+    }
+
+    /// Forces the output tile of Hopper kernels, rows and columns: `[128, 256]`, `[128, 128]`,
+    /// `[64, 128]` or `[64, 64]`. By default each call gets the one expected to be fastest. Other
+    /// tiers have one tile and take no notice.
+    #[must_use]
+    pub const fn hopper_tile(mut self, tile: [u32; 2]) -> Self {
+        self.hopper_tile = Some(tile);
+        self
+    }
+
+    /// Whether kernels that load through TMA may be chosen; they may by default.
+    #[must_use]
+    pub const fn enable_tma(mut self, enable: bool) -> Self {
+        self.enable_tma = enable;
+        self
+    }
+
+    /// Loads PTX from this folder, laid out as `<tier>/<module>.ptx`, instead of the modules that
+    /// are built in.
+    #[must_use]
+    pub fn ptx_dir(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.ptx_dir = Some(folder.into());
+        self
+    }
+
+    /// The tier that is forced, if one is.
+    #[must_use]
+    pub const fn forced_tier(&self) -> Option<Tier> {
+        self.tier
+    }
+
+    /// The output tile that is forced on Hopper kernels, if one is.
+    #[must_use]
+    pub const fn forced_hopper_tile(&self) -> Option<[u32; 2]> {
+        self.hopper_tile
+    }
+
+    /// Whether kernels that load through TMA may be chosen.
+    #[must_use]
+    pub const fn tma_enabled(&self) -> bool {
+        self.enable_tma
+    }
+
+    /// The folder that overrides the built-in PTX, if one does.
+    #[must_use]
+    pub fn ptx_override(&self) -> Option<&Path> {
+        self.ptx_dir.as_deref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variables_that_are_unset_or_empty_ask_for_nothing() {
+        assert_eq!(KernelConfig::from_variables(None, None).unwrap(), KernelConfig::default());
+        let empty = KernelConfig::from_variables(Some("".into()), Some("".into()));
+        assert_eq!(empty.unwrap(), KernelConfig::default());
+    }
+
+    #[test]
+    fn variables_name_a_tier_and_a_folder() {
+        let config =
+            KernelConfig::from_variables(Some("portable".into()), Some("/ptx".into())).unwrap();
+        assert_eq!(config.forced_tier(), Some(Tier::Portable));
+        assert_eq!(config.ptx_override(), Some(Path::new("/ptx")));
+    }
+
+    #[test]
+    fn a_tier_nobody_knows_is_refused_by_name() {
+        let error = KernelConfig::from_variables(Some("turbo".into()), None).unwrap_err();
+        assert!(matches!(error, Error::UnknownTier { name } if name == "turbo"));
+    }
+}

@@ -1,0 +1,3 @@
+//! The CPU tier: one file per operation, each on host slices.
+
+pub(crate) mod gemm;

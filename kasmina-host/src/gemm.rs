@@ -1,0 +1,463 @@
+//! `Y = act(X·W + b)`: the forward pass of a linear layer, on whichever tier serves it.
+//!
+//! The way of a call: check the operands → choose the tier → fill the kernel's parameters, with
+//! tensor maps where it takes them → launch.
+#![forbid(unsafe_code)]
+
+use kasmina_kernels::abi::{DType, Tier};
+use kasmina_kernels::activation::{Activation, EpilogueActivation};
+use kasmina_kernels::gemm::WeightLayout;
+use kasmina_kernels::gemm::hopper::{self, HopperGemmParams, Tile};
+use kasmina_kernels::gemm::portable::{self, PortableGemmParams};
+use kasmina_kernels::tile_scheduler::TileScheduler;
+
+use crate::config::KernelConfig;
+use crate::cpu;
+use crate::device::Device;
+use crate::element::Element;
+use crate::error::{Error, Obstacle, Result};
+use crate::gpu::{Gpu, Launch};
+use crate::shape::Shape;
+use crate::stream::{Operation, Stream};
+use crate::tensor::{Tensor, zeroed};
+use crate::tensor_map::TensorMapKey;
+
+const OP: &str = Operation::GemmForward.name();
+/// Extents travel as 32 bits, and kernels add a tile's width to them.
+const MAX_EXTENT: usize = i32::MAX as usize;
+/// The driver's limit on the blocks of a grid.
+const MAX_TILES: u64 = i32::MAX as u64;
+/// TMA wants addresses and row strides in multiples of this many bytes.
+const TMA_ALIGN: u64 = 16;
+/// TMA wants row strides below this many bytes.
+const TMA_MAX_STRIDE: u64 = 1 << 40;
+
+/// One forward pass: the operands and what is done with them.
+///
+/// X is `[…, k]` and counts as a matrix of all its rows, W is a matrix in either layout, the bias
+/// is `[n]`, and Y is `[…, n]`. It is enqueued on the stream of W's device handle; where another
+/// operand belongs to another stream of the same GPU, that stream is ordered around the use.
+#[derive(Debug)]
+pub struct Forward<'a, T: Element> {
+    /// The input.
+    pub x: &'a Tensor<T>,
+    /// The weight.
+    pub w: &'a Tensor<T>,
+    /// Added to every row of X·W.
+    pub bias: Option<&'a Tensor<T>>,
+    /// Which way round W lies in memory.
+    pub layout: WeightLayout,
+    /// Applied to every element of X·W + b.
+    pub activation: Activation,
+}
+
+/// The extents of a checked forward pass.
+#[derive(Clone, Copy, Debug)]
+struct Extents {
+    m: u32,
+    n: u32,
+    k: u32,
+}
+
+impl<T: Element> Forward<'_, T> {
+    /// Enqueues the pass, writes Y, and says which tier runs it.
+    ///
+    /// # Errors
+    /// Before anything is enqueued: [`Error::DeviceMismatch`], [`Error::Shape`],
+    /// [`Error::Overlap`], [`Error::Overflow`], and [`Error::Unsupported`] where the tier that the
+    /// config or `KASMINA_TIER` forces cannot serve the call. On the first use of a kernel:
+    /// [`Error::DriverTooOld`], [`Error::ModuleRejected`], [`Error::EntryMissing`],
+    /// [`Error::PtxUnreadable`]. Always: [`Error::Driver`].
+    pub fn run(&self, y: &mut Tensor<T>, config: &KernelConfig) -> Result<Tier> {
+        let extents = self.check(y)?;
+        let tier = self.choose_tier(y, config)?;
+        if y.is_empty() {
+            return Ok(tier);
+        }
+        let device = self.w.device();
+        let Some(stream) = device.stream().gpu() else {
+            self.run_on_cpu(extents, y)?;
+            return Ok(tier);
+        };
+        let launch = Launch {
+            stream,
+            ptx_dir: config.ptx_override().or(device.defaults().ptx_override()),
+            operation: Operation::GemmForward,
+        };
+        self.order(y, |operand, own| own.wait(operand))?;
+        let sm_count = stream.gpu().capability().sm_count;
+        let Extents { m, n, k } = extents;
+        let forced_tile = config.forced_hopper_tile();
+        match hopper::select(T::DTYPE, self.layout, [m, n, k], sm_count, forced_tile) {
+            Some(selected) if tier == Tier::Hopper => {
+                let params = self.hopper_params(extents, selected.tile, y, stream.gpu())?;
+                let blocks = params.tiles.num_tiles().min(sm_count);
+                launch.run(&selected.kernel, blocks, &params)?;
+            }
+            _ => {
+                let tiles = portable::tiles(m, n);
+                check_tiles(tiles)?;
+                let params = self.portable_params(extents, y);
+                let kernel = portable::kernel(T::DTYPE, self.layout);
+                launch.run(kernel, tiles.num_tiles(), &params)?;
+            }
+        }
+        self.order(y, |operand, own| operand.wait(own))?;
+        Ok(tier)
+    }
+
+    /// The tier that [`run`](Self::run) would use.
+    ///
+    /// # Errors
+    /// Those that `run` reports before anything is enqueued.
+    pub fn tier(&self, y: &Tensor<T>, config: &KernelConfig) -> Result<Tier> {
+        self.check(y)?;
+        self.choose_tier(y, config)
+    }
+
+    fn check(&self, y: &Tensor<T>) -> Result<Extents> {
+        let expected = self.w.device().id();
+        let inputs = [("x", Some(self.x)), ("w", Some(self.w)), ("bias", self.bias)];
+        for (operand, tensor) in inputs.into_iter().chain([("y", Some(y))]) {
+            let got = tensor.map_or(expected, |tensor| tensor.device().id());
+            if got != expected {
+                return Err(Error::DeviceMismatch { op: OP, operand, expected, got });
+            }
+        }
+
+        let (k, n) = match (self.w.shape().extents(), self.layout) {
+            (&[k, n], WeightLayout::InOut) | (&[n, k], WeightLayout::OutIn) if k > 0 => (k, n),
+            _ => {
+                // One where k is 0: a sum of no products is nobody's intention.
+                let k = self.x.shape().columns().max(1);
+                let (rows, columns) = self.layout.rows_columns(k, y.shape().columns());
+                let (expected, got) = ([rows, columns].into(), *self.w.shape());
+                return Err(Error::Shape { op: OP, operand: "w", expected, got });
+            }
+        };
+        check_shape("x", self.x.shape().with_columns(k), self.x.shape())?;
+        if let Some(bias) = self.bias {
+            check_shape("bias", [n].into(), bias.shape())?;
+        }
+        check_shape("y", self.x.shape().with_columns(n), y.shape())?;
+
+        for (operand, input) in inputs {
+            if input.is_some_and(|input| input.overlaps(y)) {
+                return Err(Error::Overlap { op: OP, operand });
+            }
+        }
+        Ok(Extents {
+            m: extent("the number of rows", self.x.shape().rows())?,
+            n: extent("the number of output features", n)?,
+            k: extent("the number of input features", k)?,
+        })
+    }
+
+    fn choose_tier(&self, y: &Tensor<T>, config: &KernelConfig) -> Result<Tier> {
+        let operands = [Operand::of("x", self.x), Operand::of("w", self.w), Operand::of("y", y)];
+        choose_tier(self.w.device(), config, T::DTYPE, &operands)
+    }
+
+    fn order(&self, y: &Tensor<T>, wait: impl Fn(&Stream, &Stream) -> Result<()>) -> Result<()> {
+        let own = self.w.device().stream();
+        for operand in [Some(self.x), self.bias, Some(y)].into_iter().flatten() {
+            wait(operand.device().stream(), own)?;
+        }
+        Ok(())
+    }
+
+    fn run_on_cpu(&self, extents: Extents, y: &Tensor<T>) -> Result<()> {
+        let (m, n, k) = (extents.m as usize, extents.n as usize, extents.k as usize);
+        let (x, w) = (self.x.host_view(), self.w.host_view());
+        let bias = self.bias.map(Tensor::host_view);
+        let (w_rows, w_columns) = self.layout.rows_columns(k, n);
+        let mut result = zeroed(y.len())?;
+        cpu::gemm::forward(
+            cpu::gemm::Matrix {
+                data: x.values(),
+                rows: m,
+                columns: k,
+                row_stride: self.x.row_stride(),
+            },
+            cpu::gemm::Matrix {
+                data: w.values(),
+                rows: w_rows,
+                columns: w_columns,
+                row_stride: self.w.row_stride(),
+            },
+            self.layout,
+            bias.as_ref().map(|bias| &bias.values()[..n]),
+            self.activation,
+            &mut result,
+            n,
+        );
+        y.store(result);
+        Ok(())
+    }
+
+    fn portable_params(&self, extents: Extents, y: &Tensor<T>) -> PortableGemmParams {
+        PortableGemmParams {
+            x: self.x.as_device_ptr(),
+            w: self.w.as_device_ptr(),
+            bias: self.bias.map_or(0, Tensor::as_device_ptr),
+            y: y.as_device_ptr(),
+            x_stride: self.x.row_stride() as u64,
+            w_stride: self.w.row_stride() as u64,
+            y_stride: y.row_stride() as u64,
+            m: extents.m,
+            n: extents.n,
+            k: extents.k,
+            activation: self.activation as u32,
+        }
+    }
+
+    fn hopper_params(
+        &self,
+        extents: Extents,
+        tile: Tile,
+        y: &Tensor<T>,
+        gpu: &Gpu,
+    ) -> Result<HopperGemmParams> {
+        let Extents { m, n, k } = extents;
+        let tiles = tile.scheduler(m, n);
+        check_tiles(tiles)?;
+        let (w_extents, w_box) = match self.layout {
+            WeightLayout::InOut => ([n, k], [hopper::SLAB_N, hopper::BLOCK_K]),
+            WeightLayout::OutIn => ([k, n], [hopper::BLOCK_K, tile.block_n]),
+        };
+        let x_box = [hopper::BLOCK_K, tile.block_m];
+        let y_box = [hopper::SLAB_N, hopper::CONSUMER_M];
+        let [x_map, w_map, y_map] = gpu.tensor_maps(&[
+            tensor_map_key(self.x, [k, m], x_box),
+            tensor_map_key(self.w, w_extents, w_box),
+            tensor_map_key(y, [n, m], y_box),
+        ])?;
+        Ok(HopperGemmParams {
+            x_map,
+            w_map,
+            y_map,
+            bias: self.bias.map_or(0, Tensor::as_device_ptr),
+            n,
+            k_blocks: k.div_ceil(hopper::BLOCK_K),
+            tiles,
+            activation: EpilogueActivation::new(self.activation),
+            reserved: 0,
+        })
+    }
+}
+
+/// Extents and box with the columns first, the order of the driver.
+fn tensor_map_key<T: Element>(
+    tensor: &Tensor<T>,
+    extents: [u32; 2],
+    box_extents: [u32; 2],
+) -> TensorMapKey {
+    TensorMapKey {
+        address: tensor.as_device_ptr(),
+        row_stride_bytes: (tensor.row_stride() * size_of::<T>()) as u64,
+        extents,
+        box_extents,
+        dtype: T::DTYPE,
+    }
+}
+
+/// What matters about an operand to the choice of a tier.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operand {
+    name: &'static str,
+    address: u64,
+    row_stride_bytes: u64,
+}
+
+impl Operand {
+    pub(crate) fn of<T: Element>(name: &'static str, tensor: &Tensor<T>) -> Self {
+        Self {
+            name,
+            address: tensor.as_device_ptr(),
+            row_stride_bytes: (tensor.row_stride() * size_of::<T>()) as u64,
+        }
+    }
+
+    /// One whose rows follow each other, as the allocator places it.
+    pub(crate) const fn contiguous(name: &'static str, columns: usize, dtype: DType) -> Self {
+        Self { name, address: 0, row_stride_bytes: (columns * dtype.size()) as u64 }
+    }
+}
+
+/// The tier that serves a forward pass with these operands on this device.
+pub(crate) fn choose_tier(
+    device: &Device,
+    config: &KernelConfig,
+    dtype: DType,
+    operands: &[Operand],
+) -> Result<Tier> {
+    let forced = config.forced_tier().or(device.defaults().forced_tier());
+    pick(forced, |tier| {
+        let of_call = || match tier {
+            Tier::Hopper if !hopper::serves(dtype) => Some(Obstacle::DType(dtype)),
+            Tier::Hopper if !config.tma_enabled() => Some(Obstacle::TmaDisabled),
+            Tier::Hopper => {
+                let tile = config.forced_hopper_tile().filter(|&tile| !hopper::has_tile(tile));
+                tile.map(Obstacle::Tile).or_else(|| tma_obstacle(operands))
+            }
+            _ => None,
+        };
+        device.obstacle(tier).or_else(of_call)
+    })
+}
+
+/// The forced tier, or the most demanding one that nothing speaks against.
+fn pick(forced: Option<Tier>, obstacle: impl Fn(Tier) -> Option<Obstacle>) -> Result<Tier> {
+    if let Some(tier) = forced {
+        return obstacle(tier).map_or(Ok(tier), |reason| Err(reason.refuse(OP, tier)));
+    }
+    let mut refused = (Tier::Cpu, Obstacle::GpuMemory);
+    for tier in Tier::ALL.into_iter().rev() {
+        match obstacle(tier) {
+            None => return Ok(tier),
+            // Of the tiers on a GPU the least demanding one has the reason worth reading.
+            Some(reason) if tier != Tier::Cpu => refused = (tier, reason),
+            Some(_) => {}
+        }
+    }
+    let (tier, reason) = refused;
+    Err(reason.refuse(OP, tier))
+}
+
+/// Why TMA cannot address one of the operands.
+fn tma_obstacle(operands: &[Operand]) -> Option<Obstacle> {
+    operands.iter().find_map(|&Operand { name: operand, address, row_stride_bytes: bytes }| {
+        if !address.is_multiple_of(TMA_ALIGN) {
+            return Some(Obstacle::Address { operand });
+        }
+        let stride_fits = bytes.is_multiple_of(TMA_ALIGN) && bytes < TMA_MAX_STRIDE;
+        (!stride_fits).then_some(Obstacle::RowStride { operand, bytes })
+    })
+}
+
+fn check_shape(operand: &'static str, expected: Shape, got: &Shape) -> Result<()> {
+    if expected == *got {
+        return Ok(());
+    }
+    Err(Error::Shape { op: OP, operand, expected, got: *got })
+}
+
+fn extent(quantity: &'static str, extent: usize) -> Result<u32> {
+    let overflow = Error::Overflow { op: OP, quantity, limit: MAX_EXTENT as u64 };
+    if extent > MAX_EXTENT { Err(overflow) } else { u32::try_from(extent).map_err(|_| overflow) }
+}
+
+fn check_tiles(tiles: TileScheduler) -> Result<()> {
+    if u64::from(tiles.tiles_m) * u64::from(tiles.tiles_n) <= MAX_TILES {
+        return Ok(());
+    }
+    Err(Error::Overflow { op: OP, quantity: "the number of output tiles", limit: MAX_TILES })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEVICE: Obstacle = Obstacle::Capability { major: 8, minor: 0 };
+
+    fn matrix(shape: [usize; 2]) -> Tensor<f32> {
+        Tensor::zeros(&Device::cpu(), shape).unwrap()
+    }
+
+    fn forward<'a>(x: &'a Tensor<f32>, w: &'a Tensor<f32>) -> Forward<'a, f32> {
+        let (layout, activation) = (WeightLayout::OutIn, Activation::None);
+        Forward { x, w, bias: None, layout, activation }
+    }
+
+    #[test]
+    fn operands_that_tma_cannot_address_are_named() {
+        let good = Operand { name: "x", address: 4096, row_stride_bytes: 64 };
+        assert_eq!(tma_obstacle(&[good]), None);
+        let address = Operand { name: "w", address: 4104, ..good };
+        assert_eq!(tma_obstacle(&[good, address]), Some(Obstacle::Address { operand: "w" }));
+        for bytes in [2, 24, 1 << 40] {
+            let stride = Operand { name: "y", row_stride_bytes: bytes, ..good };
+            let expected = Obstacle::RowStride { operand: "y", bytes };
+            assert_eq!(tma_obstacle(&[good, stride]), Some(expected));
+        }
+    }
+
+    #[test]
+    fn the_next_tier_serves_what_the_best_one_cannot() {
+        assert_eq!(pick(None, |_| None).unwrap(), Tier::Hopper);
+        let tier = pick(None, |tier| (tier == Tier::Hopper).then_some(DEVICE)).unwrap();
+        assert_eq!(tier, Tier::Portable);
+    }
+
+    #[test]
+    fn a_forced_tier_that_cannot_serve_is_an_error_with_the_reason() {
+        let error = pick(Some(Tier::Hopper), |tier| (tier == Tier::Hopper).then_some(DEVICE));
+        assert!(matches!(
+            error,
+            Err(Error::Unsupported { tier: Tier::Hopper, reason: DEVICE, .. })
+        ));
+    }
+
+    #[test]
+    fn a_gpu_tier_forced_on_host_memory_is_refused() {
+        let (x, w, mut y) = (matrix([2, 3]), matrix([5, 3]), matrix([2, 5]));
+        for tier in [Tier::Portable, Tier::Hopper] {
+            let config = KernelConfig::default().tier(tier);
+            let error = forward(&x, &w).run(&mut y, &config).unwrap_err();
+            assert!(matches!(
+                error,
+                Error::Unsupported { tier: got, reason: Obstacle::HostMemory, .. } if got == tier
+            ));
+        }
+    }
+
+    #[test]
+    fn mismatched_shapes_name_the_operand_and_what_would_fit() {
+        let config = KernelConfig::default();
+        let (x, w) = (matrix([2, 3]), matrix([5, 3]));
+        let check = |pass: Forward<'_, f32>, mut y: Tensor<f32>, name, fits: Shape| match pass
+            .run(&mut y, &config)
+            .unwrap_err()
+        {
+            Error::Shape { operand, expected, .. } => {
+                assert_eq!((operand, expected), (name, fits));
+            }
+            error => panic!("{error}"),
+        };
+        check(forward(&matrix([2, 4]), &w), matrix([2, 5]), "x", [2, 3].into());
+        check(forward(&x, &w), matrix([3, 5]), "y", [2, 5].into());
+        check(forward(&x, &w), matrix([2, 6]), "y", [2, 5].into());
+        let bias = Tensor::zeros(&Device::cpu(), [4]).unwrap();
+        let pass = Forward { bias: Some(&bias), ..forward(&x, &w) };
+        check(pass, matrix([2, 5]), "bias", [5].into());
+        check(forward(&matrix([2, 0]), &matrix([5, 0])), matrix([2, 5]), "w", [5, 1].into());
+    }
+
+    #[test]
+    fn an_output_that_overlaps_an_input_is_refused_and_interleaved_columns_are_not() {
+        let all = matrix([4, 8]);
+        let (x, w) = (all.columns(0..3).unwrap(), matrix([5, 3]));
+        let config = KernelConfig::default();
+        let mut apart = all.columns(3..8).unwrap();
+        forward(&x, &w).run(&mut apart, &config).unwrap();
+        let x = all.columns(1..4).unwrap();
+        let error = forward(&x, &w).run(&mut apart, &config).unwrap_err();
+        assert!(matches!(error, Error::Overlap { operand: "x", .. }));
+    }
+
+    #[test]
+    fn no_rows_give_an_empty_result() {
+        let (x, w, mut y) = (matrix([0, 3]), matrix([5, 3]), matrix([0, 5]));
+        assert_eq!(forward(&x, &w).run(&mut y, &KernelConfig::default()).unwrap(), Tier::Cpu);
+        assert!(y.to_vec().unwrap().is_empty());
+    }
+
+    #[test]
+    fn extents_and_tiles_beyond_31_bits_overflow() {
+        assert!(extent("m", i32::MAX as usize).is_ok());
+        assert!(matches!(extent("m", 1 << 31), Err(Error::Overflow { quantity: "m", .. })));
+        let tiles = |tiles_m, tiles_n| TileScheduler { tiles_m, tiles_n, group_m: 1 };
+        assert!(check_tiles(tiles(1 << 15, (1 << 16) - 1)).is_ok());
+        assert!(matches!(check_tiles(tiles(1 << 16, 1 << 16)), Err(Error::Overflow { .. })));
+    }
+}

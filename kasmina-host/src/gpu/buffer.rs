@@ -1,0 +1,235 @@
+//! Device memory that one tensor's storage owns, and copies between it and the host.
+
+use std::any::Any;
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::Arc;
+
+use kasmina_driver::cust_raw::{CUDA_MEMCPY2D, CUmemorytype};
+
+use super::pool::SizeClass;
+use super::{Stream, driver};
+use crate::error::Result;
+use crate::stream::Operation;
+use crate::tensor::Region;
+
+/// The largest distance between rows that one copy of several rows may have: what the driver
+/// reports as `CU_DEVICE_ATTRIBUTE_MAX_PITCH` on every GPU so far.
+const MAX_PITCH: usize = i32::MAX as usize;
+
+/// Device memory; where it came from decides where it goes.
+pub(crate) struct Buffer {
+    stream: Arc<Stream>,
+    address: u64,
+    bytes: usize,
+    origin: Origin,
+}
+
+enum Origin {
+    Empty,
+    Pool(SizeClass),
+    /// Held for its destructor.
+    Foreign {
+        _owner: Arc<dyn Any + Send + Sync>,
+    },
+}
+
+/// Which way a copy goes, with the host's end of it.
+#[derive(Clone, Copy)]
+enum Copy {
+    ToHost(*mut u8),
+    ToDevice(*const u8),
+}
+
+impl Buffer {
+    pub(super) const fn empty(stream: Arc<Stream>) -> Self {
+        Self { stream, address: 0, bytes: 0, origin: Origin::Empty }
+    }
+
+    /// A block of `class` from the stream's pool.
+    pub(super) const fn pooled(
+        stream: Arc<Stream>,
+        address: u64,
+        bytes: usize,
+        class: SizeClass,
+    ) -> Self {
+        Self { stream, address, bytes, origin: Origin::Pool(class) }
+    }
+
+    /// Memory that `owner` keeps alive.
+    ///
+    /// # Safety
+    /// While `owner` lives, there are `bytes` bytes of memory of the stream's GPU at `address`.
+    pub(crate) unsafe fn foreign(
+        stream: &Arc<Stream>,
+        address: u64,
+        bytes: usize,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
+        let origin = Origin::Foreign { _owner: owner };
+        Self { stream: Arc::clone(stream), address, bytes, origin }
+    }
+
+    pub(crate) const fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Copies rows to the host, one after the other, and waits for it.
+    pub(crate) fn read(&self, region: Region, target: &mut [u8]) -> Result<()> {
+        // SAFETY: the exclusive borrow of `target` outlasts the copy, which `copy` waits for.
+        unsafe { self.copy(region, target.len(), Copy::ToHost(target.as_mut_ptr())) }
+    }
+
+    /// Copies rows from the host, where they follow each other, and waits for it: memory that the
+    /// caller has page-locked would otherwise be read after this returns.
+    pub(crate) fn write(&self, region: Region, source: &[u8]) -> Result<()> {
+        // SAFETY: the borrow of `source` outlasts the copy, which `copy` waits for.
+        unsafe { self.copy(region, source.len(), Copy::ToDevice(source.as_ptr())) }
+    }
+
+    /// # Safety
+    /// The host's end is valid for `host_bytes` bytes, for writing when that is where they go.
+    unsafe fn copy(&self, region: Region, host_bytes: usize, copy: Copy) -> Result<()> {
+        let Region { offset, rows, row_bytes, row_stride } = region;
+        // A tensor's region lies within its storage; checked again because memory depends on it.
+        assert_eq!(rows * row_bytes, host_bytes, "host memory does not match the region");
+        assert!(
+            rows == 0 || offset + (rows - 1) * row_stride + row_bytes <= self.bytes,
+            "the region reaches beyond the buffer"
+        );
+        self.stream.gpu().bind()?;
+        let start = self.address + offset as u64;
+        if rows == 1 || row_stride == row_bytes {
+            // SAFETY: both ends hold `host_bytes` bytes, as asserted above.
+            unsafe { self.copy_bytes(start, copy, host_bytes) }?;
+        } else if row_stride <= MAX_PITCH {
+            // SAFETY: both ends hold the rows, as asserted above.
+            unsafe { self.copy_rows(start, copy, region) }?;
+        } else {
+            for row in 0..rows {
+                // SAFETY: row by row within the bytes asserted above.
+                unsafe {
+                    let host = copy.skip(row * row_bytes);
+                    self.copy_bytes(start + (row * row_stride) as u64, host, row_bytes)
+                }?;
+            }
+        }
+        self.stream.synchronize()
+    }
+
+    /// # Safety
+    /// Both ends are valid for `bytes` bytes until the stream has run the copy.
+    unsafe fn copy_bytes(&self, device: u64, copy: Copy, bytes: usize) -> Result<()> {
+        let stream = self.stream.raw();
+        // SAFETY: the caller vouches for both ends; the stream lives as long as `self`.
+        let enqueued = unsafe {
+            match copy {
+                Copy::ToHost(host) => {
+                    driver!(cuMemcpyDtoHAsync_v2(host.cast(), device, bytes, stream))
+                }
+                Copy::ToDevice(host) => {
+                    driver!(cuMemcpyHtoDAsync_v2(device, host.cast(), bytes, stream))
+                }
+            }
+        };
+        enqueued.map_err(|error| self.stream.failed(error))
+    }
+
+    /// # Safety
+    /// Both ends are valid for the region's rows until the stream has run the copy.
+    unsafe fn copy_rows(&self, device: u64, copy: Copy, region: Region) -> Result<()> {
+        let Region { rows, row_bytes, row_stride, .. } = region;
+        let mut descriptor = CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcHost: ptr::null(),
+            srcDevice: device,
+            srcArray: ptr::null_mut(),
+            srcPitch: row_stride,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: ptr::null_mut(),
+            dstDevice: device,
+            dstArray: ptr::null_mut(),
+            dstPitch: row_stride,
+            WidthInBytes: row_bytes,
+            Height: rows,
+        };
+        match copy {
+            Copy::ToHost(host) => {
+                descriptor.dstMemoryType = CUmemorytype::CU_MEMORYTYPE_HOST;
+                descriptor.dstHost = host.cast::<c_void>();
+                descriptor.dstPitch = row_bytes;
+            }
+            Copy::ToDevice(host) => {
+                descriptor.srcMemoryType = CUmemorytype::CU_MEMORYTYPE_HOST;
+                descriptor.srcHost = host.cast::<c_void>();
+                descriptor.srcPitch = row_bytes;
+            }
+        }
+        // SAFETY: the descriptor names rows that the caller vouches for; the driver reads it
+        // during the call.
+        unsafe { driver!(cuMemcpy2DAsync_v2(&raw const descriptor, self.stream.raw())) }
+            .map_err(|error| self.stream.failed(error))
+    }
+
+    /// Fills the buffer with `count` copies of an element of 2 or 4 bytes.
+    pub(crate) fn fill(&self, element: &[u8], count: usize) -> Result<()> {
+        assert!(count * element.len() <= self.bytes, "the fill reaches beyond the buffer");
+        if count == 0 {
+            return Ok(());
+        }
+        self.stream.gpu().bind()?;
+        let stream = self.stream.raw();
+        let enqueued = match *element {
+            [a, b] => {
+                let value = u16::from_ne_bytes([a, b]);
+                // SAFETY: the buffer holds `count` elements of 2 bytes, as asserted above, and is
+                // not reused before the stream has run this.
+                unsafe { driver!(cuMemsetD16Async(self.address, value, count, stream)) }
+            }
+            [a, b, c, d] => {
+                let value = u32::from_ne_bytes([a, b, c, d]);
+                // SAFETY: as above, with 4 bytes.
+                unsafe { driver!(cuMemsetD32Async(self.address, value, count, stream)) }
+            }
+            _ => unreachable!("element types have 2 or 4 bytes"),
+        };
+        enqueued.map_err(|error| self.stream.failed(error))?;
+        self.stream.note(Operation::Fill);
+        Ok(())
+    }
+}
+
+impl Copy {
+    /// The same copy with the host's end `bytes` further on.
+    ///
+    /// # Safety
+    /// That is still within the host's memory.
+    unsafe fn skip(self, bytes: usize) -> Self {
+        // SAFETY: the caller vouches for it.
+        unsafe {
+            match self {
+                Self::ToHost(host) => Self::ToHost(host.add(bytes)),
+                Self::ToDevice(host) => Self::ToDevice(host.add(bytes)),
+            }
+        }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        match self.origin {
+            Origin::Empty => {}
+            Origin::Pool(class) => self.stream.recycle(class, self.address),
+            // The owner may free the memory as soon as it is dropped.
+            Origin::Foreign { .. } => {
+                if let Err(error) = self.stream.synchronize() {
+                    tracing::warn!(%error, "foreign memory was dropped with work on it failed");
+                }
+            }
+        }
+    }
+}

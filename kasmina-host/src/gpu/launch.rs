@@ -1,0 +1,75 @@
+//! Launches kernels with the one parameter struct they take.
+
+use std::path::Path;
+use std::ptr;
+
+use kasmina_driver::{CUlaunchAttribute, CUlaunchConfig};
+use kasmina_kernels::abi::{Kernel, KernelParams};
+
+use super::{Stream, driver};
+use crate::error::Result;
+use crate::stream::Operation;
+
+/// Where a kernel runs, and where it comes from.
+pub(crate) struct Launch<'a> {
+    pub(crate) stream: &'a Stream,
+    /// Overrides the built-in PTX.
+    pub(crate) ptx_dir: Option<&'a Path>,
+    /// What a later error is attributed to.
+    pub(crate) operation: Operation,
+}
+
+impl Launch<'_> {
+    /// Enqueues `blocks` blocks of `kernel`, loading its module on first use.
+    ///
+    /// Callers are operations, which hold every tensor whose address stands in `params` and have
+    /// checked its extents: that is what keeps the kernel within memory.
+    pub(crate) fn run<P: KernelParams>(
+        &self,
+        kernel: &'static Kernel<P>,
+        blocks: u32,
+        params: &P,
+    ) -> Result<()> {
+        let gpu = self.stream.gpu();
+        gpu.bind()?;
+        let function = gpu.modules.function(kernel, self.ptx_dir)?;
+        let mut arguments = [ptr::from_ref(params).cast_mut().cast()];
+        // SAFETY: the function takes one `P` by value (`Kernel` ties the two), which the driver
+        // copies during the call; block size and shared memory are those it was compiled for; the
+        // stream lives as long as the borrow; memory it touches is freed in the stream's order,
+        // and a kernel that overlaps its predecessor waits for it.
+        unsafe {
+            if kernel.waits_for_predecessors {
+                let mut overlap = CUlaunchAttribute::programmatic_stream_serialization(true);
+                let (grid, block) = ([blocks, 1, 1], [kernel.block_dim, 1, 1]);
+                let stream = self.stream.raw();
+                let mut config = CUlaunchConfig::new(grid, block, kernel.smem_bytes, stream);
+                config.attributes = &raw mut overlap;
+                config.attribute_count = 1;
+                driver!(cuLaunchKernelEx(
+                    &raw const config,
+                    function,
+                    arguments.as_mut_ptr(),
+                    ptr::null_mut(),
+                ))
+            } else {
+                driver!(cuLaunchKernel(
+                    function,
+                    blocks,
+                    1,
+                    1,
+                    kernel.block_dim,
+                    1,
+                    1,
+                    kernel.smem_bytes,
+                    self.stream.raw(),
+                    arguments.as_mut_ptr(),
+                    ptr::null_mut(),
+                ))
+            }
+        }
+        .map_err(|error| self.stream.failed(error))?;
+        self.stream.note(self.operation);
+        Ok(())
+    }
+}

@@ -1,0 +1,47 @@
+//! Encodes tensor maps, which tell TMA how a matrix lies in memory.
+
+use std::ptr;
+
+use kasmina_driver::{
+    CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
+    CUtensorMapL2promotion, CUtensorMapSwizzle,
+};
+use kasmina_kernels::abi::{DType, TensorMap};
+
+use super::{driver, failed};
+use crate::error::{Error, Result};
+use crate::tensor_map::TensorMapKey;
+
+/// The map of this key: boxes of 128-byte rows, swizzled over 128 bytes, zeros beyond the edges.
+pub(super) fn encode(key: &TensorMapKey) -> Result<TensorMap> {
+    let data_type = match key.dtype {
+        DType::F16 => CUtensorMapDataType::Float16,
+        DType::BF16 => CUtensorMapDataType::Bfloat16,
+        DType::F32 => CUtensorMapDataType::Float32,
+        got => return Err(Error::DType { op: "tensor map", expected: DType::BF16, got }),
+    };
+    let extents = key.extents.map(u64::from);
+    let element_strides = [1u32, 1];
+    let mut map = CUtensorMap::default();
+    // SAFETY: the driver writes one map and reads two extents, one stride (that of the columns is
+    // implied), two box extents and two element strides, all of which outlive the call. It encodes
+    // the address without reading from it.
+    unsafe {
+        driver!(cuTensorMapEncodeTiled(
+            &raw mut map,
+            data_type,
+            2,
+            ptr::with_exposed_provenance_mut(key.address as usize),
+            extents.as_ptr(),
+            &raw const key.row_stride_bytes,
+            key.box_extents.as_ptr(),
+            element_strides.as_ptr(),
+            CUtensorMapInterleave::None,
+            CUtensorMapSwizzle::Bytes128,
+            CUtensorMapL2promotion::Bytes256,
+            CUtensorMapFloatOOBfill::Zeros,
+        ))
+    }
+    .map_err(failed)?;
+    Ok(TensorMap(map.words))
+}

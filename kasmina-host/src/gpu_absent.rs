@@ -1,0 +1,126 @@
+//! Stands in for the GPU in a build without the feature `cuda`: the same items, none of which can
+//! exist, so that nothing else in the crate depends on the feature.
+
+use std::convert::Infallible;
+use std::path::Path;
+use std::sync::Arc;
+
+use kasmina_kernels::abi::{Kernel, KernelParams, TensorMap, Tier};
+
+use crate::device::{Capability, MemoryStats};
+use crate::error::{Error, Obstacle, Result};
+use crate::stream::Operation;
+use crate::tensor::Region;
+use crate::tensor_map::TensorMapKey;
+
+#[derive(Debug)]
+pub(crate) enum Gpu {}
+
+impl Gpu {
+    pub(crate) fn name(&self) -> &str {
+        match *self {}
+    }
+
+    pub(crate) fn capability(&self) -> &Capability {
+        match *self {}
+    }
+
+    pub(crate) fn obstacle(&self, _: Tier) -> Option<Obstacle> {
+        match *self {}
+    }
+
+    pub(crate) fn tensor_maps<const N: usize>(
+        &self,
+        _: &[TensorMapKey; N],
+    ) -> Result<[TensorMap; N]> {
+        match *self {}
+    }
+}
+
+#[derive(Debug)]
+pub(crate) enum Stream {}
+
+impl Stream {
+    pub(crate) fn open(_: u32) -> Result<Arc<Self>> {
+        Err(Error::NoDriver { reason: "this build lacks the feature `cuda`".to_owned() })
+    }
+
+    pub(crate) fn another(&self) -> Result<Arc<Self>> {
+        match *self {}
+    }
+
+    pub(crate) fn gpu(&self) -> &Gpu {
+        match *self {}
+    }
+
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        match *self {}
+    }
+
+    pub(crate) fn wait(&self, _: &Self) -> Result<()> {
+        match *self {}
+    }
+
+    pub(crate) fn as_raw(&self) -> u64 {
+        match *self {}
+    }
+
+    pub(crate) fn memory(&self) -> MemoryStats {
+        match *self {}
+    }
+
+    pub(crate) fn trim(&self) -> Result<()> {
+        match *self {}
+    }
+
+    pub(crate) fn allocate(self: &Arc<Self>, _: usize) -> Result<Buffer> {
+        match **self {}
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Buffer {
+    // Hidden in a field, so that the compiler does not call its users unreachable.
+    never: Infallible,
+}
+
+impl Buffer {
+    /// # Safety
+    /// Cannot be called: there is no stream.
+    pub(crate) unsafe fn foreign(
+        stream: &Arc<Stream>,
+        _: u64,
+        _: usize,
+        _: Arc<dyn std::any::Any + Send + Sync>,
+    ) -> Self {
+        match **stream {}
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        match self.never {}
+    }
+
+    pub(crate) fn read(&self, _: Region, _: &mut [u8]) -> Result<()> {
+        match self.never {}
+    }
+
+    pub(crate) fn write(&self, _: Region, _: &[u8]) -> Result<()> {
+        match self.never {}
+    }
+
+    pub(crate) fn fill(&self, _: &[u8], _: usize) -> Result<()> {
+        match self.never {}
+    }
+}
+
+pub(crate) struct Launch<'a> {
+    pub(crate) stream: &'a Stream,
+    pub(crate) ptx_dir: Option<&'a Path>,
+    pub(crate) operation: Operation,
+}
+
+impl Launch<'_> {
+    pub(crate) fn run<P: KernelParams>(&self, _: &'static Kernel<P>, _: u32, _: &P) -> Result<()> {
+        match *self.stream {}
+    }
+}

@@ -1,0 +1,42 @@
+//! The safe API of kasmina: devices, tensors, layers.
+//!
+//! The crate `kasmina` re-exports all of this; its documentation is the place to start.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`gemm`] | the linear layer's forward pass as a function of its operands |
+//! | `device`, `stream` | where things run, and in which order |
+//! | `tensor`, `shape`, `element` | what they run on |
+//! | `layer` | what they are used through |
+//! | `config` | how kernels are chosen |
+//! | `error` | what can go wrong |
+//! | `cpu` | the CPU tier |
+//! | `gpu` | everything that calls the driver, and with it the crate's unsafe code |
+// The GPU tiers' share of what is written once for all tiers.
+#![cfg_attr(not(feature = "cuda"), allow(dead_code))]
+
+mod config;
+mod cpu;
+mod device;
+mod element;
+mod error;
+pub mod gemm;
+#[cfg_attr(not(feature = "cuda"), path = "gpu_absent.rs")]
+mod gpu;
+mod layer;
+mod shape;
+mod stream;
+mod tensor;
+mod tensor_map;
+
+pub use config::KernelConfig;
+pub use device::{Capability, Device, DeviceId, MemoryStats};
+pub use element::Element;
+pub use error::{Error, ForeignPointerFault, Obstacle, Result};
+pub use kasmina_kernels::abi::{DType, Tier};
+pub use kasmina_kernels::activation::Activation;
+pub use kasmina_kernels::gemm::WeightLayout;
+pub use layer::{KasminaLayer, LinearConfig};
+pub use shape::Shape;
+pub use stream::Stream;
+pub use tensor::Tensor;

@@ -1,0 +1,228 @@
+//! What host and device agree on: tiers, element types, PTX modules, kernels and their parameters.
+
+use core::fmt;
+use core::marker::PhantomData;
+
+use crate::gemm::{hopper, portable};
+
+/// A family of kernels that share their hardware requirements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Tier {
+    /// Any machine: `matrixmultiply` and rayon.
+    Cpu,
+    /// Compute capability 7.5 and later: shared-memory tiles, no tensor cores.
+    Portable,
+    /// Compute capability 9.0 exactly: TMA, wgmma, warp specialisation.
+    Hopper,
+}
+
+impl Tier {
+    /// Every tier, the least demanding first.
+    pub const ALL: [Self; 3] = [Self::Cpu, Self::Portable, Self::Hopper];
+
+    /// Lower-case name, as `KASMINA_TIER` takes it and as the folder of its PTX is called.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Portable => "portable",
+            Self::Hopper => "hopper",
+        }
+    }
+
+    /// The tier of this name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|tier| tier.name() == name)
+    }
+
+    /// The architecture its PTX is compiled for; `None` for the CPU.
+    #[must_use]
+    pub const fn target_cpu(self) -> Option<&'static str> {
+        match self {
+            Self::Cpu => None,
+            Self::Portable => Some("sm_75"),
+            Self::Hopper => Some("sm_90a"),
+        }
+    }
+
+    /// Whether a GPU of compute capability `major.minor` runs this tier.
+    #[must_use]
+    pub const fn runs_on(self, major: u32, minor: u32) -> bool {
+        match self {
+            Self::Cpu => true,
+            Self::Portable => major > 7 || (major == 7 && minor >= 5),
+            // sm_90a is architecture-specific: no later GPU accepts it.
+            Self::Hopper => major == 9 && minor == 0,
+        }
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Element type of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DType {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16: binary32 with a 7-bit fraction.
+    BF16,
+}
+
+impl DType {
+    /// Every element type.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::BF16];
+
+    /// Bytes per element.
+    #[must_use]
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+
+    /// Lower-case name, as it stands in entry names.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+        }
+    }
+
+    /// Unit roundoff: half the distance from 1 to the next representable number.
+    #[must_use]
+    pub const fn unit_roundoff(self) -> f64 {
+        match self {
+            Self::F32 => 1.0 / (1u64 << 24) as f64,
+            Self::F16 => 1.0 / (1u64 << 11) as f64,
+            Self::BF16 => 1.0 / (1u64 << 8) as f64,
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A PTX module: the unit the driver compiles on first use.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Module {
+    /// The tier whose hardware it needs.
+    pub tier: Tier,
+    /// File stem under `ptx/<tier>/`.
+    pub name: &'static str,
+    /// The kernels it holds.
+    pub entries: &'static [&'static str],
+    /// Its text.
+    #[cfg(feature = "ptx")]
+    pub ptx: &'static str,
+}
+
+/// A [`Module`] and, in a host build that embeds PTX, its text.
+macro_rules! module {
+    ($tier:ident, $folder:literal, $name:expr, [$($entry:expr),+ $(,)?]) => {
+        $crate::abi::Module {
+            tier: $crate::abi::Tier::$tier,
+            name: $name,
+            entries: &[$($entry),+],
+            #[cfg(feature = "ptx")]
+            ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/", $folder, "/", $name, ".ptx")),
+        }
+    };
+}
+pub(crate) use module;
+
+/// Every PTX module, in the order `cargo xtask ptx` writes them.
+pub static MODULES: &[&Module] = &{
+    const PORTABLE: usize = 3;
+    let mut modules = [&portable::F32; PORTABLE + hopper::KERNELS.len()];
+    modules[1] = &portable::F16;
+    modules[2] = &portable::BF16;
+    let mut row = 0;
+    while row < hopper::KERNELS.len() {
+        modules[PORTABLE + row] = hopper::KERNELS[row].kernel.module;
+        row += 1;
+    }
+    modules
+};
+
+/// A kernel that takes one parameter struct `P` by value.
+///
+/// Entry name, block size and shared memory come from the row that also makes the device entry,
+/// so the three cannot part; the type parameter ties the parameters to the entry.
+pub struct Kernel<P: KernelParams> {
+    /// The module that holds it.
+    pub module: &'static Module,
+    /// Name of the PTX entry.
+    pub entry: &'static str,
+    /// Threads per block.
+    pub block_dim: u32,
+    /// Dynamic shared memory per block, in bytes.
+    pub smem_bytes: u32,
+    /// Whether it waits for the grid before it (`griddepcontrol.wait`) ahead of its first access
+    /// to global memory, so that the two may overlap.
+    pub waits_for_predecessors: bool,
+    params: PhantomData<fn(P)>,
+}
+
+/// Shared memory one block of compute capability 9.0 may ask for, in bytes.
+pub const MAX_SMEM_BYTES: u32 = 232_448;
+
+impl<P: KernelParams> Kernel<P> {
+    /// A kernel whose launch geometry is legal; anything else does not compile in a `const`.
+    #[must_use]
+    pub const fn new(
+        module: &'static Module,
+        entry: &'static str,
+        block_dim: u32,
+        smem_bytes: u32,
+    ) -> Self {
+        assert!(block_dim.is_multiple_of(32) && block_dim > 0 && block_dim <= 1024);
+        assert!(smem_bytes <= MAX_SMEM_BYTES);
+        assert!(align_of::<P>() <= 16, "rustc cannot pass a wider alignment to a kernel");
+        assert!(size_of::<P>() <= 4096, "a kernel's parameters are limited to 4 KiB");
+        Self {
+            module,
+            entry,
+            block_dim,
+            smem_bytes,
+            waits_for_predecessors: false,
+            params: PhantomData,
+        }
+    }
+
+    /// The same kernel, known to wait for the grid before it.
+    #[must_use]
+    pub const fn waiting_for_predecessors(mut self) -> Self {
+        self.waits_for_predecessors = true;
+        self
+    }
+}
+
+/// A parameter struct that a kernel takes by value.
+///
+/// # Safety
+/// The type is `repr(C)`, has fixed-width fields and no padding, so that its bytes mean the same
+/// on both sides and none of them is uninitialised.
+pub unsafe trait KernelParams: Copy + 'static {}
+
+/// A TMA descriptor (`CUtensorMap`), opaque to us.
+///
+/// The hardware wants 64-byte alignment. rustc cannot give a kernel parameter more than 16, so it
+/// stands first in its parameter struct and `cargo xtask ptx` raises the parameter's alignment.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorMap(pub [u64; 16]);

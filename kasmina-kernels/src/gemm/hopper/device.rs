@@ -1,0 +1,450 @@
+//! Device side of the Hopper forward kernels.
+
+use super::*;
+use crate::pipeline::RingPosition;
+use crate::ptx;
+use crate::smem_layout::{Major, stmatrix_offset};
+
+// Three warpgroups start with 168 registers a thread each, 504 together: 40 + 2 · 232.
+pub(super) const PRODUCER_REGISTERS: u32 = 40;
+pub(super) const CONSUMER_REGISTERS: u32 = 232;
+
+/// Whether consumers need more registers than the block starts with.
+pub(super) const fn needs_registers(tile: Tile) -> bool {
+    tile.block_n == 256
+}
+
+/// A 16-bit element type: how it leaves and enters f32.
+pub(super) trait Element {
+    fn pack(high: f32, low: f32) -> u32;
+    fn widen(bits: u16) -> f32;
+}
+
+pub(super) struct BF16;
+impl Element for BF16 {
+    #[inline(always)]
+    fn pack(high: f32, low: f32) -> u32 {
+        ptx::cvt_rn_bf16x2_f32(high, low)
+    }
+    #[inline(always)]
+    fn widen(bits: u16) -> f32 {
+        ptx::cvt_f32_bf16(bits)
+    }
+}
+
+pub(super) struct F16;
+impl Element for F16 {
+    #[inline(always)]
+    fn pack(high: f32, low: f32) -> u32 {
+        ptx::cvt_rn_f16x2_f32(high, low)
+    }
+    #[inline(always)]
+    fn widen(bits: u16) -> f32 {
+        ptx::cvt_f32_f16(bits)
+    }
+}
+
+/// Where the block's shared memory and its ring lie.
+#[derive(Clone, Copy)]
+pub(super) struct Block {
+    tile: Tile,
+    smem: u32,
+    pub(super) ring: RingBarriers,
+}
+
+impl Block {
+    /// Initialises the barriers, then waits for the grid before this one.
+    ///
+    /// # Safety
+    /// Every thread of the block calls it once, first; `tile.smem_bytes()` of dynamic shared
+    /// memory (`Kernel::smem_bytes`, which `launch` on the host passes).
+    #[inline(always)]
+    pub(super) unsafe fn start(tile: Tile) -> Self {
+        let smem = ptx::dynamic_smem();
+        let ring = RingBarriers { base: smem + tile.barrier_offset(), num_stages: tile.num_stages };
+        if ptx::thread_index() == 0 {
+            // SAFETY: one thread, before the barrier below, inside the shared memory.
+            unsafe { ring.init(tile.num_consumers()) };
+        }
+        // Everything so far touched only shared memory and may overlap the grid before.
+        ptx::griddepcontrol_launch_dependents();
+        ptx::griddepcontrol_wait();
+        // SAFETY: the whole block is here.
+        unsafe { ptx::bar_sync_all() };
+        Self { tile, smem, ring }
+    }
+
+    #[inline(always)]
+    pub(super) fn x_stage(self, stage: u32) -> u32 {
+        self.smem + stage * self.tile.x_stage_bytes()
+    }
+
+    #[inline(always)]
+    pub(super) fn w_stage(self, stage: u32) -> u32 {
+        self.smem + self.tile.w_offset() + stage * self.tile.w_stage_bytes()
+    }
+}
+
+/// Feeds the ring for every tile of this block.
+///
+/// # Safety
+/// One thread of the block calls it; `x_map` and `w_map` are 64-aligned addresses of maps with
+/// the boxes [`HopperGemmParams`] names (`gemm.rs` on the host encodes them).
+#[inline(always)]
+pub(super) unsafe fn produce(
+    block: Block,
+    x_map: u64,
+    w_map: u64,
+    w_major: Major,
+    tiles: TileScheduler,
+    k_blocks: u32,
+) {
+    // SAFETY: valid maps by the caller's contract.
+    unsafe {
+        ptx::prefetch_tensormap(x_map);
+        ptx::prefetch_tensormap(w_map);
+    }
+    let mut position = RingPosition::START;
+    let mut tile = ptx::block_index();
+    let stage_bytes = block.tile.x_stage_bytes() + block.tile.w_stage_bytes();
+    while tile < tiles.num_tiles() {
+        let (tile_m, tile_n) = tiles.tile(tile);
+        let (m, n) = (tile_m * block.tile.block_m, tile_n * block.tile.block_n);
+        let mut k_block = 0;
+        while k_block < k_blocks {
+            let k = k_block * BLOCK_K;
+            let full = block.ring.full(position.stage);
+            let (x, w) = (block.x_stage(position.stage), block.w_stage(position.stage));
+            // SAFETY: the stage is free once `empty` completes; the bytes expected are those of
+            // the boxes issued; destinations are whole stages, 1024-aligned.
+            unsafe {
+                block.ring.wait_empty(position);
+                ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
+                match w_major {
+                    Major::K => ptx::cp_async_bulk_tensor_2d_load(w, w_map, k, n, full),
+                    Major::MN => {
+                        let mut slab = 0;
+                        while slab < block.tile.block_n / SLAB_N {
+                            let dst = w + slab * (BLOCK_K * SLAB_N * 2);
+                            let column = n + slab * SLAB_N;
+                            ptx::cp_async_bulk_tensor_2d_load(dst, w_map, column, k, full);
+                            slab += 1;
+                        }
+                    }
+                }
+                ptx::cp_async_bulk_tensor_2d_load(x, x_map, k, m, full);
+            }
+            position = position.next(block.tile.num_stages);
+            k_block += 1;
+        }
+        tile += ptx::grid_size();
+    }
+}
+
+/// One consumer warpgroup's side of the epilogue.
+#[derive(Clone, Copy)]
+pub(super) struct Epilogue {
+    tile: Tile,
+    /// 0 or 1.
+    consumer: u32,
+    /// Of the warpgroup, 0 to 127.
+    thread: u32,
+    slabs: u32,
+    bias_smem: u32,
+    y_map: u64,
+    bias: u64,
+    n: u32,
+    activation: EpilogueActivation,
+}
+
+impl Epilogue {
+    #[inline(always)]
+    pub(super) fn new(
+        block: Block,
+        consumer: u32,
+        y_map: u64,
+        bias: u64,
+        n: u32,
+        activation: EpilogueActivation,
+    ) -> Self {
+        let tile = block.tile;
+        Self {
+            tile,
+            consumer,
+            thread: ptx::thread_index() % WARPGROUP,
+            slabs: block.smem + tile.y_offset() + consumer * (SLABS_PER_CONSUMER * SLAB_BYTES),
+            bias_smem: block.smem + tile.bias_offset() + consumer * (tile.block_n * 4),
+            y_map,
+            bias,
+            n,
+            activation,
+        }
+    }
+
+    /// This thread's two bias elements of the tile at column `n`, as bits; 0 beyond the edge.
+    /// Loaded before the main loop so that their latency hides behind it.
+    #[inline(always)]
+    pub(super) fn load_bias(self, n: u32) -> (u16, u16) {
+        let column = n + 2 * self.thread;
+        let (mut low, mut high) = (0, 0);
+        if self.bias != 0 && 2 * self.thread < self.tile.block_n {
+            let address = self.bias + 2 * column as u64;
+            // SAFETY: inside the bias's n elements; the host checks its length and alignment.
+            unsafe {
+                if column < self.n {
+                    low = ptx::ld_global_nc_u16(address);
+                }
+                if column + 1 < self.n {
+                    high = ptx::ld_global_nc_u16(address + 2);
+                }
+            }
+        }
+        (low, high)
+    }
+
+    /// Puts the bias where the warpgroup's other threads read it. The first barrier of the first
+    /// slab orders it; the last barrier of the tile before ended its readers.
+    #[inline(always)]
+    pub(super) fn publish_bias<E: Element>(self, (low, high): (u16, u16)) {
+        if 2 * self.thread < self.tile.block_n {
+            let address = self.bias_smem + 8 * self.thread;
+            // SAFETY: this thread's own 8 bytes.
+            unsafe {
+                ptx::st_shared_f32(address, E::widen(low));
+                ptx::st_shared_f32(address + 4, E::widen(high));
+            }
+        }
+    }
+
+    /// Waits until the warpgroup may overwrite the buffer of the next slab.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it.
+    #[inline(always)]
+    pub(super) unsafe fn begin_slab(self) {
+        if self.thread == 0 {
+            // Two buffers in turn: the store before the last has read this one.
+            ptx::cp_async_bulk_wait_group_read::<{ SLABS_PER_CONSUMER - 1 }>();
+        }
+        // SAFETY: the whole warpgroup, by the caller's contract.
+        unsafe { self.sync() };
+    }
+
+    /// Finishes 16 columns: registers `8·group ..` of the tile, as
+    /// `smem_layout::accumulator_position` places them.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it, between `begin_slab` and `end_slab`.
+    #[inline(always)]
+    pub(super) unsafe fn columns<E: Element>(self, group: u32, mut c: [f32; 8]) {
+        let bias = self.bias_smem + (16 * group + 2 * (self.thread % 4)) * 4;
+        // SAFETY: columns 16·group to 16·group + 15 are below block_n.
+        let ((b0, b1), (b2, b3)) =
+            unsafe { (ptx::ld_shared_v2_f32(bias), ptx::ld_shared_v2_f32(bias + 32)) };
+        c = [
+            c[0] + b0,
+            c[1] + b1,
+            c[2] + b0,
+            c[3] + b1,
+            c[4] + b2,
+            c[5] + b3,
+            c[6] + b2,
+            c[7] + b3,
+        ];
+        c = if self.activation.smooth == 0 {
+            c.map(|value| ptx::max_nan_f32(value, self.activation.lower))
+        } else {
+            c.map(|value| {
+                let power = ptx::ex2_approx_f32(self.activation.sigmoid_exponent(value));
+                value * ptx::rcp_approx_f32(1.0 + power)
+            })
+        };
+        let slab = group / 4;
+        let buffer = self.slabs + (slab % SLABS_PER_CONSUMER) * SLAB_BYTES;
+        let address = buffer + stmatrix_offset(self.thread, group % 4);
+        // SAFETY: inside this warpgroup's buffer; `begin_slab` has freed it.
+        unsafe {
+            ptx::stmatrix_x4(
+                address,
+                E::pack(c[1], c[0]),
+                E::pack(c[3], c[2]),
+                E::pack(c[5], c[4]),
+                E::pack(c[7], c[6]),
+            );
+        }
+    }
+
+    /// Stores slab `slab` of the tile whose first row and column are `m` and `n`.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it, after the slab's four `columns`.
+    #[inline(always)]
+    pub(super) unsafe fn end_slab(self, slab: u32, m: u32, n: u32) {
+        ptx::fence_proxy_async_shared();
+        // SAFETY: the whole warpgroup, by the caller's contract.
+        unsafe { self.sync() };
+        if self.thread == 0 {
+            let buffer = self.slabs + (slab % SLABS_PER_CONSUMER) * SLAB_BYTES;
+            let row = m + self.consumer * CONSUMER_M;
+            // SAFETY: every writer has fenced and the barrier is behind us; the buffer is not
+            // written again before `begin_slab` has waited for this store.
+            unsafe {
+                ptx::cp_async_bulk_tensor_2d_store(self.y_map, n + slab * SLAB_N, row, buffer);
+            }
+            ptx::cp_async_bulk_commit_group();
+        }
+    }
+
+    /// Waits for the stores: shared memory must outlive their reads.
+    #[inline(always)]
+    pub(super) fn finish(self) {
+        if self.thread == 0 {
+            ptx::cp_async_bulk_wait_group_read::<0>();
+        }
+    }
+
+    /// # Safety
+    /// The whole warpgroup calls it.
+    #[inline(always)]
+    unsafe fn sync(self) {
+        // SAFETY: barrier ids are immediates; each consumer has its own.
+        unsafe {
+            if self.consumer == 0 {
+                ptx::bar_sync::<1, WARPGROUP>();
+            } else {
+                ptx::bar_sync::<2, WARPGROUP>();
+            }
+        }
+    }
+}
+
+/// Defines the entry for one element type, major order of W and tile.
+macro_rules! entry {
+    ($entry:ident, $element:ident, $ptx_type:literal, $major:ident,
+     $block_m:literal, $block_n:tt, $num_stages:literal) => {
+        $crate::ptx::wgmma::with_accumulators! { $block_n, device::entry! {
+            @body $entry, $element, $ptx_type, $major, $block_m, $block_n, $num_stages
+        } }
+    };
+    (@body $entry:ident, $element:ident, $ptx_type:literal, $major:ident,
+     $block_m:literal, $block_n:tt, $num_stages:literal $([$($c:ident)+])+) => {
+        /// # Safety
+        /// Launched by `launch` on the host with the geometry of its `Kernel` and parameters that
+        /// `gemm.rs` has checked against the shape contract.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $entry(params: HopperGemmParams) {
+            use crate::smem_layout::{Major, descriptor_step_k16, wgmma_descriptor};
+            use crate::{pipeline::RingPosition, ptx};
+            use device::*;
+
+            const TILE: Tile =
+                Tile { block_m: $block_m, block_n: $block_n, num_stages: $num_stages };
+            const W_MAJOR: Major = Major::$major;
+            let x_map: u64;
+            // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
+            // to `params` in Rust would be a copy in local memory, useless to TMA.
+            unsafe {
+                core::arch::asm!(
+                    "// kasmina: .maxntid {threads}, 1, 1",
+                    "// kasmina: .minnctapersm 1",
+                    "// kasmina: .param_align 64",
+                    concat!("mov.b64 {address}, ", stringify!($entry), "_param_0;"),
+                    "cvta.param.u64 {address}, {address};",
+                    address = out(reg64) x_map,
+                    threads = const TILE.block_dim(),
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            let (w_map, y_map) = (x_map + 128, x_map + 256);
+            let (tiles, k_blocks) = (params.tiles, params.k_blocks);
+
+            // SAFETY: the whole block is here.
+            let (block, warpgroup) = unsafe {
+                let block = Block::start(TILE);
+                (block, ptx::shfl_sync_idx_first(ptx::thread_index() / WARPGROUP))
+            };
+            if warpgroup == 0 {
+                // SAFETY: the whole producer warpgroup, which starts with more registers; one
+                // thread produces, with the maps of the parameters.
+                unsafe {
+                    if needs_registers(TILE) {
+                        ptx::setmaxnreg_dec::<PRODUCER_REGISTERS>();
+                    }
+                    if ptx::thread_index() == 0 {
+                        produce(block, x_map, w_map, W_MAJOR, tiles, k_blocks);
+                    }
+                }
+            } else {
+                if needs_registers(TILE) {
+                    // SAFETY: whole consumer warpgroups; the producer frees what they take.
+                    unsafe { ptx::setmaxnreg_inc::<CONSUMER_REGISTERS>() };
+                }
+                let consumer = warpgroup - 1;
+                let epilogue = Epilogue::new(
+                    block, consumer, y_map, params.bias, params.n, params.activation,
+                );
+                let elected = ptx::thread_index() % WARPGROUP == 0;
+                let mut position = RingPosition::START;
+                let mut tile = ptx::block_index();
+                $($(let mut $c = 0.0f32;)+)+
+                while tile < tiles.num_tiles() {
+                    let (tile_m, tile_n) = tiles.tile(tile);
+                    let (m, n) = (tile_m * TILE.block_m, tile_n * TILE.block_n);
+                    let bias = epilogue.load_bias(n);
+                    let mut previous = position.stage;
+                    let mut k_block = 0u32;
+                    while k_block < k_blocks {
+                        let stage = position.stage;
+                        let x = block.x_stage(stage) + consumer * (CONSUMER_M * BLOCK_K * 2);
+                        let a = wgmma_descriptor(x, Major::K);
+                        let b = wgmma_descriptor(block.w_stage(stage), W_MAJOR);
+                        // SAFETY: the stage has landed; the whole warpgroup executes it.
+                        unsafe {
+                            block.ring.wait_full(position);
+                            ptx::wgmma::wgmma_k64!(
+                                $ptx_type, $block_n,
+                                (W_MAJOR as u32),
+                                (descriptor_step_k16(Major::K)),
+                                (descriptor_step_k16(W_MAJOR)),
+                                a, b, k_block, $($($c)+)+
+                            );
+                            // The batch before is complete: its stage may be overwritten.
+                            if elected && k_block > 0 {
+                                ptx::mbarrier_arrive(block.ring.empty(previous));
+                            }
+                        }
+                        previous = stage;
+                        position = position.next(TILE.num_stages);
+                        k_block += 1;
+                    }
+                    // SAFETY: the whole warpgroup; the last batch's stage is released after it.
+                    unsafe {
+                        ptx::wgmma::wgmma_wait_all!($block_n, $($($c)+)+);
+                        if elected {
+                            ptx::mbarrier_arrive(block.ring.empty(previous));
+                        }
+                    }
+                    epilogue.publish_bias::<$element>(bias);
+                    let mut group = 0;
+                    $(
+                        // SAFETY: the whole warpgroup goes through the slabs in order.
+                        unsafe {
+                            if group % 4 == 0 {
+                                epilogue.begin_slab();
+                            }
+                            epilogue.columns::<$element>(group, [$($c),+]);
+                            if group % 4 == 3 {
+                                epilogue.end_slab(group / 4, m, n);
+                            }
+                        }
+                        group += 1;
+                    )+
+                    let _ = group;
+                    tile += ptx::grid_size();
+                }
+                epilogue.finish();
+            }
+        }
+    };
+}
+pub(super) use entry;

@@ -1,0 +1,504 @@
+//! The kernel's body, for every element type and layout.
+
+use super::*;
+use crate::activation::Activation;
+use crate::ptx;
+
+/// An element type in global memory. Bits travel in the lower end of a `u32`.
+pub(super) trait Element {
+    const SIZE: u32;
+    fn widen(bits: u32) -> f32;
+    fn round(value: f32) -> u32;
+    /// # Safety
+    /// As [`ptx::ld_global_nc_u32`], for `SIZE` bytes.
+    unsafe fn load(address: u64) -> u32;
+    /// # Safety
+    /// As [`ptx::st_global_u32`], for `SIZE` bytes.
+    unsafe fn store(address: u64, bits: u32);
+}
+
+pub(super) struct F32;
+pub(super) struct F16;
+pub(super) struct BF16;
+
+impl Element for F32 {
+    const SIZE: u32 = 4;
+    #[inline(always)]
+    fn widen(bits: u32) -> f32 {
+        f32::from_bits(bits)
+    }
+    #[inline(always)]
+    fn round(value: f32) -> u32 {
+        value.to_bits()
+    }
+    #[inline(always)]
+    unsafe fn load(address: u64) -> u32 {
+        // SAFETY: the caller's contract.
+        unsafe { ptx::ld_global_nc_u32(address) }
+    }
+    #[inline(always)]
+    unsafe fn store(address: u64, bits: u32) {
+        // SAFETY: the caller's contract.
+        unsafe { ptx::st_global_u32(address, bits) }
+    }
+}
+
+macro_rules! sixteen_bit_element {
+    ($name:ident, $widen:expr, $round:expr) => {
+        impl Element for $name {
+            const SIZE: u32 = 2;
+            #[inline(always)]
+            fn widen(bits: u32) -> f32 {
+                $widen(bits)
+            }
+            #[inline(always)]
+            fn round(value: f32) -> u32 {
+                u32::from($round(value))
+            }
+            #[inline(always)]
+            unsafe fn load(address: u64) -> u32 {
+                // SAFETY: the caller's contract.
+                u32::from(unsafe { ptx::ld_global_nc_u16(address) })
+            }
+            #[inline(always)]
+            unsafe fn store(address: u64, bits: u32) {
+                // SAFETY: the caller's contract.
+                unsafe { ptx::st_global_u16(address, bits as u16) }
+            }
+        }
+    };
+}
+sixteen_bit_element!(F16, |bits| ptx::cvt_f32_f16(bits as u16), ptx::cvt_rn_f16_f32);
+sixteen_bit_element!(BF16, |bits: u32| f32::from_bits(bits << 16), bf16_from_f32);
+
+/// Which axis of an operand is contiguous.
+pub(super) trait Axis {
+    const K_MAJOR: bool;
+    /// Where a thread's eight elements start in a tile, as `(index, k)`.
+    fn share(thread: u32) -> (u32, u32);
+}
+pub(super) struct KMajor;
+pub(super) struct NMajor;
+impl Axis for KMajor {
+    const K_MAJOR: bool = true;
+    #[inline(always)]
+    fn share(thread: u32) -> (u32, u32) {
+        k_major_share(thread)
+    }
+}
+impl Axis for NMajor {
+    const K_MAJOR: bool = false;
+    #[inline(always)]
+    fn share(thread: u32) -> (u32, u32) {
+        n_major_share(thread)
+    }
+}
+/// W as `[k, n]`.
+pub(super) type InOut = NMajor;
+/// W as `[n, k]`.
+pub(super) type OutIn = KMajor;
+
+/// Repeats a block with a name bound to each literal. A loop would be unrolled too late (or not
+/// at all) for the arrays it indexes to become registers.
+macro_rules! unroll {
+    ($index:ident: $type:ident in [$($literal:literal)+] $body:block) => {
+        $({
+            let $index: $type = $literal;
+            $body
+        })+
+    };
+}
+
+/// From a row of the tile's first half to that of its second, in bytes of a stage.
+const OTHER_HALF: u32 = BLOCK_M / 2 * 4;
+
+/// Index of the thread, in a form that tells the compiler its range.
+#[inline(always)]
+fn thread() -> u32 {
+    ptx::thread_index() % THREADS
+}
+
+/// A thread's eight elements of an operand's tile between global and shared memory: 32 bytes,
+/// of which a 16-bit type uses the first half.
+type Staged = [u32; 8];
+
+/// One of them as f32.
+#[inline(always)]
+fn widened<E: Element>(staged: &Staged, index: u32) -> f32 {
+    let byte = index * E::SIZE;
+    E::widen(staged[(byte / 4) as usize] >> (byte % 4 * 8))
+}
+
+/// Walks one operand along k.
+struct Loader {
+    /// Address of the next tile's first element.
+    tile: u64,
+    /// From row to row, in elements.
+    stride: u64,
+    /// From the tile's first element to this thread's, in bytes; used if `vector`. 32 bits, as
+    /// more registers beside 64 sums would spill.
+    offset: u32,
+    /// 1 if a full tile of k can be loaded in vectors of 16 bytes, else 0.
+    vector: u32,
+    /// Rows of the operand (columns of W).
+    extent: u32,
+    /// Where in shared memory the tile's first row (or column) is.
+    first_at: u32,
+}
+
+impl Loader {
+    /// The tile whose first row (or column of W) is `first`, of `extent`.
+    #[inline(always)]
+    fn new<E: Element, A: Axis>(
+        base: u64,
+        stride: u64,
+        first: u32,
+        extent: u32,
+        first_at: u32,
+    ) -> Self {
+        let row_bytes = stride * u64::from(E::SIZE);
+        let (first_bytes, tile_rows) = if A::K_MAJOR {
+            (u64::from(first) * row_bytes, BLOCK_M)
+        } else {
+            (u64::from(first) * u64::from(E::SIZE), BLOCK_K)
+        };
+        let last = extent - first - 1;
+        let vector = (base | row_bytes) % 16 == 0
+            && row_bytes * u64::from(tile_rows) <= u64::from(u32::MAX)
+            && (A::K_MAJOR || last >= BLOCK_N - 1);
+        let offset = Self::offset::<E, A>(thread(), stride, last) as u32;
+        Self {
+            tile: base + first_bytes,
+            stride,
+            offset: ptx::opaque_u32(offset),
+            vector: ptx::opaque_u32(u32::from(vector)),
+            extent,
+            first_at,
+        }
+    }
+
+    /// From the tile's first element to a thread's, in bytes. A row beyond the last is the
+    /// last.
+    #[inline(always)]
+    fn offset<E: Element, A: Axis>(thread: u32, stride: u64, last: u32) -> u64 {
+        let (index, k) = A::share(thread);
+        let elements = if A::K_MAJOR {
+            let row = if index < last { index } else { last };
+            u64::from(row) * stride + u64::from(k)
+        } else {
+            u64::from(k) * stride + u64::from(index)
+        };
+        elements * u64::from(E::SIZE)
+    }
+
+    /// This thread's elements of the next tile, of which `depth` k exist; the rest are zero.
+    ///
+    /// # Safety
+    /// The operand's memory is readable and nothing writes it while the kernel runs; a barrier
+    /// has passed since the tile's first row was put at `first_at`.
+    #[inline(always)]
+    unsafe fn fetch<E: Element, A: Axis>(&mut self, depth: u32) -> Staged {
+        let mut staged = [0; 8];
+        if self.vector != 0 && depth >= BLOCK_K {
+            let address = self.tile + u64::from(self.offset);
+            // SAFETY: inside the operand, as its rows are clamped or the tile of n is full, and
+            // the tile of k is; base, stride and offset are multiples of 16.
+            unsafe {
+                [staged[0], staged[1], staged[2], staged[3]] = ptx::ld_global_nc_v4_u32(address);
+                if E::SIZE == 4 {
+                    [staged[4], staged[5], staged[6], staged[7]] =
+                        ptx::ld_global_nc_v4_u32(address + 16);
+                }
+            }
+        } else {
+            // Opaque, so that what follows from them occupies no registers in the other case.
+            let (thread, stride) = (ptx::opaque_u32(thread()), ptx::opaque_u64(self.stride));
+            // SAFETY: written before a barrier.
+            let last = self.extent - unsafe { ptx::ld_shared_u32(self.first_at) } - 1;
+            let (index, k) = A::share(thread);
+            let address = self.tile + Self::offset::<E, A>(thread, stride, last);
+            unroll!(i: u32 in [0 1 2 3 4 5 6 7] {
+                let exists =
+                    if A::K_MAJOR { k + i < depth } else { k < depth && index + i <= last };
+                if exists {
+                    let byte = i * E::SIZE;
+                    // SAFETY: the element lies inside the operand.
+                    let bits = unsafe { E::load(address + u64::from(byte)) };
+                    staged[(byte / 4) as usize] |= bits << (byte % 4 * 8);
+                }
+            });
+        }
+        let step = if A::K_MAJOR { 1 } else { ptx::opaque_u64(self.stride) };
+        self.tile += step * u64::from(BLOCK_K * E::SIZE);
+        staged
+    }
+}
+
+/// Writes what [`Loader::fetch`] gave to the stage at `stage`, as f32.
+///
+/// # Safety
+/// No thread reads that stage before the next barrier.
+#[inline(always)]
+unsafe fn put<E: Element, A: Axis>(stage: u32, staged: &Staged) {
+    let (index, k) = A::share(thread());
+    // The addresses of the second four elements follow from the first's, so that one is held:
+    // k is a multiple of 8 where it is contiguous, `index` where that is.
+    let address = stage + tile_offset(k, index);
+    unroll!(four: u32 in [0 4] {
+        let mut values = [0.0; 4];
+        unroll!(i: u32 in [0 1 2 3] {
+            values[i as usize] = widened::<E>(staged, four + i);
+        });
+        if A::K_MAJOR {
+            let address = (address ^ swizzle(four)) + four * ROW_BYTES;
+            unroll!(i: u32 in [0 1 2 3] {
+                // SAFETY: inside the stage, a multiple of 4.
+                unsafe { ptx::st_shared_f32(address + i * ROW_BYTES, values[i as usize]) };
+            });
+        } else {
+            // SAFETY: inside the stage; four columns from a multiple of four are 16 aligned
+            // bytes, which stay together.
+            unsafe { ptx::st_shared_v4_f32(address ^ (four * 4), values) };
+        }
+    });
+}
+
+/// A thread's results.
+type Sums = [[f32; 8]; 8];
+
+/// A thread's eight rows of X and eight columns of W at one k.
+type Operands = [[[f32; 4]; 2]; 2];
+
+/// Reads them; `x` and `w` are the addresses of the thread's first row and column at k = 0.
+///
+/// # Safety
+/// Both stages are written, and a barrier has passed since.
+#[inline(always)]
+unsafe fn load_operands(x: u32, w: u32, k: u32) -> Operands {
+    // `tile_offset(k, first)`, split so that only four addresses of each are computed: the rest
+    // is the immediate of the load.
+    let x = (x ^ swizzle(k)) + k * ROW_BYTES;
+    let w = (w ^ swizzle(k)) + k * ROW_BYTES;
+    // SAFETY: inside the stage; row and column are multiples of four, so 16-aligned.
+    unsafe {
+        [
+            [ptx::ld_shared_v4_f32(x), ptx::ld_shared_v4_f32(x + OTHER_HALF)],
+            [ptx::ld_shared_v4_f32(w), ptx::ld_shared_v4_f32(w + OTHER_HALF)],
+        ]
+    }
+}
+
+/// Adds the product of half a stage of X and W, the eight k from `first_k`.
+///
+/// # Safety
+/// As [`load_operands`].
+#[inline(always)]
+unsafe fn multiply_half(sums: &mut Sums, x: u32, w: u32, first_k: u32) {
+    // SAFETY: the caller's contract.
+    let mut operands = unsafe { load_operands(x, w, first_k) };
+    unroll!(k: u32 in [0 1 2 3 4 5 6 7] {
+        let [x_values, w_values] = operands;
+        // One k ahead: without it ptxas moves more loads forward than it has registers for. The
+        // last is the first again, which is dropped.
+        // SAFETY: the caller's contract.
+        operands = unsafe { load_operands(x, w, first_k + (k + 1) % 8) };
+        unroll!(i: usize in [0 1 2 3 4 5 6 7] {
+            unroll!(j: usize in [0 1 2 3 4 5 6 7] {
+                sums[i][j] =
+                    ptx::fma_rn_f32(x_values[i / 4][i % 4], w_values[j / 4][j % 4], sums[i][j]);
+            });
+        });
+    });
+    _ = operands;
+}
+
+/// Writes one half of a thread's results, `half` 0 or 1, to the half tile at `smem`.
+///
+/// # Safety
+/// No thread accesses the half tile before the next barrier.
+#[inline(always)]
+unsafe fn put_results(smem: u32, sums: &Sums, half: usize) {
+    // Opaque, as the same numbers held from before the product would take registers from it.
+    let (row, column) = thread_tile(ptx::opaque_u32(thread()));
+    unroll!(i: u32 in [0 1 2 3] {
+        let [a, b, c, d, e, f, g, h] = sums[half * 4 + i as usize];
+        let address = smem + result_offset(row + i, column);
+        // SAFETY: inside the half tile; the column is a multiple of four, so 16-aligned.
+        unsafe {
+            ptx::st_shared_v4_f32(address, [a, b, c, d]);
+            ptx::st_shared_v4_f32(address + OTHER_HALF, [e, f, g, h]);
+        }
+    });
+}
+
+/// The activation of four results, chosen once for all of them.
+#[inline(always)]
+fn activate(activation: Activation, values: [f32; 4]) -> [f32; 4] {
+    macro_rules! each {
+        ($($variant:ident)+) => {
+            match activation {
+                $(Activation::$variant => values.map(|v| Activation::$variant.apply(v)),)+
+            }
+        };
+    }
+    each!(None Relu Gelu GeluTanh Silu)
+}
+
+/// Bias, activation, rounding and the stores of the half tile at `smem`, whose first element
+/// in Y is (`first_row`, `first_column`).
+///
+/// # Safety
+/// The half tile is written and a barrier has passed since; Y is writable.
+#[inline(always)]
+unsafe fn store_half<E: Element>(
+    params: &PortableGemmParams,
+    smem: u32,
+    first_row: u32,
+    first_column: u32,
+    bias: [f32; 4],
+) {
+    let thread = thread();
+    let (warp, lane_column) = (thread / 32, thread % 32 * 4);
+    let size = u64::from(E::SIZE);
+    let activation = Activation::from_code(params.activation);
+    let rows = params.m.saturating_sub(first_row);
+    let columns = params.n - first_column;
+    let aligned = (params.y | (params.y_stride * size)) % (4 * size) == 0;
+    let column = u64::from(first_column) + u64::from(lane_column);
+    let mut row = warp;
+    while row < BLOCK_M / 2 && row < rows {
+        // SAFETY: inside the half tile, a multiple of 16.
+        let mut values = unsafe { ptx::ld_shared_v4_f32(smem + result_offset(row, lane_column)) };
+        unroll!(i: usize in [0 1 2 3] {
+            values[i] += bias[i];
+        });
+        let bits = activate(activation, values).map(E::round);
+        let y_row = u64::from(first_row) + u64::from(row);
+        let address = params.y.wrapping_add((y_row * params.y_stride + column) * size);
+        if aligned && lane_column + 4 <= columns {
+            // SAFETY: four existing columns of an existing row, aligned to their size.
+            unsafe {
+                if E::SIZE == 4 {
+                    ptx::st_global_v4_u32(address, bits);
+                } else {
+                    let pairs = [bits[0] | (bits[1] << 16), bits[2] | (bits[3] << 16)];
+                    ptx::st_global_v2_u32(address, pairs);
+                }
+            }
+        } else {
+            unroll!(i: u32 in [0 1 2 3] {
+                if lane_column + i < columns {
+                    // SAFETY: an existing column of an existing row.
+                    unsafe { E::store(address + u64::from(i) * size, bits[i as usize]) };
+                }
+            });
+        }
+        row += THREADS / 32;
+    }
+}
+
+/// The bias of the four columns this thread stores; zero for none and beyond n.
+///
+/// # Safety
+/// The bias is 0 or readable.
+#[inline(always)]
+unsafe fn load_bias<E: Element>(params: &PortableGemmParams, first_column: u32) -> [f32; 4] {
+    let lane_column = thread() % 32 * 4;
+    let mut bias = [0.0; 4];
+    unroll!(i: u32 in [0 1 2 3] {
+        if params.bias != 0 && lane_column + i < params.n - first_column {
+            let column = u64::from(first_column) + u64::from(lane_column + i);
+            // SAFETY: an element of the bias.
+            bias[i as usize] =
+                E::widen(unsafe { E::load(params.bias + column * u64::from(E::SIZE)) });
+        }
+    });
+    bias
+}
+
+/// One tile of Y.
+///
+/// # Safety
+/// As the entries': the operands are readable, Y is writable, nothing else writes them while
+/// the kernel runs, and the block's index names a tile.
+#[inline(always)]
+pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
+    // Two blocks share a multiprocessor, which leaves 128 registers a thread.
+    // SAFETY: comments for `cargo xtask ptx`.
+    unsafe {
+        core::arch::asm!(
+            "// kasmina: .maxntid {threads}, 1, 1",
+            "// kasmina: .minnctapersm 2",
+            threads = const THREADS,
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+    let (tile_row, tile_column) = tiles(params.m, params.n).tile(ptx::block_index());
+    let (first_row, first_column) = (tile_row * BLOCK_M, tile_column * BLOCK_N);
+    let smem = ptx::dynamic_smem();
+    let (first_row_at, first_column_at) = (smem + PARKED, smem + PARKED + 4);
+    let mut x_loader =
+        Loader::new::<E, KMajor>(params.x, params.x_stride, first_row, params.m, first_row_at);
+    let mut w_loader =
+        Loader::new::<E, W>(params.w, params.w_stride, first_column, params.n, first_column_at);
+    let (x_smem, w_smem) = (smem, smem + 2 * STAGE_BYTES);
+    let (row, column) = thread_tile(thread());
+    let mut sums: Sums = [[0.0; 8]; 8];
+    let mut stage = 0;
+    let mut depth = params.k;
+
+    // SAFETY: the operands are readable by the caller's contract. Each stage is written before
+    // the barrier that precedes its reads, and read before the barrier that precedes the next
+    // writes. Every thread runs the same number of iterations, so all meet at each barrier.
+    unsafe {
+        if thread() == 0 {
+            ptx::st_shared_u32(first_row_at, first_row);
+            ptx::st_shared_u32(first_column_at, first_column);
+        }
+        ptx::bar_sync::<0, THREADS>();
+        let x_staged = x_loader.fetch::<E, KMajor>(depth);
+        let w_staged = w_loader.fetch::<E, W>(depth);
+        put::<E, KMajor>(x_smem, &x_staged);
+        put::<E, W>(w_smem, &w_staged);
+        ptx::bar_sync::<0, THREADS>();
+        loop {
+            let (x_stage, w_stage) = (x_smem + stage, w_smem + stage);
+            stage ^= STAGE_BYTES;
+            // Past the end zeros are put where nothing reads them, so that one copy of the
+            // product serves all tiles. One operand at a time, as 16 registers in flight
+            // beside 64 sums would spill.
+            depth = depth.saturating_sub(BLOCK_K);
+            let staged = x_loader.fetch::<E, KMajor>(depth);
+            multiply_half(&mut sums, x_stage + row * 4, w_stage + column * 4, 0);
+            put::<E, KMajor>(x_smem + stage, &staged);
+            let staged = w_loader.fetch::<E, W>(depth);
+            multiply_half(&mut sums, x_stage + row * 4, w_stage + column * 4, BLOCK_K / 2);
+            put::<E, W>(w_smem + stage, &staged);
+            if depth == 0 {
+                break;
+            }
+            ptx::bar_sync::<0, THREADS>();
+        }
+    }
+
+    // SAFETY: the half tile reuses the stages after a barrier that follows their last reads,
+    // and the same holds between its two uses. The bias is 0 or readable, Y is writable.
+    unsafe {
+        let first_row = ptx::ld_shared_u32(first_row_at);
+        let first_column = ptx::ld_shared_u32(first_column_at);
+        let bias = load_bias::<E>(params, first_column);
+        let mut half = 0;
+        while half < 2 {
+            ptx::bar_sync::<0, THREADS>();
+            if half == 0 {
+                put_results(smem, &sums, 0);
+            } else {
+                put_results(smem, &sums, 1);
+            }
+            ptx::bar_sync::<0, THREADS>();
+            let half_row = first_row + half * (BLOCK_M / 2);
+            store_half::<E>(params, smem, half_row, first_column, bias);
+            half += 1;
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! Arithmetic that plain Rust would compile to something else.
+
+use core::arch::asm;
+
+/// `a·b + c`, rounded once.
+#[must_use]
+#[inline(always)]
+pub fn fma_rn_f32(a: f32, b: f32, c: f32) -> f32 {
+    let d: f32;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        asm!("fma.rn.f32 {}, {}, {}, {};", out(reg32) d, in(reg32) a, in(reg32) b, in(reg32) c,
+             options(pure, nomem, nostack, preserves_flags));
+    }
+    d
+}
+
+/// The larger of the two; NaN if either is.
+#[must_use]
+#[inline(always)]
+pub fn max_nan_f32(a: f32, b: f32) -> f32 {
+    let d: f32;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        asm!("max.NaN.f32 {}, {}, {};", out(reg32) d, in(reg32) a, in(reg32) b,
+             options(pure, nomem, nostack, preserves_flags));
+    }
+    d
+}
+
+/// `2^x` to within 2 ulp.
+#[must_use]
+#[inline(always)]
+pub fn ex2_approx_f32(x: f32) -> f32 {
+    let d: f32;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        asm!("ex2.approx.ftz.f32 {}, {};", out(reg32) d, in(reg32) x,
+             options(pure, nomem, nostack, preserves_flags));
+    }
+    d
+}
+
+/// `1/x` to within 1 ulp.
+#[must_use]
+#[inline(always)]
+pub fn rcp_approx_f32(x: f32) -> f32 {
+    let d: f32;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        asm!("rcp.approx.ftz.f32 {}, {};", out(reg32) d, in(reg32) x,
+             options(pure, nomem, nostack, preserves_flags));
+    }
+    d
+}

@@ -1,0 +1,32 @@
+//! PTX instructions, one function each, under their PTX names.
+//!
+//! Every function is `unsafe` whose instruction has a rule the type system cannot hold; its
+//! `# Safety` section states that rule. Shared-memory addresses are `u32` in the shared window.
+
+mod barrier;
+mod convert;
+mod fence;
+mod global;
+mod grid;
+mod math;
+mod mbarrier;
+mod registers;
+pub mod simt;
+mod smem;
+mod special;
+mod tma;
+#[cfg(kasmina_tier = "hopper")]
+pub(crate) mod wgmma;
+
+pub use barrier::*;
+pub use convert::*;
+pub use fence::*;
+pub use global::*;
+pub use grid::*;
+pub use math::*;
+pub use mbarrier::*;
+pub use registers::*;
+pub use simt::*;
+pub use smem::*;
+pub use special::*;
+pub use tma::*;

@@ -1,0 +1,143 @@
+//! Warpgroup matrix multiply-accumulate.
+//!
+//! Accumulators are separate variables, not an array: an array goes to local memory and ptxas then
+//! serialises the pipeline (C7511). One macro numbers the registers.
+
+/// Calls a macro with its arguments followed by the names of the accumulators of an m64 tile of 64,
+/// 128 or 256 columns, grouped by the eight that cover 16 columns.
+macro_rules! with_accumulators {
+    (64, $($callback:ident)::+ ! { $($arguments:tt)* }) => {
+        $($callback)::+! {
+            $($arguments)*
+            [c0 c1 c2 c3 c4 c5 c6 c7]
+            [c8 c9 c10 c11 c12 c13 c14 c15]
+            [c16 c17 c18 c19 c20 c21 c22 c23]
+            [c24 c25 c26 c27 c28 c29 c30 c31]
+        }
+    };
+    (128, $($callback:ident)::+ ! { $($arguments:tt)* }) => {
+        $($callback)::+! {
+            $($arguments)*
+            [c0 c1 c2 c3 c4 c5 c6 c7]
+            [c8 c9 c10 c11 c12 c13 c14 c15]
+            [c16 c17 c18 c19 c20 c21 c22 c23]
+            [c24 c25 c26 c27 c28 c29 c30 c31]
+            [c32 c33 c34 c35 c36 c37 c38 c39]
+            [c40 c41 c42 c43 c44 c45 c46 c47]
+            [c48 c49 c50 c51 c52 c53 c54 c55]
+            [c56 c57 c58 c59 c60 c61 c62 c63]
+        }
+    };
+    (256, $($callback:ident)::+ ! { $($arguments:tt)* }) => {
+        $($callback)::+! {
+            $($arguments)*
+            [c0 c1 c2 c3 c4 c5 c6 c7]
+            [c8 c9 c10 c11 c12 c13 c14 c15]
+            [c16 c17 c18 c19 c20 c21 c22 c23]
+            [c24 c25 c26 c27 c28 c29 c30 c31]
+            [c32 c33 c34 c35 c36 c37 c38 c39]
+            [c40 c41 c42 c43 c44 c45 c46 c47]
+            [c48 c49 c50 c51 c52 c53 c54 c55]
+            [c56 c57 c58 c59 c60 c61 c62 c63]
+            [c64 c65 c66 c67 c68 c69 c70 c71]
+            [c72 c73 c74 c75 c76 c77 c78 c79]
+            [c80 c81 c82 c83 c84 c85 c86 c87]
+            [c88 c89 c90 c91 c92 c93 c94 c95]
+            [c96 c97 c98 c99 c100 c101 c102 c103]
+            [c104 c105 c106 c107 c108 c109 c110 c111]
+            [c112 c113 c114 c115 c116 c117 c118 c119]
+            [c120 c121 c122 c123 c124 c125 c126 c127]
+        }
+    };
+}
+
+/// The accumulators of an m64 tile of 64, 128 or 256 columns as asm operands, the first ones.
+macro_rules! accumulator_operands {
+    (64) => {
+        "{{{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, \
+             {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, \
+             {29}, {30}, {31}}}"
+    };
+    (128) => {
+        "{{{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, \
+             {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, \
+             {29}, {30}, {31}, {32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, \
+             {43}, {44}, {45}, {46}, {47}, {48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, \
+             {57}, {58}, {59}, {60}, {61}, {62}, {63}}}"
+    };
+    (256) => {
+        "{{{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, \
+             {15}, {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, \
+             {29}, {30}, {31}, {32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, \
+             {43}, {44}, {45}, {46}, {47}, {48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, \
+             {57}, {58}, {59}, {60}, {61}, {62}, {63}, {64}, {65}, {66}, {67}, {68}, {69}, {70}, \
+             {71}, {72}, {73}, {74}, {75}, {76}, {77}, {78}, {79}, {80}, {81}, {82}, {83}, {84}, \
+             {85}, {86}, {87}, {88}, {89}, {90}, {91}, {92}, {93}, {94}, {95}, {96}, {97}, {98}, \
+             {99}, {100}, {101}, {102}, {103}, {104}, {105}, {106}, {107}, {108}, {109}, {110}, \
+             {111}, {112}, {113}, {114}, {115}, {116}, {117}, {118}, {119}, {120}, {121}, {122}, \
+             {123}, {124}, {125}, {126}, {127}}}"
+    };
+}
+
+/// One stage of 64 k as four `wgmma.mma_async.m64nNk16` and a commit, then a wait until at most
+/// this batch is in flight, so that the stage before may be released.
+///
+/// `$a` and `$b` are descriptors of the stage's first k16; they advance by `$step_a` and `$step_b`
+/// (units of 16 bytes) per k16. `$accumulate` 0 overwrites the accumulators.
+macro_rules! wgmma_k64 {
+    ($dtype:literal, $n:tt, $transpose_b:expr, $step_a:expr, $step_b:expr,
+     $a:expr, $b:expr, $accumulate:expr, $($c:ident)+) => {
+        core::arch::asm!(
+            "{{",
+            ".reg .pred first, rest;",
+            ".reg .b64 a, b;",
+            "setp.ne.b32 first, {accumulate}, 0;",
+            "setp.eq.b32 rest, 0, 0;",
+            "mov.b64 a, {a};",
+            "mov.b64 b, {b};",
+            "wgmma.fence.sync.aligned;",
+            $crate::ptx::wgmma::wgmma_k64!(@mma $dtype, $n, "first"),
+            "add.s64 a, a, {step_a};",
+            "add.s64 b, b, {step_b};",
+            $crate::ptx::wgmma::wgmma_k64!(@mma $dtype, $n, "rest"),
+            "add.s64 a, a, {step_a};",
+            "add.s64 b, b, {step_b};",
+            $crate::ptx::wgmma::wgmma_k64!(@mma $dtype, $n, "rest"),
+            "add.s64 a, a, {step_a};",
+            "add.s64 b, b, {step_b};",
+            $crate::ptx::wgmma::wgmma_k64!(@mma $dtype, $n, "rest"),
+            "wgmma.commit_group.sync.aligned;",
+            "wgmma.wait_group.sync.aligned 1;",
+            "}}",
+            $(inout(reg32) $c,)+
+            a = in(reg64) $a,
+            b = in(reg64) $b,
+            accumulate = in(reg32) $accumulate,
+            step_a = const $step_a,
+            step_b = const $step_b,
+            transpose_b = const $transpose_b,
+            options(nostack),
+        )
+    };
+    (@mma $dtype:literal, $n:tt, $predicate:literal) => {
+        concat!(
+            "wgmma.mma_async.sync.aligned.m64n", $n, "k16.f32.", $dtype, ".", $dtype, " ",
+            $crate::ptx::wgmma::accumulator_operands!($n),
+            ", a, b, ", $predicate, ", 1, 1, 0, {transpose_b};"
+        )
+    };
+}
+
+/// Waits for every wgmma in flight and ties the accumulators to that point.
+macro_rules! wgmma_wait_all {
+    ($n:tt, $($c:ident)+) => {
+        core::arch::asm!(
+            "wgmma.wait_group.sync.aligned 0;",
+            concat!("// ", $crate::ptx::wgmma::accumulator_operands!($n)),
+            $(inout(reg32) $c,)+
+            options(nostack),
+        )
+    };
+}
+
+pub(crate) use {accumulator_operands, wgmma_k64, wgmma_wait_all, with_accumulators};

@@ -1,0 +1,170 @@
+//! The committed PTX: current, complete, and accepted by ptxas without the defects that cost
+//! speed. No GPU is needed; the tests that need ptxas and nvdisasm are reported as ignored where
+//! these are not installed, and fail there under `KASMINA_REQUIRE_PTXAS=1`.
+
+use std::env;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use kasmina_kernels::abi::{MODULES, Module, Tier};
+use libtest_mimic::{Arguments, Failed, Trial};
+use xtask::manifest::Manifest;
+use xtask::nvidia_tools::{Assembled, NvidiaTools};
+use xtask::ptx::file;
+use xtask::ptx_text::Ptx;
+use xtask::source_digest::{sha256, stale_sources};
+use xtask::workspace;
+
+fn main() -> ExitCode {
+    let mut trials = vec![
+        Trial::test("committed_ptx_is_built_from_the_sources_beside_it", sources_are_current),
+        Trial::test("manifest_describes_every_embedded_module", manifest_is_complete),
+    ];
+    for &module in MODULES {
+        let name = |claim: &str| format!("{}_{}_{claim}", module.tier, module.name);
+        trials.push(Trial::test(name("holds_the_entries_the_host_launches"), || {
+            entries_agree(module)
+        }));
+        if module.tier == Tier::Hopper {
+            trials.push(Trial::test(name("names_no_local_memory_and_no_panic"), || {
+                no_local_memory(module)
+            }));
+        }
+    }
+    trials.extend(tool_trials());
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
+
+/// The tests that need NVIDIA's tools.
+fn tool_trials() -> Vec<Trial> {
+    let tools = Arc::new(NvidiaTools::find().map_err(|error| format!("{error:#}")));
+    let required = env::var_os("KASMINA_REQUIRE_PTXAS").is_some_and(|value| value == "1");
+    let ignored = tools.is_err() && !required;
+    let mut trials = Vec::new();
+    let mut add = |module: &'static Module, claim: &str, check: Check| {
+        let tools = Arc::clone(&tools);
+        let run = move || check(module, tools.as_ref().as_ref()?);
+        let name = format!("{}_{}_{claim}", module.tier, module.name);
+        trials.push(Trial::test(name, run).with_ignored_flag(ignored));
+    };
+    for &module in MODULES {
+        add(module, "is_accepted_by_ptxas_without_stack_or_spill", assembles_cleanly);
+        if module.tier == Tier::Hopper {
+            add(module, "compiles_to_wgmma_and_tma", uses_tensor_cores_and_tma);
+            add(module, "main_loop_has_no_memory_barrier", main_loop_is_free_of_barriers);
+        }
+    }
+    trials
+}
+
+type Check = fn(&Module, &NvidiaTools) -> Result<(), Failed>;
+
+fn sources_are_current() -> Result<(), Failed> {
+    let stale = stale_sources(workspace())?;
+    require(stale.is_empty(), || {
+        format!("{} changed since: run `cargo xtask ptx`", stale.join(", "))
+    })
+}
+
+fn manifest_is_complete() -> Result<(), Failed> {
+    let manifest = Manifest::read(workspace()).map_err(|error| format!("{error:#}"))?;
+    let rows = manifest.ok_or("there is no manifest: run `cargo xtask ptx`")?.modules;
+    require(rows.len() == MODULES.len(), || format!("{} rows", rows.len()))?;
+    for (row, module) in rows.iter().zip(MODULES) {
+        let row_of = || format!("the row of {} does not describe it: {row:?}", file(module));
+        require(row.file == file(module) && row.entries == module.entries, row_of)?;
+        require(row.sha256 == sha256(module.ptx.as_bytes()), row_of)?;
+        require(Some(row.target.as_str()) == module.tier.target_cpu(), row_of)?;
+        let ptx = parse(module)?;
+        require(row.ptx_version == ptx.version && row.target == ptx.target, row_of)?;
+    }
+    Ok(())
+}
+
+fn entries_agree(module: &Module) -> Result<(), Failed> {
+    let ptx = parse(module)?;
+    let mut found: Vec<&str> = ptx.entries().collect();
+    let mut listed = module.entries.to_vec();
+    found.sort_unstable();
+    listed.sort_unstable();
+    require(found == listed, || format!("the PTX has {found:?}, the host launches {listed:?}"))
+}
+
+fn no_local_memory(module: &Module) -> Result<(), Failed> {
+    for forbidden in [".local", "__local_depot", "panic"] {
+        let line = module.ptx.lines().find(|line| line.contains(forbidden));
+        require(line.is_none(), || format!("`{forbidden}` in: {}", line.unwrap_or_default()))?;
+    }
+    Ok(())
+}
+
+fn assembles_cleanly(module: &Module, tools: &NvidiaTools) -> Result<(), Failed> {
+    let report = assemble(module, tools)?.report;
+    let frames: Vec<&str> = report.lines().filter(|line| line.contains("stack frame")).collect();
+    require(!frames.is_empty(), || format!("ptxas reports no stack frame:\n{report}"))?;
+    let clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads";
+    require(frames.iter().all(|line| line.trim() == clean), || report.clone())?;
+    // C75xx: wgmma serialised, setmaxnreg ignored and their like.
+    require(module.tier != Tier::Hopper || !report.contains("(C75"), || report.clone())
+}
+
+fn uses_tensor_cores_and_tma(module: &Module, tools: &NvidiaTools) -> Result<(), Failed> {
+    for sass in disassemble(module, tools)? {
+        for wanted in ["HGMMA", "UTMALDG", "UTMASTG"] {
+            require(sass.iter().any(|opcode| is(opcode, wanted)), || format!("no {wanted}"))?;
+        }
+        for forbidden in ["LDL", "STL"] {
+            require(!sass.iter().any(|opcode| is(opcode, forbidden)), || format!("a {forbidden}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn main_loop_is_free_of_barriers(module: &Module, tools: &NvidiaTools) -> Result<(), Failed> {
+    for sass in disassemble(module, tools)? {
+        let first = sass.iter().position(|opcode| is(opcode, "HGMMA")).ok_or("no HGMMA")?;
+        let last = sass.iter().rposition(|opcode| is(opcode, "HGMMA")).ok_or("no HGMMA")?;
+        for forbidden in ["MEMBAR", "ERRBAR", "CCTL"] {
+            let found = sass[first..last].iter().any(|opcode| is(opcode, forbidden));
+            require(!found, || format!("a {forbidden} between two HGMMA"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether `opcode`, `HGMMA.64x256x16.F32.BF16` for instance, is a form of `mnemonic`.
+fn is(opcode: &str, mnemonic: &str) -> bool {
+    opcode.split('.').next() == Some(mnemonic)
+}
+
+fn parse(module: &Module) -> Result<Ptx, Failed> {
+    Ok(Ptx::parse(module.ptx).map_err(|error| format!("{error:#}"))?)
+}
+
+fn assemble(module: &Module, tools: &NvidiaTools) -> Result<Assembled, Failed> {
+    let target = module.tier.target_cpu().ok_or("its tier has no PTX")?;
+    Ok(tools.assemble(module.ptx, target).map_err(|error| format!("{error:#}"))?)
+}
+
+/// For each kernel its opcodes in program order.
+fn disassemble(module: &Module, tools: &NvidiaTools) -> Result<Vec<Vec<String>>, Failed> {
+    let cubin = assemble(module, tools)?.cubin;
+    let sass = tools.disassemble(&cubin).map_err(|error| format!("{error:#}"))?;
+    // `        /*0040*/               @P0 EXIT ;`
+    let opcode = |line: &str| {
+        let (_, instruction) = line.trim_start().strip_prefix("/*")?.split_once("*/")?;
+        let mut words = instruction.split_whitespace();
+        words.find(|word| !word.starts_with('@')).map(str::to_owned)
+    };
+    let kernels: Vec<Vec<String>> = sass
+        .split("\t.section\t.text.")
+        .skip(1)
+        .map(|kernel| kernel.lines().filter_map(opcode).collect())
+        .collect();
+    require(kernels.len() == module.entries.len(), || format!("nvdisasm prints:\n{sass}"))?;
+    Ok(kernels)
+}
+
+fn require(holds: bool, message: impl FnOnce() -> String) -> Result<(), Failed> {
+    if holds { Ok(()) } else { Err(message().into()) }
+}

@@ -1,0 +1,75 @@
+//! `cargo xtask gpu-bundle`: tests, benches and examples in one folder, to run on a GPU machine
+//! that has no Rust.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cargo_artifacts::{Executable, build, cargo};
+
+/// The folder, from the workspace root.
+const FOLDER: &str = "dist/gpu";
+
+const SIZE_LIMIT: u64 = 60 << 20;
+
+/// Tests that read the checkout or run cargo: there is nothing for them on a GPU machine.
+const CHECKOUT_TESTS: [&str; 1] = ["ptx"];
+
+/// The script that runs what is in the folder; copied, so that it stays executable.
+const RUN: &str = "xtask/src/gpu_bundle/run";
+
+const SELECTION: [&str; 3] =
+    ["--package=kasmina", "--profile=release", "--target-dir=target/gpu-bundle"];
+
+/// Builds the folder anew.
+///
+/// # Errors
+/// A failing build, or a folder of more than 60 MiB.
+pub fn write(workspace: &Path) -> Result<()> {
+    let folder = workspace.join(FOLDER);
+    if folder.exists() {
+        fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {FOLDER}"))?;
+    }
+    let mut size = 0;
+    for (kind, arguments) in [
+        ("test", ["test", "--tests", "--no-run"].as_slice()),
+        ("bench", &["bench", "--benches", "--no-run"]),
+        ("example", &["build", "--examples"]),
+    ] {
+        let kind_folder = folder.join(kind);
+        fs::create_dir_all(&kind_folder)?;
+        let built = build(stripped_release(workspace).args(arguments).args(SELECTION))?;
+        // Not the library's own test binary: it has another kind, and nothing for a GPU.
+        for Executable { name, path, .. } in built.into_iter().filter(|built| built.kind == kind) {
+            if CHECKOUT_TESTS.contains(&name.as_str()) {
+                continue;
+            }
+            size += fs::copy(&path, kind_folder.join(&name))
+                .with_context(|| format!("cannot copy {}", path.display()))?;
+            println!("{FOLDER}/{kind}/{name}");
+        }
+    }
+    fs::copy(workspace.join(RUN), folder.join("run"))?;
+    ensure!(
+        size <= SIZE_LIMIT,
+        "{FOLDER} has {} MiB, more than the {} MiB that it may: embed less data in tests and \
+         examples",
+        size >> 20,
+        SIZE_LIMIT >> 20
+    );
+    println!("{:.1} MiB; on the GPU machine: {FOLDER}/run", size as f64 / f64::from(1 << 20));
+    Ok(())
+}
+
+/// cargo without symbols in what it links. It builds in a target folder of its own, because with
+/// other flags it would rebuild every dependency each time.
+fn stripped_release(workspace: &Path) -> Command {
+    let mut cargo = cargo();
+    cargo
+        .current_dir(workspace)
+        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "false");
+    cargo
+}
