@@ -280,6 +280,15 @@ pub enum Obstacle {
         /// The distance from row to row.
         bytes: u64,
     },
+    /// The output's rows are not a multiple of 16 bytes long. TMA stores in pieces of 16 bytes and
+    /// would overwrite what follows.
+    #[error("the rows of {operand} are {bytes} bytes long, not a multiple of 16")]
+    RowLength {
+        /// Which operand.
+        operand: &'static str,
+        /// The length of a row.
+        bytes: u64,
+    },
     /// The tier has no kernel of the tile that `KernelConfig::hopper_tile` forces.
     #[error("it has no kernel of {}×{} output tiles, which the KernelConfig forces", .0[0], .0[1])]
     Tile([u32; 2]),

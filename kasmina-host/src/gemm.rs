@@ -154,8 +154,8 @@ impl<T: Element> Forward<'_, T> {
     }
 
     fn choose_tier(&self, y: &Tensor<T>, config: &KernelConfig) -> Result<Tier> {
-        let operands = [Operand::of("x", self.x), Operand::of("w", self.w), Operand::of("y", y)];
-        choose_tier(self.w.device(), config, T::DTYPE, &operands)
+        let inputs = [Operand::of("x", self.x), Operand::of("w", self.w)];
+        choose_tier(self.w.device(), config, T::DTYPE, inputs, Operand::of("y", y))
     }
 
     fn order(&self, y: &Tensor<T>, wait: impl Fn(&Stream, &Stream) -> Result<()>) -> Result<()> {
@@ -266,6 +266,7 @@ fn tensor_map_key<T: Element>(
 pub(crate) struct Operand {
     name: &'static str,
     address: u64,
+    row_bytes: u64,
     row_stride_bytes: u64,
 }
 
@@ -274,13 +275,15 @@ impl Operand {
         Self {
             name,
             address: tensor.as_device_ptr(),
+            row_bytes: (tensor.shape().columns() * size_of::<T>()) as u64,
             row_stride_bytes: (tensor.row_stride() * size_of::<T>()) as u64,
         }
     }
 
     /// One whose rows follow each other, as the allocator places it.
     pub(crate) const fn contiguous(name: &'static str, columns: usize, dtype: DType) -> Self {
-        Self { name, address: 0, row_stride_bytes: (columns * dtype.size()) as u64 }
+        let row_bytes = (columns * dtype.size()) as u64;
+        Self { name, address: 0, row_bytes, row_stride_bytes: row_bytes }
     }
 }
 
@@ -289,7 +292,8 @@ pub(crate) fn choose_tier(
     device: &Device,
     config: &KernelConfig,
     dtype: DType,
-    operands: &[Operand],
+    inputs: [Operand; 2],
+    output: Operand,
 ) -> Result<Tier> {
     let forced = config.forced_tier().or(device.defaults().forced_tier());
     pick(forced, |tier| {
@@ -298,7 +302,7 @@ pub(crate) fn choose_tier(
             Tier::Hopper if !config.tma_enabled() => Some(Obstacle::TmaDisabled),
             Tier::Hopper => {
                 let tile = config.forced_hopper_tile().filter(|&tile| !hopper::has_tile(tile));
-                tile.map(Obstacle::Tile).or_else(|| tma_obstacle(operands))
+                tile.map(Obstacle::Tile).or_else(|| tma_obstacle(inputs, output))
             }
             _ => None,
         };
@@ -324,14 +328,21 @@ fn pick(forced: Option<Tier>, obstacle: impl Fn(Tier) -> Option<Obstacle>) -> Re
     Err(reason.refuse(OP, tier))
 }
 
-/// Why TMA cannot address one of the operands.
-fn tma_obstacle(operands: &[Operand]) -> Option<Obstacle> {
-    operands.iter().find_map(|&Operand { name: operand, address, row_stride_bytes: bytes }| {
-        if !address.is_multiple_of(TMA_ALIGN) {
-            return Some(Obstacle::Address { operand });
-        }
-        let stride_fits = bytes.is_multiple_of(TMA_ALIGN) && bytes < TMA_MAX_STRIDE;
-        (!stride_fits).then_some(Obstacle::RowStride { operand, bytes })
+/// Why TMA cannot address one of the operands, or would write beyond the output's columns.
+fn tma_obstacle(inputs: [Operand; 2], output: Operand) -> Option<Obstacle> {
+    let addressing =
+        |&Operand { name: operand, address, row_stride_bytes: bytes, .. }: &Operand| {
+            if !address.is_multiple_of(TMA_ALIGN) {
+                return Some(Obstacle::Address { operand });
+            }
+            let stride_fits = bytes.is_multiple_of(TMA_ALIGN) && bytes < TMA_MAX_STRIDE;
+            (!stride_fits).then_some(Obstacle::RowStride { operand, bytes })
+        };
+    let Operand { name: operand, row_bytes: bytes, .. } = output;
+    inputs.iter().chain([&output]).find_map(addressing).or_else(|| {
+        // A store clips its box to whole pieces (seen on an H200: a row that ended inside one had
+        // the rest of it overwritten).
+        (!bytes.is_multiple_of(TMA_ALIGN)).then_some(Obstacle::RowLength { operand, bytes })
     })
 }
 
@@ -371,15 +382,25 @@ mod tests {
 
     #[test]
     fn operands_that_tma_cannot_address_are_named() {
-        let good = Operand { name: "x", address: 4096, row_stride_bytes: 64 };
-        assert_eq!(tma_obstacle(&[good]), None);
+        let good = Operand { name: "x", address: 4096, row_bytes: 48, row_stride_bytes: 64 };
+        assert_eq!(tma_obstacle([good, good], good), None);
         let address = Operand { name: "w", address: 4104, ..good };
-        assert_eq!(tma_obstacle(&[good, address]), Some(Obstacle::Address { operand: "w" }));
+        let expected = Some(Obstacle::Address { operand: "w" });
+        assert_eq!(tma_obstacle([good, address], good), expected);
         for bytes in [2, 24, 1 << 40] {
             let stride = Operand { name: "y", row_stride_bytes: bytes, ..good };
-            let expected = Obstacle::RowStride { operand: "y", bytes };
-            assert_eq!(tma_obstacle(&[good, stride]), Some(expected));
+            let expected = Some(Obstacle::RowStride { operand: "y", bytes });
+            assert_eq!(tma_obstacle([good, good], stride), expected);
         }
+    }
+
+    #[test]
+    fn only_the_output_must_end_on_a_multiple_of_16_bytes() {
+        let ragged = Operand { name: "y", address: 4096, row_bytes: 50, row_stride_bytes: 64 };
+        let whole = Operand { row_bytes: 48, ..ragged };
+        assert_eq!(tma_obstacle([ragged, ragged], whole), None);
+        let expected = Some(Obstacle::RowLength { operand: "y", bytes: 50 });
+        assert_eq!(tma_obstacle([whole, whole], ragged), expected);
     }
 
     #[test]

@@ -312,12 +312,9 @@ impl KasminaLayer {
             return Err(Error::Overflow { op, quantity: "the batch's size in bytes", limit });
         }
         let weight = with_parameters!(&self.parameters, linear => Operand::of("w", &linear.weight));
-        let operands = [
-            Operand::contiguous("x", in_features, dtype),
-            weight,
-            Operand::contiguous("y", out_features, dtype),
-        ];
-        choose_tier(&self.device, &self.config.kernel_config, dtype, &operands)
+        let inputs = [Operand::contiguous("x", in_features, dtype), weight];
+        let output = Operand::contiguous("y", out_features, dtype);
+        choose_tier(&self.device, &self.config.kernel_config, dtype, inputs, output)
     }
 
     /// Does now what the first forward pass would do first: loads the kernel, whose PTX the

@@ -4,7 +4,7 @@
 use std::env;
 use std::sync::Arc;
 
-use kasmina::{Device, Tier};
+use kasmina::Device;
 use libtest_mimic::{Failed, Trial};
 
 /// GPU 0, or why there is none.
@@ -34,16 +34,5 @@ impl Gpu {
         let gpu = self.clone();
         let ignored = self.device.is_err() && !self.required;
         Trial::test(name, move || run(gpu.device()?)).with_ignored_flag(ignored)
-    }
-
-    /// Whether there is a GPU that lacks what `tier` needs; a trial of that tier cannot run on it,
-    /// whatever is required.
-    pub(crate) fn lacks(&self, tier: Tier) -> bool {
-        match &*self.device {
-            Ok(device) => {
-                device.capability().is_some_and(|gpu| !tier.runs_on(gpu.major, gpu.minor))
-            }
-            Err(_) => false,
-        }
     }
 }

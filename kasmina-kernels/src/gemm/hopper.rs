@@ -17,7 +17,8 @@
 //! the one before it in the stream ends, and waits for it before it touches global memory.
 //!
 //! # Shape contract
-//! - m, n, k ≥ 1; every edge is ragged if it likes: TMA fills with zeros on load and clips on store.
+//! - m, k ≥ 1, and any edge may cut a tile: TMA fills with zeros on load and clips on store.
+//! - n is a multiple of 8: a store clips to whole pieces of 16 bytes and would write beyond Y.
 //! - Addresses and row strides of X, W and Y are multiples of 16 bytes: the rule of tensor maps.
 //! - The number of tiles plus a grid fits 32 bits.
 

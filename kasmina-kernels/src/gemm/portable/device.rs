@@ -130,96 +130,91 @@ fn widened<E: Element>(staged: &Staged, index: u32) -> f32 {
 }
 
 /// Walks one operand along k.
+///
+/// Few of its fields are held in registers: all but two follow from the parameters, or lie in
+/// shared memory. More beside 64 sums would spill.
 struct Loader {
-    /// Address of the next tile's first element.
-    tile: u64,
-    /// From row to row, in elements.
-    stride: u64,
-    /// From the tile's first element to this thread's, in bytes; used if `vector`. 32 bits, as
-    /// more registers beside 64 sums would spill.
-    offset: u32,
+    /// Where this thread's elements of the next tile are; used if `vector`.
+    address: u64,
     /// 1 if a full tile of k can be loaded in vectors of 16 bytes, else 0.
     vector: u32,
+    /// Address of the operand.
+    base: u64,
+    /// From row to row, in elements.
+    stride: u64,
     /// Rows of the operand (columns of W).
     extent: u32,
+    /// Length of k.
+    k: u32,
     /// Where in shared memory the tile's first row (or column) is.
     first_at: u32,
 }
 
 impl Loader {
-    /// The tile whose first row (or column of W) is `first`, of `extent`.
+    /// The tile whose first row (or column of W) is `first`.
     #[inline(always)]
     fn new<E: Element, A: Axis>(
-        base: u64,
-        stride: u64,
+        [base, stride]: [u64; 2],
+        [extent, k]: [u32; 2],
         first: u32,
-        extent: u32,
         first_at: u32,
     ) -> Self {
-        let row_bytes = stride * u64::from(E::SIZE);
-        let (first_bytes, tile_rows) = if A::K_MAJOR {
-            (u64::from(first) * row_bytes, BLOCK_M)
-        } else {
-            (u64::from(first) * u64::from(E::SIZE), BLOCK_K)
-        };
-        let last = extent - first - 1;
-        let vector = (base | row_bytes) % 16 == 0
-            && row_bytes * u64::from(tile_rows) <= u64::from(u32::MAX)
-            && (A::K_MAJOR || last >= BLOCK_N - 1);
-        let offset = Self::offset::<E, A>(thread(), stride, last) as u32;
-        Self {
-            tile: base + first_bytes,
-            stride,
-            offset: ptx::opaque_u32(offset),
-            vector: ptx::opaque_u32(u32::from(vector)),
-            extent,
-            first_at,
-        }
+        let vector = (base | (stride * u64::from(E::SIZE))) % 16 == 0
+            && (A::K_MAJOR || extent - first >= BLOCK_N);
+        let vector = ptx::opaque_u32(u32::from(vector));
+        let mut loader = Self { address: 0, vector, base, stride, extent, k, first_at };
+        loader.address = ptx::opaque_u64(loader.address_of::<E, A>(thread(), first, 0));
+        loader
     }
 
-    /// From the tile's first element to a thread's, in bytes. A row beyond the last is the
-    /// last.
+    /// Where a thread's elements are in the tile from `first` and `first_k`. A row beyond the last
+    /// is the last.
     #[inline(always)]
-    fn offset<E: Element, A: Axis>(thread: u32, stride: u64, last: u32) -> u64 {
+    fn address_of<E: Element, A: Axis>(&self, thread: u32, first: u32, first_k: u32) -> u64 {
         let (index, k) = A::share(thread);
-        let elements = if A::K_MAJOR {
-            let row = if index < last { index } else { last };
-            u64::from(row) * stride + u64::from(k)
+        let k = u64::from(first_k) + u64::from(k);
+        let element = if A::K_MAJOR {
+            let last = self.extent - first - 1;
+            let row = first + if index < last { index } else { last };
+            u64::from(row) * self.stride + k
         } else {
-            u64::from(k) * stride + u64::from(index)
+            k * self.stride + (u64::from(first) + u64::from(index))
         };
-        elements * u64::from(E::SIZE)
+        self.base + element * u64::from(E::SIZE)
     }
 
     /// This thread's elements of the next tile, of which `depth` k exist; the rest are zero.
     ///
     /// # Safety
     /// The operand's memory is readable and nothing writes it while the kernel runs; a barrier
-    /// has passed since the tile's first row was put at `first_at`.
+    /// has passed since the tile's first row was put at `first_at`; `depth` k are left.
     #[inline(always)]
     unsafe fn fetch<E: Element, A: Axis>(&mut self, depth: u32) -> Staged {
         let mut staged = [0; 8];
         if self.vector != 0 && depth >= BLOCK_K {
-            let address = self.tile + u64::from(self.offset);
             // SAFETY: inside the operand, as its rows are clamped or the tile of n is full, and
-            // the tile of k is; base, stride and offset are multiples of 16.
+            // the tile of k is; base, row stride and a thread's place are multiples of 16 bytes.
             unsafe {
-                [staged[0], staged[1], staged[2], staged[3]] = ptx::ld_global_nc_v4_u32(address);
+                [staged[0], staged[1], staged[2], staged[3]] =
+                    ptx::ld_global_nc_v4_u32(self.address);
                 if E::SIZE == 4 {
                     [staged[4], staged[5], staged[6], staged[7]] =
-                        ptx::ld_global_nc_v4_u32(address + 16);
+                        ptx::ld_global_nc_v4_u32(self.address + 16);
                 }
             }
         } else {
-            // Opaque, so that what follows from them occupies no registers in the other case.
-            let (thread, stride) = (ptx::opaque_u32(thread()), ptx::opaque_u64(self.stride));
+            // Opaque, so that what follows from it occupies no registers in the other case.
+            let thread = ptx::opaque_u32(thread());
             // SAFETY: written before a barrier.
-            let last = self.extent - unsafe { ptx::ld_shared_u32(self.first_at) } - 1;
+            let first = unsafe { ptx::ld_shared_u32(self.first_at) };
             let (index, k) = A::share(thread);
-            let address = self.tile + Self::offset::<E, A>(thread, stride, last);
+            let address = self.address_of::<E, A>(thread, first, self.k - depth);
             unroll!(i: u32 in [0 1 2 3 4 5 6 7] {
-                let exists =
-                    if A::K_MAJOR { k + i < depth } else { k < depth && index + i <= last };
+                let exists = if A::K_MAJOR {
+                    k + i < depth
+                } else {
+                    k < depth && index + i < self.extent - first
+                };
                 if exists {
                     let byte = i * E::SIZE;
                     // SAFETY: the element lies inside the operand.
@@ -229,7 +224,7 @@ impl Loader {
             });
         }
         let step = if A::K_MAJOR { 1 } else { ptx::opaque_u64(self.stride) };
-        self.tile += step * u64::from(BLOCK_K * E::SIZE);
+        self.address += step * u64::from(BLOCK_K * E::SIZE);
         staged
     }
 }
@@ -437,12 +432,23 @@ pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
     let (first_row, first_column) = (tile_row * BLOCK_M, tile_column * BLOCK_N);
     let smem = ptx::dynamic_smem();
     let (first_row_at, first_column_at) = (smem + PARKED, smem + PARKED + 4);
-    let mut x_loader =
-        Loader::new::<E, KMajor>(params.x, params.x_stride, first_row, params.m, first_row_at);
-    let mut w_loader =
-        Loader::new::<E, W>(params.w, params.w_stride, first_column, params.n, first_column_at);
+    let mut x_loader = Loader::new::<E, KMajor>(
+        [params.x, params.x_stride],
+        [params.m, params.k],
+        first_row,
+        first_row_at,
+    );
+    let mut w_loader = Loader::new::<E, W>(
+        [params.w, params.w_stride],
+        [params.n, params.k],
+        first_column,
+        first_column_at,
+    );
     let (x_smem, w_smem) = (smem, smem + 2 * STAGE_BYTES);
     let (row, column) = thread_tile(thread());
+    // Opaque, so that one address of each is held, not one per stage.
+    let x_at = x_smem + tile_offset(0, row);
+    let w_at = w_smem + tile_offset(0, column);
     let mut sums: Sums = [[0.0; 8]; 8];
     let mut stage = 0;
     let mut depth = params.k;
@@ -462,17 +468,17 @@ pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
         put::<E, W>(w_smem, &w_staged);
         ptx::bar_sync::<0, THREADS>();
         loop {
-            let (x_stage, w_stage) = (x_smem + stage, w_smem + stage);
+            let (x_stage, w_stage) = (x_at + stage, w_at + stage);
             stage ^= STAGE_BYTES;
             // Past the end zeros are put where nothing reads them, so that one copy of the
             // product serves all tiles. One operand at a time, as 16 registers in flight
             // beside 64 sums would spill.
             depth = depth.saturating_sub(BLOCK_K);
             let staged = x_loader.fetch::<E, KMajor>(depth);
-            multiply_half(&mut sums, x_stage + row * 4, w_stage + column * 4, 0);
+            multiply_half(&mut sums, x_stage, w_stage, 0);
             put::<E, KMajor>(x_smem + stage, &staged);
             let staged = w_loader.fetch::<E, W>(depth);
-            multiply_half(&mut sums, x_stage + row * 4, w_stage + column * 4, BLOCK_K / 2);
+            multiply_half(&mut sums, x_stage, w_stage, BLOCK_K / 2);
             put::<E, W>(w_smem + stage, &staged);
             if depth == 0 {
                 break;
