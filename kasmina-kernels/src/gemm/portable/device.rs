@@ -224,7 +224,7 @@ impl Loader {
             });
         }
         let step = if A::K_MAJOR { 1 } else { ptx::opaque_u64(self.stride) };
-        self.address += step * u64::from(BLOCK_K * E::SIZE);
+        self.address = ptx::opaque_u64(self.address + step * u64::from(BLOCK_K * E::SIZE));
         staged
     }
 }
@@ -468,6 +468,9 @@ pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
         put::<E, W>(w_smem, &w_staged);
         ptx::bar_sync::<0, THREADS>();
         loop {
+            let (row, column) = thread_tile(ptx::opaque_u32(thread()));
+            let x_at = x_smem + tile_offset(0, row);
+            let w_at = w_smem + tile_offset(0, column);
             let (x_stage, w_stage) = (x_at + stage, w_at + stage);
             stage ^= STAGE_BYTES;
             // Past the end zeros are put where nothing reads them, so that one copy of the
