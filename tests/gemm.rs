@@ -253,7 +253,8 @@ fn served_shape(tier: Tier, [m, n, k]: [usize; 3]) -> [usize; 3] {
 
 /// Every tile on shapes of which some would not get it by themselves.
 fn every_tile<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
-    let shapes = vec![[65, 72, 65], [129, 264, 200], [255, 130, 520], [1, 8, 1], [700, 1032, 64]];
+    // The last gives blocks of every tile several in a row, with little to do between stores.
+    let shapes = vec![[65, 72, 65], [129, 264, 200], [255, 130, 520], [1, 8, 1], [2180, 2312, 72]];
     let cases = cases(shortened(shapes, 1));
     for tile in [[128, 256], [128, 128], [64, 128], [64, 64]] {
         let config = KernelConfig::default().hopper_tile(tile);

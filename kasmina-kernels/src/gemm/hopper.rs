@@ -10,7 +10,7 @@
 //! producer    one thread: wait empty[s] ─ TMA of X and W into stage s ─ next s
 //! consumer 0  rows 0–63   wait full[s] ─ 4 × wgmma m64nNk16 ─ release stage s−1 ┐ after the last
 //! consumer 1  rows 64–127 the same                                              ┘ k: epilogue
-//! epilogue    bias, activation, round ─ stmatrix into one of two 64×64 slabs ─ TMA store
+//! epilogue    bias, activation, round ─ stmatrix into a 64×64 slab, two in turn ─ TMA store
 //! ```
 //! A stage is released once the *next* batch has been issued, so that the tensor cores always have
 //! one queued. The producer runs ahead into the next tile during the epilogue. A grid starts while
@@ -40,7 +40,6 @@ pub const CONSUMER_M: u32 = 64;
 
 const WARPGROUP: u32 = 128;
 const SLAB_BYTES: u32 = CONSUMER_M * SLAB_N * 2;
-const SLABS_PER_CONSUMER: u32 = 2;
 
 /// How a kernel cuts the problem up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +55,11 @@ pub struct Tile {
 impl Tile {
     const fn num_consumers(self) -> u32 {
         self.block_m / CONSUMER_M
+    }
+
+    /// Slabs a consumer fills in turn: a second where a tile has more than one.
+    const fn slab_buffers(self) -> u32 {
+        if self.block_n > SLAB_N { 2 } else { 1 }
     }
 
     const fn block_dim(self) -> u32 {
@@ -80,7 +84,7 @@ impl Tile {
     }
 
     const fn bias_offset(self) -> u32 {
-        self.y_offset() + self.num_consumers() * SLABS_PER_CONSUMER * SLAB_BYTES
+        self.y_offset() + self.num_consumers() * self.slab_buffers() * SLAB_BYTES
     }
 
     const fn barrier_offset(self) -> u32 {

@@ -37,10 +37,9 @@
 //!
 //! # Shape contract
 //! - m, n, k ≥ 1; any strides; addresses and strides need only the alignment of the element.
-//! - 16-byte loads are used for an operand whose address and row stride are multiples of 16 bytes
-//!   (and the stride below 32 MiB, so that offsets in a tile fit in 32 bits), except in the last,
-//!   partial tile of k and, for W as `[k, n]`, the last, partial tile of n; elsewhere elements are
-//!   loaded one by one behind a bounds check.
+//! - 16-byte loads are used for an operand whose address and row stride are multiples of 16 bytes,
+//!   except in the last, partial tile of k and, for W as `[k, n]`, the last, partial tile of n;
+//!   elsewhere elements are loaded one by one behind a bounds check.
 //! - Rows of X beyond m (and of W as `[n, k]` beyond n) repeat the last row: their results are
 //!   never stored. Beyond k both operands are zero, as 0 · NaN would be NaN.
 //! - Rows may not overlap in Y, and Y may not overlap the operands, as those are read through the

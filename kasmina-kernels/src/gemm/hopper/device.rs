@@ -172,7 +172,7 @@ impl Epilogue {
             tile,
             consumer,
             thread: ptx::thread_index() % WARPGROUP,
-            slabs: block.smem + tile.y_offset() + consumer * (SLABS_PER_CONSUMER * SLAB_BYTES),
+            slabs: block.smem + tile.y_offset() + consumer * (tile.slab_buffers() * SLAB_BYTES),
             bias_smem: block.smem + tile.bias_offset() + consumer * (tile.block_n * 4),
             y_map,
             bias,
@@ -223,8 +223,12 @@ impl Epilogue {
     #[inline(always)]
     pub(super) unsafe fn begin_slab(self) {
         if self.thread == 0 {
-            // Two buffers in turn: the store before the last has read this one.
-            ptx::cp_async_bulk_wait_group_read::<{ SLABS_PER_CONSUMER - 1 }>();
+            // The store that last read this buffer, one or two stores ago, has finished reading.
+            if self.tile.slab_buffers() == 2 {
+                ptx::cp_async_bulk_wait_group_read::<1>();
+            } else {
+                ptx::cp_async_bulk_wait_group_read::<0>();
+            }
         }
         // SAFETY: the whole warpgroup, by the caller's contract.
         unsafe { self.sync() };
@@ -260,7 +264,7 @@ impl Epilogue {
             })
         };
         let slab = group / 4;
-        let buffer = self.slabs + (slab % SLABS_PER_CONSUMER) * SLAB_BYTES;
+        let buffer = self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES;
         let address = buffer + stmatrix_offset(self.thread, group % 4);
         // SAFETY: inside this warpgroup's buffer; `begin_slab` has freed it.
         unsafe {
@@ -284,7 +288,7 @@ impl Epilogue {
         // SAFETY: the whole warpgroup, by the caller's contract.
         unsafe { self.sync() };
         if self.thread == 0 {
-            let buffer = self.slabs + (slab % SLABS_PER_CONSUMER) * SLAB_BYTES;
+            let buffer = self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES;
             let row = m + self.consumer * CONSUMER_M;
             // SAFETY: every writer has fenced and the barrier is behind us; the buffer is not
             // written again before `begin_slab` has waited for this store.

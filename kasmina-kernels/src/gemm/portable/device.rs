@@ -224,6 +224,7 @@ impl Loader {
             });
         }
         let step = if A::K_MAJOR { 1 } else { ptx::opaque_u64(self.stride) };
+        // Opaque, so that it is one pair of registers that is stepped, here.
         self.address = ptx::opaque_u64(self.address + step * u64::from(BLOCK_K * E::SIZE));
         staged
     }
@@ -445,10 +446,6 @@ pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
         first_column_at,
     );
     let (x_smem, w_smem) = (smem, smem + 2 * STAGE_BYTES);
-    let (row, column) = thread_tile(thread());
-    // Opaque, so that one address of each is held, not one per stage.
-    let x_at = x_smem + tile_offset(0, row);
-    let w_at = w_smem + tile_offset(0, column);
     let mut sums: Sums = [[0.0; 8]; 8];
     let mut stage = 0;
     let mut depth = params.k;
@@ -468,20 +465,21 @@ pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
         put::<E, W>(w_smem, &w_staged);
         ptx::bar_sync::<0, THREADS>();
         loop {
+            // Opaque, so that this is found anew each time, ten instructions of a thousand: held, it
+            // would make ptxas spill, for one GPU or another.
             let (row, column) = thread_tile(ptx::opaque_u32(thread()));
-            let x_at = x_smem + tile_offset(0, row);
-            let w_at = w_smem + tile_offset(0, column);
-            let (x_stage, w_stage) = (x_at + stage, w_at + stage);
+            let x_at = x_smem + stage + tile_offset(0, row);
+            let w_at = w_smem + stage + tile_offset(0, column);
             stage ^= STAGE_BYTES;
             // Past the end zeros are put where nothing reads them, so that one copy of the
             // product serves all tiles. One operand at a time, as 16 registers in flight
             // beside 64 sums would spill.
             depth = depth.saturating_sub(BLOCK_K);
             let staged = x_loader.fetch::<E, KMajor>(depth);
-            multiply_half(&mut sums, x_stage, w_stage, 0);
+            multiply_half(&mut sums, x_at, w_at, 0);
             put::<E, KMajor>(x_smem + stage, &staged);
             let staged = w_loader.fetch::<E, W>(depth);
-            multiply_half(&mut sums, x_stage, w_stage, BLOCK_K / 2);
+            multiply_half(&mut sums, x_at, w_at, BLOCK_K / 2);
             put::<E, W>(w_smem + stage, &staged);
             if depth == 0 {
                 break;
