@@ -28,7 +28,7 @@ static COMPARED: AtomicUsize = AtomicUsize::new(0);
 fn main() -> ExitCode {
     let gpu = Gpu::find();
     let mut trials =
-        vec![Trial::test("gpu_tiers_are_compared_in_at_least_500_cases", enough_cases)];
+        vec![Trial::test("case_lists_of_the_gpu_tiers_hold_at_least_500_cases", enough_cases)];
     for (name, check) in claims(Tier::Cpu) {
         trials.push(Trial::test(name, move || check(&Device::cpu(), Tier::Cpu)));
     }

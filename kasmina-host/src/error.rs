@@ -340,7 +340,7 @@ pub enum ForeignPointerFault {
 /// Whether a context is lost once the driver has reported `code`.
 const fn loses_context(code: u32) -> bool {
     // Illegal address, timeout, destroyed context, assertion, and the hardware's own exceptions.
-    matches!(code, 700 | 702 | 709 | 710 | 714..=719)
+    matches!(code, 226 | 700 | 702 | 709 | 710 | 714..=719 | 721)
 }
 
 fn driver_message(detail: &str, code: u32, op: Option<&str>) -> String {

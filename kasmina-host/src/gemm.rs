@@ -18,7 +18,7 @@ use crate::element::Element;
 use crate::error::{Error, Obstacle, Result};
 use crate::gpu::{Gpu, Launch};
 use crate::shape::Shape;
-use crate::stream::{Operation, Stream};
+use crate::stream::Operation;
 use crate::tensor::{Tensor, zeroed};
 use crate::tensor_map::TensorMapKey;
 
@@ -84,7 +84,6 @@ impl<T: Element> Forward<'_, T> {
             ptx_dir: config.ptx_override().or(device.defaults().ptx_override()),
             operation: Operation::GemmForward,
         };
-        self.order(y, |operand, own| own.wait(operand))?;
         let sm_count = stream.gpu().capability().sm_count;
         let Extents { m, n, k } = extents;
         let forced_tile = config.forced_hopper_tile();
@@ -92,17 +91,18 @@ impl<T: Element> Forward<'_, T> {
             Some(selected) if tier == Tier::Hopper => {
                 let params = self.hopper_params(extents, selected.tile, y, stream.gpu())?;
                 let blocks = params.tiles.num_tiles().min(sm_count);
-                launch.run(&selected.kernel, blocks, &params)?;
+                launch.prepare(&selected.kernel)?;
+                self.ordered(y, || launch.run(&selected.kernel, blocks, &params))?;
             }
             _ => {
                 let tiles = portable::tiles(m, n);
                 check_tiles(tiles)?;
                 let params = self.portable_params(extents, y);
                 let kernel = portable::kernel(T::DTYPE, self.layout);
-                launch.run(kernel, tiles.num_tiles(), &params)?;
+                launch.prepare(kernel)?;
+                self.ordered(y, || launch.run(kernel, tiles.num_tiles(), &params))?;
             }
         }
-        self.order(y, |operand, own| operand.wait(own))?;
         Ok(tier)
     }
 
@@ -158,12 +158,21 @@ impl<T: Element> Forward<'_, T> {
         choose_tier(self.w.device(), config, T::DTYPE, inputs, Operand::of("y", y))
     }
 
-    fn order(&self, y: &Tensor<T>, wait: impl Fn(&Stream, &Stream) -> Result<()>) -> Result<()> {
+    /// Enqueues the pass between the streams' waits for each other.
+    fn ordered(&self, y: &Tensor<T>, enqueue: impl FnOnce() -> Result<()>) -> Result<()> {
         let own = self.w.device().stream();
-        for operand in [Some(self.x), self.bias, Some(y)].into_iter().flatten() {
-            wait(operand.device().stream(), own)?;
+        let operands = [Some(self.x), self.bias, Some(y)].into_iter().flatten();
+        let streams = operands.map(|operand| operand.device().stream());
+        for stream in streams.clone() {
+            own.wait(stream)?;
         }
-        Ok(())
+        enqueue()?;
+        let mut outcome = Ok(());
+        for stream in streams {
+            outcome = outcome.and(stream.wait(own));
+        }
+        // A stream that does not wait might give memory of this pass away while it runs.
+        outcome.or_else(|error| own.synchronize().and(Err(error)))
     }
 
     fn run_on_cpu(&self, extents: Extents, y: &Tensor<T>) -> Result<()> {

@@ -120,6 +120,10 @@ pub(crate) struct Launch<'a> {
 }
 
 impl Launch<'_> {
+    pub(crate) fn prepare<P: KernelParams>(&self, _: &'static Kernel<P>) -> Result<()> {
+        match *self.stream {}
+    }
+
     pub(crate) fn run<P: KernelParams>(&self, _: &'static Kernel<P>, _: u32, _: &P) -> Result<()> {
         match *self.stream {}
     }

@@ -15,7 +15,7 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::gemm::{Forward, Operand, choose_tier};
 use crate::shape::Shape;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, zeroed};
 
 /// What a [`KasminaLayer`] is to be; [`build`](Self::build) makes it.
 ///
@@ -124,19 +124,17 @@ impl LinearConfig {
         let mut weight = Tensor::uninitialised(device, shape, "LinearConfig::build")?;
         let bound = 1.0 / (self.in_features as f32).sqrt();
         let (in_features, out_features) = (self.in_features, self.out_features);
-        let values: Vec<T> = (0..in_features * out_features)
-            .into_par_iter()
-            .map(|position| {
-                // Numbered by (out, in) whatever the layout.
-                let index = match self.weight_layout {
-                    WeightLayout::OutIn => position,
-                    WeightLayout::InOut => {
-                        position % out_features * in_features + position / out_features
-                    }
-                };
-                T::from_f32(bound * uniform(self.seed, index as u64))
-            })
-            .collect();
+        let mut values: Vec<T> = zeroed(in_features * out_features)?;
+        values.par_iter_mut().enumerate().for_each(|(position, value)| {
+            // Numbered by (out, in) whatever the layout.
+            let index = match self.weight_layout {
+                WeightLayout::OutIn => position,
+                WeightLayout::InOut => {
+                    position % out_features * in_features + position / out_features
+                }
+            };
+            *value = T::from_f32(bound * uniform(self.seed, index as u64));
+        });
         weight.copy_from_slice(&values)?;
         let bias = self.bias.then(|| {
             // Numbers no weight has.
@@ -317,18 +315,19 @@ impl KasminaLayer {
         choose_tier(&self.device, &self.config.kernel_config, dtype, inputs, output)
     }
 
-    /// Does now what the first forward pass would do first: loads the kernel, whose PTX the
-    /// driver may have to compile. Returns when a pass over one row of zeros has run.
+    /// Does now what the first forward pass over `batch` rows would do first: loads its kernel,
+    /// whose PTX the driver may have to compile. Which kernel it is depends on the batch. Returns
+    /// when a pass over so many rows of zeros has run.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
-    pub fn warmup(&self) -> Result<()> {
-        with_parameters!(&self.parameters, linear => self.warm_up(linear))
+    pub fn warmup(&self, batch: usize) -> Result<()> {
+        with_parameters!(&self.parameters, linear => self.warm_up(linear, batch))
     }
 
-    fn warm_up<T: Element>(&self, linear: &Linear<T>) -> Result<()> {
-        let x = Tensor::<T>::zeros(&self.device, [1, self.config.in_features])?;
-        let mut y = Tensor::zeros(&self.device, [1, self.config.out_features])?;
+    fn warm_up<T: Element>(&self, linear: &Linear<T>, batch: usize) -> Result<()> {
+        let x = Tensor::<T>::zeros(&self.device, [batch, self.config.in_features])?;
+        let mut y = Tensor::zeros(&self.device, [batch, self.config.out_features])?;
         self.run(linear, &x, &mut y)?;
         self.device.synchronize()
     }
@@ -375,7 +374,8 @@ fn replace<T: Element>(op: &'static str, tensor: &mut Tensor<T>, values: &[f32])
         let (expected, got) = (*tensor.shape(), [values.len()].into());
         return Err(Error::Shape { op, operand: "values", expected, got });
     }
-    let rounded: Vec<T> = values.par_iter().map(|&value| T::from_f32(value)).collect();
+    let mut rounded: Vec<T> = zeroed(values.len())?;
+    rounded.par_iter_mut().zip(values).for_each(|(rounded, &value)| *rounded = T::from_f32(value));
     tensor.copy_from_slice(&rounded)
 }
 
@@ -473,7 +473,7 @@ mod tests {
     fn warmup_and_tier_agree_with_the_device() {
         for dtype in DType::ALL {
             let layer = LinearConfig::new(3, 5).dtype(dtype).build(&Device::cpu()).unwrap();
-            layer.warmup().unwrap();
+            layer.warmup(8).unwrap();
             assert_eq!(layer.tier_for(8).unwrap(), Tier::Cpu);
         }
     }

@@ -49,8 +49,8 @@ impl Shape {
         self.extents[self.rank - 1]
     }
 
-    /// The product of all extents but the last. A tensor's shape never overflows here; that of
-    /// another shape saturates.
+    /// The product of all extents but the last, which saturates. That of a tensor with elements
+    /// does not have to.
     #[must_use]
     pub fn rows(&self) -> usize {
         self.extents[..self.rank - 1]

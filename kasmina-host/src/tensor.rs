@@ -21,7 +21,7 @@ use span::Span;
 /// A clone or a view shares the memory: writing through one shows in all. The last axis is
 /// contiguous; the distance from one row to the next may exceed the row, as in a view of columns.
 /// Memory of a dropped tensor goes back to the pool of the stream it was made on, in stream order,
-/// so that dropping never waits.
+/// so that dropping does not wait; only foreign memory, and the last user of a stream, wait for it.
 pub struct Tensor<T: Element> {
     device: Device,
     storage: Arc<Storage<T>>,
@@ -325,7 +325,9 @@ impl<T: Element> Tensor<T> {
         let extents = self.shape.extents();
         let (first, inner) = match extents {
             [_] => (1, 1),
-            [first, inner @ .., _] => (*first, inner.iter().product()),
+            [first, inner @ .., _] => {
+                (*first, inner.iter().fold(1usize, |rows, &extent| rows.saturating_mul(extent)))
+            }
             [] => (0, 0),
         };
         check_range("Tensor::rows", &range, first)?;
@@ -333,7 +335,9 @@ impl<T: Element> Tensor<T> {
             [_] => Shape::from([range.len(), self.shape.columns()]),
             _ => self.shape.with_leading(range.len()),
         };
-        Ok(self.view(range.start * inner * self.row_stride, shape))
+        // Nothing lies anywhere in an empty tensor, whose extents may be beyond multiplying.
+        let skipped = if self.is_empty() { 0 } else { range.start * inner * self.row_stride };
+        Ok(self.view(skipped, shape))
     }
 
     fn view(&self, skipped: usize, shape: Shape) -> Self {

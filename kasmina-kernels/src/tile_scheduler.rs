@@ -17,7 +17,7 @@ pub struct TileScheduler {
 }
 
 impl TileScheduler {
-    /// Number of tiles. The caller has checked that the product fits (`GemmShape` on the host).
+    /// Number of tiles. The caller has checked that the product fits (`check_tiles` on the host).
     #[must_use]
     #[inline(always)]
     pub const fn num_tiles(&self) -> u32 {

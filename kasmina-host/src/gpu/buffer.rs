@@ -30,7 +30,7 @@ enum Origin {
     Pool(SizeClass),
     /// Held for its destructor.
     Foreign {
-        _owner: Arc<dyn Any + Send + Sync>,
+        owner: Arc<dyn Any + Send + Sync>,
     },
 }
 
@@ -66,7 +66,7 @@ impl Buffer {
         bytes: usize,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        let origin = Origin::Foreign { _owner: owner };
+        let origin = Origin::Foreign { owner };
         Self { stream: Arc::clone(stream), address, bytes, origin }
     }
 
@@ -99,12 +99,29 @@ impl Buffer {
         );
         self.stream.gpu().bind()?;
         let start = self.address + offset as u64;
+        // SAFETY: as above; the host's end is valid until the wait below, which nothing skips.
+        let enqueued = unsafe { self.enqueue(region, start, host_bytes, copy) };
+        // Also after a failure: rows before the one that failed may still be on their way.
+        let waited = self.stream.synchronize();
+        enqueued.and(waited)
+    }
+
+    /// # Safety
+    /// Both ends are valid for the region until the stream has run the copies.
+    unsafe fn enqueue(
+        &self,
+        region: Region,
+        start: u64,
+        host_bytes: usize,
+        copy: Copy,
+    ) -> Result<()> {
+        let Region { rows, row_bytes, row_stride, .. } = region;
         if rows == 1 || row_stride == row_bytes {
             // SAFETY: both ends hold `host_bytes` bytes, as asserted above.
-            unsafe { self.copy_bytes(start, copy, host_bytes) }?;
+            return unsafe { self.copy_bytes(start, copy, host_bytes) };
         } else if row_stride <= MAX_PITCH {
             // SAFETY: both ends hold the rows, as asserted above.
-            unsafe { self.copy_rows(start, copy, region) }?;
+            return unsafe { self.copy_rows(start, copy, region) };
         } else {
             for row in 0..rows {
                 // SAFETY: row by row within the bytes asserted above.
@@ -114,7 +131,7 @@ impl Buffer {
                 }?;
             }
         }
-        self.stream.synchronize()
+        Ok(())
     }
 
     /// # Safety
@@ -225,9 +242,10 @@ impl Drop for Buffer {
             Origin::Empty => {}
             Origin::Pool(class) => self.stream.recycle(class, self.address),
             // The owner may free the memory as soon as it is dropped.
-            Origin::Foreign { .. } => {
+            Origin::Foreign { ref owner } => {
                 if let Err(error) = self.stream.synchronize() {
-                    tracing::warn!(%error, "foreign memory was dropped with work on it failed");
+                    tracing::warn!(%error, "work on foreign memory may be under way: it is kept");
+                    std::mem::forget(Arc::clone(owner));
                 }
             }
         }

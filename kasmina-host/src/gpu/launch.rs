@@ -20,6 +20,13 @@ pub(crate) struct Launch<'a> {
 }
 
 impl Launch<'_> {
+    /// Loads the kernel's module, on first use, and enqueues nothing.
+    pub(crate) fn prepare<P: KernelParams>(&self, kernel: &'static Kernel<P>) -> Result<()> {
+        let gpu = self.stream.gpu();
+        gpu.bind()?;
+        gpu.modules.function(kernel, self.ptx_dir).map(drop)
+    }
+
     /// Enqueues `blocks` blocks of `kernel`, loading its module on first use.
     ///
     /// Callers are operations, which hold every tensor whose address stands in `params` and have
@@ -39,7 +46,8 @@ impl Launch<'_> {
         // stream lives as long as the borrow; memory it touches is freed in the stream's order,
         // and a kernel that overlaps its predecessor waits for it.
         unsafe {
-            if kernel.waits_for_predecessors {
+            // Whether PTX from elsewhere waits for its predecessor is not known.
+            if kernel.waits_for_predecessors && self.ptx_dir.is_none() {
                 let mut overlap = CUlaunchAttribute::programmatic_stream_serialization(true);
                 let (grid, block) = ([blocks, 1, 1], [kernel.block_dim, 1, 1]);
                 let stream = self.stream.raw();

@@ -85,10 +85,25 @@ impl FreeLists {
         self.by_class[usize::from(class.0)].push(address);
     }
 
-    /// All free blocks, which are nobody's afterwards.
-    pub(super) fn drain(&mut self) -> Vec<u64> {
+    /// All free blocks with their classes, which are nobody's afterwards.
+    pub(super) fn drain(&mut self) -> Vec<(SizeClass, u64)> {
         self.stats.cached = 0;
-        self.by_class.iter_mut().flat_map(std::mem::take).collect()
+        let lists = self.by_class.iter_mut().enumerate();
+        // A class is as small a number as its index.
+        lists
+            .flat_map(|(index, list)| {
+                let class = SizeClass(index as u16);
+                std::mem::take(list).into_iter().map(move |address| (class, address))
+            })
+            .collect()
+    }
+
+    /// Takes drained blocks back.
+    pub(super) fn undrain(&mut self, blocks: Vec<(SizeClass, u64)>) {
+        for (class, address) in blocks {
+            self.stats.cached += class.bytes() as u64;
+            self.by_class[usize::from(class.0)].push(address);
+        }
     }
 
     pub(super) const fn stats(&self) -> MemoryStats {
@@ -148,7 +163,11 @@ mod tests {
         let stats = lists.stats();
         assert_eq!((stats.in_use, stats.cached), (3 << 20, 3 << 20));
         assert_eq!((stats.peak_in_use, stats.driver_allocations), (6 << 20, 2));
-        assert_eq!(lists.drain(), [0x1000]);
+        let drained = lists.drain();
+        assert_eq!(drained, [(class, 0x1000)]);
         assert_eq!((lists.stats().in_use, lists.stats().cached), (3 << 20, 0));
+        lists.undrain(drained);
+        assert_eq!((lists.stats().in_use, lists.stats().cached), (3 << 20, 3 << 20));
+        assert_eq!(lists.take(class), Some(0x1000));
     }
 }

@@ -143,7 +143,10 @@ impl Stream {
             outcome => return outcome.map_err(|error| self.failed(error)),
         }
         for stream in self.gpu.streams() {
-            stream.trim()?;
+            // One that cannot be waited for now, as while it is captured, keeps what it has.
+            if let Err(error) = stream.trim() {
+                tracing::warn!(%error, "a stream could not give memory back");
+            }
         }
         allocate_from_driver(class.bytes()).map_err(|error| match error.code {
             OUT_OF_MEMORY => self.out_of_memory(class.bytes()),
@@ -169,14 +172,18 @@ impl Stream {
         // Taken before waiting: a block that is freed meanwhile may still be in use by something
         // enqueued meanwhile.
         let blocks = lock(&self.free_blocks).drain();
-        // If this fails the context is lost, and its memory with it.
-        self.synchronize()?;
-        for address in blocks {
+        if let Err(error) = self.synchronize() {
+            lock(&self.free_blocks).undrain(blocks);
+            return Err(error);
+        }
+        let mut outcome = Ok(());
+        for (_, address) in blocks {
             // SAFETY: the block came from the driver, is in no list any more, and everything that
             // used it has run.
-            unsafe { driver!(cuMemFree_v2(address)) }.map_err(|error| self.failed(error))?;
+            let freed = unsafe { driver!(cuMemFree_v2(address)) };
+            outcome = outcome.and(freed.map_err(|error| self.failed(error)));
         }
-        Ok(())
+        outcome
     }
 }
 

@@ -117,11 +117,13 @@ impl Tile {
     /// `128 · (block_m + block_n)` bytes at 80 a cycle (measured on an H200 with small tiles); the
     /// larger counts. Each tile pays for its epilogue as for two steps.
     const fn cost(self, m: u32, n: u32, k: u32, multiprocessors: u32) -> u64 {
-        let waves = self.scheduler(m, n).num_tiles().div_ceil(multiprocessors);
+        let TileScheduler { tiles_m, tiles_n, .. } = self.scheduler(m, n);
+        // Not `num_tiles`, which wraps: whether the product fits is checked later.
+        let waves = (tiles_m as u64 * tiles_n as u64).div_ceil(multiprocessors as u64);
         let multiply = self.block_m * self.block_n / 32;
         let load = (self.block_m + self.block_n) * 8 / 5;
         let step = if multiply > load { multiply } else { load };
-        waves as u64 * (k.div_ceil(BLOCK_K) + 2) as u64 * step as u64
+        waves * (k.div_ceil(BLOCK_K) + 2) as u64 * step as u64
     }
 }
 

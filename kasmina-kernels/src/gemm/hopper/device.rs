@@ -192,10 +192,10 @@ impl Epilogue {
             // SAFETY: inside the bias's n elements; the host checks its length and alignment.
             unsafe {
                 if column < self.n {
-                    low = ptx::ld_global_nc_u16(address);
+                    low = ptx::ld_global_u16(address);
                 }
                 if column + 1 < self.n {
-                    high = ptx::ld_global_nc_u16(address + 2);
+                    high = ptx::ld_global_u16(address + 2);
                 }
             }
         }
