@@ -9,13 +9,20 @@ use anyhow::{Context, bail};
 use half::{bf16, f16};
 use kasmina::{Activation, DType, Device, Element, KernelConfig, Tensor, Tier, WeightLayout};
 use measure::cuda::Clock;
-use measure::operands::{Normals, Operands, Problem};
-use measure::record::{self, Peer, Provenance, Record, Timing};
+use measure::random::Normals;
+use measure::record::{Peer, Provenance, append};
 use measure::regime::{self, Contender, Regime};
 use peer::cublaslt::{self, CublasLt, Product};
+use products::operands::{Operands, Problem};
+use products::record::{self, Record, Timing};
 
 mod measure;
-mod peer;
+/// Libraries to measure against, loaded at run time.
+mod peer {
+    pub(crate) mod cublaslt;
+    pub(crate) mod library;
+}
+mod products;
 
 const USAGE: &str = "usage: gemm [option VALUE]...
 
@@ -29,6 +36,9 @@ const USAGE: &str = "usage: gemm [option VALUE]...
                          all, the default, is graph for calls under 20 us, else burst and steady
   --samples N            samples in burst and graph; default 60
   --json FILE            appends the results as JSON lines";
+
+/// Calls shorter than this, in microseconds, are timed in a graph.
+const GRAPH_BELOW: f64 = 20.0;
 
 fn main() -> anyhow::Result<ExitCode> {
     let Some(options) = Options::parse(std::env::args().skip(1))? else {
@@ -223,7 +233,7 @@ impl Bench {
         }
         let regimes = match options.regime {
             Some(regime) => vec![regime],
-            None if regime::estimate(&self.clock, &ours)? < regime::GRAPH_BELOW => {
+            None if regime::estimate(&self.clock, &ours)? < GRAPH_BELOW => {
                 vec![Regime::Graph]
             }
             None => vec![Regime::Burst, Regime::Steady],
@@ -238,7 +248,7 @@ impl Bench {
             });
             let record = Record::new(&self.provenance, problem, tier, regime, timing, peer);
             if let Some(file) = &options.json {
-                record.append(file)?;
+                append(&record, file)?;
             }
             println!("{record:?}");
             records.push(record);

@@ -1,8 +1,8 @@
-//! How a call is timed, checked and recorded.
+//! How a call is timed and recorded.
 
 pub(crate) mod capture;
 pub(crate) mod cuda;
-pub(crate) mod operands;
+pub(crate) mod random;
 pub(crate) mod record;
 pub(crate) mod regime;
 pub(crate) mod statistics;

@@ -37,8 +37,6 @@ impl Regime {
     }
 }
 
-/// Calls shorter than this, in microseconds, are timed in a graph.
-pub(crate) const GRAPH_BELOW: f64 = 20.0;
 /// Idle time before each burst sample, in which the GPU's power budget recovers.
 const REST: Duration = Duration::from_millis(20);
 /// Length of a steady slice, total length per contender, and length of one sample, in microseconds.

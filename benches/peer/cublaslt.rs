@@ -15,7 +15,8 @@ use anyhow::{Context, bail, ensure};
 use kasmina::{Activation, DType, WeightLayout};
 use libloading::Library;
 
-use crate::measure::operands::Problem;
+use super::library::symbol;
+use crate::products::operands::Problem;
 
 /// Folders or files to look in before the loader's own places, separated by colons.
 const PATH_VARIABLE: &str = "KASMINA_CUBLASLT";
@@ -189,14 +190,6 @@ fn open_library() -> anyhow::Result<Library> {
 fn open_path(path: &Path) -> Option<Library> {
     // SAFETY: cuBLASLt's initialisers only register its kernels with the CUDA runtime.
     unsafe { Library::new(path) }.ok()
-}
-
-/// # Safety
-/// `T` must be the function's type, and the result must not outlive `library`.
-unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> anyhow::Result<T> {
-    // SAFETY: the caller vouches for `T` and for the lifetime.
-    let symbol = unsafe { library.get::<T>(name.as_bytes()) };
-    symbol.map(|symbol| *symbol).with_context(|| format!("cuBLASLt has no {name}"))
 }
 
 fn check(call: &str, status: Status) -> anyhow::Result<()> {

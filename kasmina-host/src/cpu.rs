@@ -1,3 +1,4 @@
 //! The CPU tier: one file per operation, each on host slices.
 
 pub(crate) mod gemm;
+pub(crate) mod reduce;

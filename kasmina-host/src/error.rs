@@ -156,6 +156,22 @@ pub enum Error {
         operand: &'static str,
     },
 
+    /// The rows of an operand have gaps between them, and the operation takes none.
+    #[error(
+        "{op}: the rows of {operand} have {columns} elements and are {row_stride} apart; use the \
+         tensor it is a view of, single rows, or a copy by `to_vec` and `from_slice`"
+    )]
+    Strided {
+        /// The operation.
+        op: &'static str,
+        /// Which operand.
+        operand: &'static str,
+        /// Elements per row.
+        columns: usize,
+        /// Elements from row to row.
+        row_stride: usize,
+    },
+
     /// A size exceeds what can be addressed.
     #[error("{op}: {quantity} exceeds {limit}; split the operation")]
     Overflow {

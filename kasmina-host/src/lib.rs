@@ -7,6 +7,7 @@
 //! | [`gemm`] | the linear layer's forward pass as a function of its operands |
 //! | `device`, `stream` | where things run, and in which order |
 //! | `tensor`, `shape`, `element` | what they run on |
+//! | `reduce` | statistics of whole tensors |
 //! | `layer` | what they are used through |
 //! | `config` | how kernels are chosen |
 //! | `error` | what can go wrong |
@@ -24,6 +25,7 @@ pub mod gemm;
 #[cfg_attr(not(feature = "cuda"), path = "gpu_absent.rs")]
 mod gpu;
 mod layer;
+mod reduce;
 mod shape;
 mod stream;
 mod tensor;
@@ -37,6 +39,9 @@ pub use kasmina_kernels::abi::{DType, Tier};
 pub use kasmina_kernels::activation::Activation;
 pub use kasmina_kernels::gemm::WeightLayout;
 pub use layer::{KasminaLayer, LinearConfig};
+pub use reduce::{
+    PendingReduction, PendingSummary, ReducerConfig, Reduction, Summary, TelemetryReducer,
+};
 pub use shape::Shape;
 pub use stream::Stream;
 pub use tensor::Tensor;

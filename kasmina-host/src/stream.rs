@@ -75,6 +75,7 @@ impl Stream {
 pub(crate) enum Operation {
     Fill = 1,
     GemmForward = 2,
+    Reduce = 3,
 }
 
 impl Operation {
@@ -83,6 +84,7 @@ impl Operation {
         match number {
             1 => Some(Self::Fill),
             2 => Some(Self::GemmForward),
+            3 => Some(Self::Reduce),
             _ => None,
         }
     }
@@ -91,6 +93,7 @@ impl Operation {
         match self {
             Self::Fill => "fill",
             Self::GemmForward => "gemm forward",
+            Self::Reduce => "reduce",
         }
     }
 }
@@ -101,7 +104,7 @@ mod tests {
 
     #[test]
     fn operations_keep_their_numbers() {
-        for operation in [Operation::Fill, Operation::GemmForward] {
+        for operation in [Operation::Fill, Operation::GemmForward, Operation::Reduce] {
             assert_eq!(Operation::from_number(operation as u8), Some(operation));
         }
         assert_eq!(Operation::from_number(0), None);

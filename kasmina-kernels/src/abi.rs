@@ -4,6 +4,7 @@ use core::fmt;
 use core::marker::PhantomData;
 
 use crate::gemm::{hopper, portable};
+use crate::reduce;
 
 /// A family of kernels that share their hardware requirements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -147,13 +148,25 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const PORTABLE: usize = 3;
-    let mut modules = [&portable::F32; PORTABLE + hopper::KERNELS.len()];
-    modules[1] = &portable::F16;
-    modules[2] = &portable::BF16;
+    const FIRST: [&Module; 9] = [
+        &portable::F32,
+        &portable::F16,
+        &portable::BF16,
+        &reduce::PORTABLE_F32,
+        &reduce::PORTABLE_F16,
+        &reduce::PORTABLE_BF16,
+        &reduce::HOPPER_F32,
+        &reduce::HOPPER_F16,
+        &reduce::HOPPER_BF16,
+    ];
+    let mut modules = [FIRST[0]; FIRST.len() + hopper::KERNELS.len()];
     let mut row = 0;
-    while row < hopper::KERNELS.len() {
-        modules[PORTABLE + row] = hopper::KERNELS[row].kernel.module;
+    while row < modules.len() {
+        modules[row] = if row < FIRST.len() {
+            FIRST[row]
+        } else {
+            hopper::KERNELS[row - FIRST.len()].kernel.module
+        };
         row += 1;
     }
     modules

@@ -10,6 +10,7 @@
 //! | [`gemm`] | `Y = act(X·W + b)`: shapes, parameters, one file of kernels per tier |
 //! | [`pipeline`] | the full/empty ring between producer and consumers |
 //! | [`tile_scheduler`] | which output tile a block computes, in which order |
+//! | [`reduce`] | statistics of all elements: chunks, parameters, arithmetic, kernels |
 //! | [`smem_layout`] | swizzles, wgmma descriptors and fragment positions |
 //! | `ptx` | device only: one function, one instruction |
 #![no_std]
@@ -25,6 +26,7 @@ pub mod gemm;
 pub mod pipeline;
 #[cfg(target_arch = "nvptx64")]
 pub mod ptx;
+pub mod reduce;
 pub mod smem_layout;
 pub mod tile_scheduler;
 

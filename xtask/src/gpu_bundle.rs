@@ -20,6 +20,9 @@ const CHECKOUT_TESTS: [&str; 1] = ["ptx"];
 /// The script that runs what is in the folder; copied, so that it stays executable.
 const RUN: &str = "xtask/src/gpu_bundle/run";
 
+/// What a GPU machine compiles itself to be compared with; the file says how.
+const CUB: &str = "benches/peer/cub.cu";
+
 const SELECTION: [&str; 3] =
     ["--package=kasmina", "--profile=release", "--target-dir=target/gpu-bundle"];
 
@@ -52,6 +55,7 @@ pub fn write(workspace: &Path) -> Result<()> {
         }
     }
     fs::copy(workspace.join(RUN), folder.join("run"))?;
+    fs::copy(workspace.join(CUB), folder.join("cub.cu"))?;
     ensure!(
         size <= SIZE_LIMIT,
         "{FOLDER} has {} MiB, more than the {} MiB that it may: embed less data in tests and \

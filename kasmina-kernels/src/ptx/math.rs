@@ -28,6 +28,22 @@ pub fn max_nan_f32(a: f32, b: f32) -> f32 {
     d
 }
 
+/// `count + 1` if `|x| < bound`, else `count`; also if either is NaN. Two instructions, where a
+/// comparison, a choice and an addition would be three or four.
+#[must_use]
+#[inline(always)]
+pub fn count_if_below_f32(count: f32, x: f32, bound: f32) -> f32 {
+    let mut count = count;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        asm!("{{", ".reg .pred below;", ".reg .f32 magnitude;", "abs.f32 magnitude, {x};",
+             "setp.lt.f32 below, magnitude, {bound};", "@below add.rn.f32 {count}, {count}, 0f3F800000;",
+             "}}", x = in(reg32) x, bound = in(reg32) bound, count = inout(reg32) count,
+             options(pure, nomem, nostack, preserves_flags));
+    }
+    count
+}
+
 /// `2^x` to within 2 ulp.
 #[must_use]
 #[inline(always)]

@@ -8,6 +8,7 @@ mod convert;
 mod fence;
 mod global;
 mod grid;
+mod grid_memory;
 mod math;
 mod mbarrier;
 mod registers;
@@ -15,6 +16,7 @@ pub mod simt;
 mod smem;
 mod special;
 mod tma;
+mod warp;
 #[cfg(kasmina_tier = "hopper")]
 pub(crate) mod wgmma;
 
@@ -23,6 +25,7 @@ pub use convert::*;
 pub use fence::*;
 pub use global::*;
 pub use grid::*;
+pub use grid_memory::*;
 pub use math::*;
 pub use mbarrier::*;
 pub use registers::*;
@@ -30,3 +33,4 @@ pub use simt::*;
 pub use smem::*;
 pub use special::*;
 pub use tma::*;
+pub use warp::*;

@@ -45,6 +45,13 @@ pub unsafe fn shfl_sync_idx_first(value: u32) -> u32 {
     first
 }
 
+/// First in the body of a loop: neither compiler unrolls it.
+#[inline(always)]
+pub fn nounroll() {
+    // SAFETY: a directive. Not pure, so that the loop it stands in keeps it, once.
+    unsafe { asm!(".pragma \"nounroll\";", options(nomem, nostack, preserves_flags)) }
+}
+
 /// Ends the kernel with an error.
 #[inline(always)]
 pub fn trap() -> ! {

@@ -1,3 +1,0 @@
-//! Libraries to measure against, loaded at run time.
-
-pub(crate) mod cublaslt;

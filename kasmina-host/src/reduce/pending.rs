@@ -1,0 +1,123 @@
+//! Results that a device may still be computing.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::mem::offset_of;
+
+use kasmina_kernels::reduce::Moments;
+
+use super::{Reduction, Summary};
+use crate::error::Result;
+use crate::gpu::Buffer;
+use crate::tensor::Region;
+
+const RECORD_BYTES: usize = size_of::<Moments>();
+
+/// A summary that is being computed.
+#[must_use = "a pending summary is worth nothing until it is read"]
+pub struct PendingSummary {
+    pub(super) moments: PendingMoments,
+}
+
+impl PendingSummary {
+    /// Waits for the summary.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the reduction or an operation before it failed.
+    pub fn read(&self) -> Result<Summary> {
+        Ok(Summary { moments: self.moments.read()? })
+    }
+}
+
+/// A number that is being computed.
+#[must_use = "a pending reduction is worth nothing until it is read"]
+pub struct PendingReduction {
+    pub(super) moments: PendingMoments,
+    pub(super) reduction: Reduction,
+}
+
+impl PendingReduction {
+    /// Waits for the number; `None` where `TelemetryReducer::reduce` gives it.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the reduction or an operation before it failed.
+    pub fn read(&self) -> Result<Option<f64>> {
+        Ok(self.reduction.of(&Summary { moments: self.moments.read()? }))
+    }
+}
+
+impl fmt::Debug for PendingSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PendingSummary").finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for PendingReduction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PendingReduction")
+            .field("reduction", &self.reduction)
+            .finish_non_exhaustive()
+    }
+}
+
+pub(super) enum PendingMoments {
+    Known(Moments),
+    OnDevice(Buffer),
+    /// From the single-stage kernel: one f32.
+    SumOnDevice {
+        count: u64,
+        sum: Buffer,
+    },
+}
+
+impl PendingMoments {
+    fn read(&self) -> Result<Moments> {
+        match self {
+            Self::Known(moments) => Ok(*moments),
+            Self::OnDevice(buffer) => Ok(from_record(&read_start(buffer)?)),
+            Self::SumOnDevice { count, sum } => {
+                let sum = f64::from(f32::from_ne_bytes(read_start(sum)?));
+                Ok(Moments { count: *count, sum, mean: sum / *count as f64, ..Moments::EMPTY })
+            }
+        }
+    }
+}
+
+/// The first bytes of a buffer, once everything before on its stream has run.
+fn read_start<const N: usize>(buffer: &Buffer) -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    buffer.read(Region { offset: 0, rows: 1, row_bytes: N, row_stride: N }, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// The record as the device wrote it.
+fn from_record(record: &[u8; RECORD_BYTES]) -> Moments {
+    fn field<const N: usize>(record: &[u8; RECORD_BYTES], at: usize) -> [u8; N] {
+        std::array::from_fn(|byte| record[at + byte])
+    }
+    Moments {
+        count: u64::from_ne_bytes(field(record, offset_of!(Moments, count))),
+        sum: f64::from_ne_bytes(field(record, offset_of!(Moments, sum))),
+        mean: f64::from_ne_bytes(field(record, offset_of!(Moments, mean))),
+        m2: f64::from_ne_bytes(field(record, offset_of!(Moments, m2))),
+        min: f32::from_ne_bytes(field(record, offset_of!(Moments, min))),
+        max: f32::from_ne_bytes(field(record, offset_of!(Moments, max))),
+        non_finite: u64::from_ne_bytes(field(record, offset_of!(Moments, non_finite))),
+        dead: u64::from_ne_bytes(field(record, offset_of!(Moments, dead))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_read_field_by_field() {
+        let mut record = [0; RECORD_BYTES];
+        record[offset_of!(Moments, m2)..][..8].copy_from_slice(&2.5f64.to_ne_bytes());
+        record[offset_of!(Moments, max)..][..4].copy_from_slice(&1.5f32.to_ne_bytes());
+        record[offset_of!(Moments, dead)..][..8].copy_from_slice(&7u64.to_ne_bytes());
+        let moments = from_record(&record);
+        assert_eq!((moments.m2, moments.max, moments.dead, moments.count), (2.5, 1.5, 7, 0));
+    }
+}

@@ -1,0 +1,51 @@
+//! Communication between the blocks of a grid through global memory.
+
+use core::arch::asm;
+
+/// Adds to a counter and returns what it was. Writes of this thread before it are visible to
+/// whoever sees the sum, and writes before the additions that this one sees are visible to this
+/// thread, on the whole GPU.
+///
+/// # Safety
+/// `address` is a global address of 4 writable bytes, 4-aligned, that other threads access only
+/// by atomics while the kernel runs.
+#[inline(always)]
+pub unsafe fn atom_add_acq_rel_gpu_u32(address: u64, value: u32) -> u32 {
+    let before: u32;
+    // SAFETY: the caller's contract. The memory clobber keeps accesses on their side.
+    unsafe {
+        asm!("atom.acq_rel.gpu.global.add.u32 {}, [{}], {};", out(reg32) before,
+             in(reg64) address, in(reg32) value, options(nostack));
+    }
+    before
+}
+
+/// Adds to an f32, in no order with anything.
+///
+/// # Safety
+/// `address` is a global address of 4 writable bytes, 4-aligned, that other threads access only
+/// by atomics while the kernel runs.
+#[inline(always)]
+pub unsafe fn red_add_f32(address: u64, value: f32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("red.global.add.f32 [{}], {};", in(reg64) address, in(reg32) value, options(nostack));
+    }
+}
+
+/// Loads 16 bytes that another block may have written, past the L1 cache.
+///
+/// # Safety
+/// `address` is a global address of 16 readable bytes, 16-aligned, and their writer's release has
+/// been acquired.
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_relaxed_gpu_v4_u32(address: u64) -> [u32; 4] {
+    let (a, b, c, d): (u32, u32, u32, u32);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.relaxed.gpu.global.v4.u32 {{{}, {}, {}, {}}}, [{}];", out(reg32) a, out(reg32) b,
+             out(reg32) c, out(reg32) d, in(reg64) address, options(readonly, nostack));
+    }
+    [a, b, c, d]
+}
