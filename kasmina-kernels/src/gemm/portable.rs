@@ -150,7 +150,7 @@ macro_rules! portable_kernels {
                 /// Addresses, strides and extents describe memory that is valid on the device, and
                 /// the grid has `tiles(m, n).num_tiles()` blocks (the host's `gemm::Forward`).
                 #[unsafe(no_mangle)]
-                pub unsafe extern "ptx-kernel" fn $entry(params: PortableGemmParams) {
+                pub(crate) unsafe extern "ptx-kernel" fn $entry(params: PortableGemmParams) {
                     // SAFETY: the host checks every shape and stride against its allocation.
                     unsafe { device::forward::<device::$dtype, device::$layout>(&params) }
                 }
