@@ -6,9 +6,9 @@
 
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::{Activation, EpilogueActivation};
-use kasmina_kernels::gemm::WeightLayout;
 use kasmina_kernels::gemm::hopper::{self, HopperGemmParams, Tile};
 use kasmina_kernels::gemm::portable::{self, PortableGemmParams};
+use kasmina_kernels::gemm::{InputLayout, WeightLayout};
 use kasmina_kernels::tile_scheduler::TileScheduler;
 
 use crate::config::KernelConfig;
@@ -87,7 +87,14 @@ impl<T: Element> Forward<'_, T> {
         let sm_count = stream.gpu().capability().sm_count;
         let Extents { m, n, k } = extents;
         let forced_tile = config.forced_hopper_tile();
-        match hopper::select(T::DTYPE, self.layout, [m, n, k], sm_count, forced_tile) {
+        match hopper::select(
+            T::DTYPE,
+            InputLayout::Plain,
+            self.layout,
+            [m, n, k],
+            sm_count,
+            forced_tile,
+        ) {
             Some(selected) if tier == Tier::Hopper => {
                 let params = self.hopper_params(extents, selected.tile, y, stream.gpu())?;
                 let blocks = params.tiles.num_tiles().min(sm_count);

@@ -40,3 +40,13 @@ impl WeightLayout {
         }
     }
 }
+
+/// Which way round the first operand of a product lies in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum InputLayout {
+    /// `[m, k]` row-major: the input of a forward pass.
+    #[default]
+    Plain,
+    /// `[k, m]` row-major: an input that counts as its transpose, as X does in `dW = Xᵀ·dZ`.
+    Transposed,
+}

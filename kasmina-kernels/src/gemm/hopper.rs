@@ -1,7 +1,7 @@
 //! `Y = act(X·W + b)` on Hopper: TMA, wgmma, warp specialisation, a persistent grid.
 //!
-//! X `[m, k]` is K-major. W is MN-major as `[k, n]` and K-major as `[n, k]`; wgmma takes both, so
-//! neither is ever transposed. f16 or bf16, accumulated in f32.
+//! X is K-major as `[m, k]` and MN-major as `[k, m]`, W MN-major as `[k, n]` and K-major as
+//! `[n, k]`; wgmma takes both, so neither is ever transposed. f16 or bf16, accumulated in f32.
 //!
 //! One block per multiprocessor: a producer warpgroup and one or two consumer warpgroups, each of
 //! 64 rows of the tile.
@@ -24,7 +24,7 @@
 
 use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
 use crate::activation::EpilogueActivation;
-use crate::gemm::WeightLayout;
+use crate::gemm::{InputLayout, WeightLayout};
 use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
 
@@ -33,7 +33,7 @@ mod device;
 
 /// Depth of one pipeline stage: 128 bytes of a 16-bit type, the span of the widest swizzle.
 pub const BLOCK_K: u32 = 64;
-/// Columns of a slab, the unit in which MN-major W is loaded and Y is stored.
+/// Columns of a slab, the unit in which MN-major operands are loaded and Y is stored.
 pub const SLAB_N: u32 = 64;
 /// Rows of Y a consumer warpgroup computes.
 pub const CONSUMER_M: u32 = 64;
@@ -131,6 +131,8 @@ impl Tile {
 pub struct HopperKernel {
     /// Element type of all operands.
     pub dtype: DType,
+    /// Layout of X.
+    pub x_layout: InputLayout,
     /// Layout of W.
     pub layout: WeightLayout,
     /// How it cuts the problem up.
@@ -152,10 +154,12 @@ pub fn has_tile(tile: [u32; 2]) -> bool {
 }
 
 /// The kernel expected to be fastest for this problem on a GPU of so many multiprocessors, or the
-/// one of the tile that is forced; `None` where no kernel [`serves`] the type or has that tile.
+/// one of the tile that is forced; `None` where no kernel [`serves`] the type, takes both layouts
+/// or has that tile.
 #[must_use]
 pub fn select(
     dtype: DType,
+    x_layout: InputLayout,
     layout: WeightLayout,
     [m, n, k]: [u32; 3],
     multiprocessors: u32,
@@ -164,7 +168,7 @@ pub fn select(
     // The first of equals: rows go from the largest tile, which reads least, to the smallest.
     KERNELS
         .iter()
-        .filter(|row| row.dtype == dtype && row.layout == layout)
+        .filter(|row| (row.dtype, row.x_layout, row.layout) == (dtype, x_layout, layout))
         .filter(|row| forced_tile.is_none_or(|tile| row.tile.extents() == tile))
         .min_by_key(|row| row.tile.cost(m, n, k, multiprocessors))
 }
@@ -173,7 +177,8 @@ pub fn select(
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct HopperGemmParams {
-    /// X `[m, k]`, box `[block_m, BLOCK_K]`, 128-byte swizzle.
+    /// X, 128-byte swizzle: as `[m, k]` with box `[block_m, BLOCK_K]`, as `[k, m]` with box
+    /// `[BLOCK_K, SLAB_N]`.
     pub x_map: TensorMap,
     /// W, 128-byte swizzle: as `[n, k]` with box `[block_n, BLOCK_K]`, as `[k, n]` with box
     /// `[BLOCK_K, SLAB_N]`.
@@ -200,7 +205,8 @@ const _: () = assert!(size_of::<HopperGemmParams>() == 3 * 128 + 8 + 16 * 4);
 
 /// One row makes a kernel's module, its host-side description and, on the device, its entry.
 macro_rules! kernels {
-    ($($entry:ident: $element:ident $ptx_type:literal, $layout:ident $major:ident,
+    ($($entry:ident: $element:ident $ptx_type:literal,
+        $x_layout:ident $x_major:ident, $layout:ident $w_major:ident,
         $block_m:literal x $block_n:tt, $num_stages:literal stages;)+) => {
         /// Every kernel, for each element type and layout from the largest tile to the smallest.
         pub static KERNELS: [HopperKernel; [$(stringify!($entry)),+].len()] = [$({
@@ -209,6 +215,7 @@ macro_rules! kernels {
                 Tile { block_m: $block_m, block_n: $block_n, num_stages: $num_stages };
             HopperKernel {
                 dtype: DType::$element,
+                x_layout: InputLayout::$x_layout,
                 layout: WeightLayout::$layout,
                 tile,
                 kernel: Kernel::new(
@@ -219,28 +226,38 @@ macro_rules! kernels {
         }),+];
         $(
             #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
-            device::entry!($entry, $element, $ptx_type, $major, $block_m, $block_n, $num_stages);
+            device::entry!(
+                $entry, $element, $ptx_type, $x_major, $w_major, $block_m, $block_n, $num_stages
+            );
         )+
     };
 }
 
 kernels! {
-    gemm_bf16_kn_128x256x64: BF16 "bf16", InOut MN, 128 x 256, 4 stages;
-    gemm_bf16_kn_128x128x64: BF16 "bf16", InOut MN, 128 x 128, 6 stages;
-    gemm_bf16_kn_64x128x64: BF16 "bf16", InOut MN, 64 x 128, 8 stages;
-    gemm_bf16_kn_64x64x64: BF16 "bf16", InOut MN, 64 x 64, 8 stages;
-    gemm_bf16_nk_128x256x64: BF16 "bf16", OutIn K, 128 x 256, 4 stages;
-    gemm_bf16_nk_128x128x64: BF16 "bf16", OutIn K, 128 x 128, 6 stages;
-    gemm_bf16_nk_64x128x64: BF16 "bf16", OutIn K, 64 x 128, 8 stages;
-    gemm_bf16_nk_64x64x64: BF16 "bf16", OutIn K, 64 x 64, 8 stages;
-    gemm_f16_kn_128x256x64: F16 "f16", InOut MN, 128 x 256, 4 stages;
-    gemm_f16_kn_128x128x64: F16 "f16", InOut MN, 128 x 128, 6 stages;
-    gemm_f16_kn_64x128x64: F16 "f16", InOut MN, 64 x 128, 8 stages;
-    gemm_f16_kn_64x64x64: F16 "f16", InOut MN, 64 x 64, 8 stages;
-    gemm_f16_nk_128x256x64: F16 "f16", OutIn K, 128 x 256, 4 stages;
-    gemm_f16_nk_128x128x64: F16 "f16", OutIn K, 128 x 128, 6 stages;
-    gemm_f16_nk_64x128x64: F16 "f16", OutIn K, 64 x 128, 8 stages;
-    gemm_f16_nk_64x64x64: F16 "f16", OutIn K, 64 x 64, 8 stages;
+    gemm_bf16_kn_128x256x64: BF16 "bf16", Plain K, InOut MN, 128 x 256, 4 stages;
+    gemm_bf16_kn_128x128x64: BF16 "bf16", Plain K, InOut MN, 128 x 128, 6 stages;
+    gemm_bf16_kn_64x128x64: BF16 "bf16", Plain K, InOut MN, 64 x 128, 8 stages;
+    gemm_bf16_kn_64x64x64: BF16 "bf16", Plain K, InOut MN, 64 x 64, 8 stages;
+    gemm_bf16_nk_128x256x64: BF16 "bf16", Plain K, OutIn K, 128 x 256, 4 stages;
+    gemm_bf16_nk_128x128x64: BF16 "bf16", Plain K, OutIn K, 128 x 128, 6 stages;
+    gemm_bf16_nk_64x128x64: BF16 "bf16", Plain K, OutIn K, 64 x 128, 8 stages;
+    gemm_bf16_nk_64x64x64: BF16 "bf16", Plain K, OutIn K, 64 x 64, 8 stages;
+    gemm_f16_kn_128x256x64: F16 "f16", Plain K, InOut MN, 128 x 256, 4 stages;
+    gemm_f16_kn_128x128x64: F16 "f16", Plain K, InOut MN, 128 x 128, 6 stages;
+    gemm_f16_kn_64x128x64: F16 "f16", Plain K, InOut MN, 64 x 128, 8 stages;
+    gemm_f16_kn_64x64x64: F16 "f16", Plain K, InOut MN, 64 x 64, 8 stages;
+    gemm_f16_nk_128x256x64: F16 "f16", Plain K, OutIn K, 128 x 256, 4 stages;
+    gemm_f16_nk_128x128x64: F16 "f16", Plain K, OutIn K, 128 x 128, 6 stages;
+    gemm_f16_nk_64x128x64: F16 "f16", Plain K, OutIn K, 64 x 128, 8 stages;
+    gemm_f16_nk_64x64x64: F16 "f16", Plain K, OutIn K, 64 x 64, 8 stages;
+    gemm_bf16_km_kn_128x256x64: BF16 "bf16", Transposed MN, InOut MN, 128 x 256, 4 stages;
+    gemm_bf16_km_kn_128x128x64: BF16 "bf16", Transposed MN, InOut MN, 128 x 128, 6 stages;
+    gemm_bf16_km_kn_64x128x64: BF16 "bf16", Transposed MN, InOut MN, 64 x 128, 8 stages;
+    gemm_bf16_km_kn_64x64x64: BF16 "bf16", Transposed MN, InOut MN, 64 x 64, 8 stages;
+    gemm_f16_km_kn_128x256x64: F16 "f16", Transposed MN, InOut MN, 128 x 256, 4 stages;
+    gemm_f16_km_kn_128x128x64: F16 "f16", Transposed MN, InOut MN, 128 x 128, 6 stages;
+    gemm_f16_km_kn_64x128x64: F16 "f16", Transposed MN, InOut MN, 64 x 128, 8 stages;
+    gemm_f16_km_kn_64x64x64: F16 "f16", Transposed MN, InOut MN, 64 x 64, 8 stages;
 }
 
 #[cfg(test)]
@@ -248,7 +265,8 @@ mod tests {
     use super::*;
 
     fn selected(m: u32, n: u32, k: u32) -> (u32, u32) {
-        let row = select(DType::BF16, WeightLayout::InOut, [m, n, k], 132, None).expect("a kernel");
+        let (plain, layout) = (InputLayout::Plain, WeightLayout::InOut);
+        let row = select(DType::BF16, plain, layout, [m, n, k], 132, None).expect("a kernel");
         (row.tile.block_m, row.tile.block_n)
     }
 
@@ -271,26 +289,33 @@ mod tests {
     }
 
     #[test]
-    fn every_combination_of_a_16_bit_type_and_a_layout_has_a_kernel_and_f32_has_none() {
-        for layout in WeightLayout::ALL {
+    fn every_16_bit_type_has_kernels_for_every_layout_and_f32_has_none() {
+        let layouts = [
+            (InputLayout::Plain, WeightLayout::InOut),
+            (InputLayout::Plain, WeightLayout::OutIn),
+            (InputLayout::Transposed, WeightLayout::InOut),
+        ];
+        for (x_layout, layout) in layouts {
             for dtype in [DType::F16, DType::BF16] {
-                let row = select(dtype, layout, [1, 1, 1], 132, None).expect("a kernel");
-                assert_eq!((row.dtype, row.layout), (dtype, layout));
+                let row = select(dtype, x_layout, layout, [1; 3], 132, None).expect("a kernel");
+                assert_eq!((row.dtype, row.x_layout, row.layout), (dtype, x_layout, layout));
             }
-            assert!(
-                !serves(DType::F32) && select(DType::F32, layout, [1, 1, 1], 132, None).is_none()
-            );
+            assert!(!serves(DType::F32));
+            assert!(select(DType::F32, x_layout, layout, [1; 3], 132, None).is_none());
         }
     }
 
     #[test]
     fn a_forced_tile_is_the_one_that_is_used_or_none_is() {
+        let forced = |tile| {
+            let (x_layout, layout) = (InputLayout::Plain, WeightLayout::OutIn);
+            select(DType::F16, x_layout, layout, [8192; 3], 132, Some(tile))
+        };
         for tile in [[128, 256], [128, 128], [64, 128], [64, 64]] {
-            let row = select(DType::F16, WeightLayout::OutIn, [8192; 3], 132, Some(tile));
-            assert_eq!(row.expect("a kernel").tile.extents(), tile);
+            assert_eq!(forced(tile).expect("a kernel").tile.extents(), tile);
             assert!(has_tile(tile));
         }
-        assert!(select(DType::F16, WeightLayout::OutIn, [8192; 3], 132, Some([64, 32])).is_none());
+        assert!(forced([64, 32]).is_none());
         assert!(!has_tile([64, 32]));
     }
 
@@ -298,8 +323,9 @@ mod tests {
     fn entry_names_say_what_the_kernel_serves() {
         for row in &KERNELS {
             let expected = std::format!(
-                "gemm_{}_{}_{}x{}x{BLOCK_K}",
+                "gemm_{}_{}{}_{}x{}x{BLOCK_K}",
                 row.dtype,
+                if row.x_layout == InputLayout::Transposed { "km_" } else { "" },
                 row.layout.name(),
                 row.tile.block_m,
                 row.tile.block_n,

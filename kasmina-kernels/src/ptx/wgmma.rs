@@ -83,9 +83,10 @@ macro_rules! accumulator_operands {
 /// this batch is in flight, so that the stage before may be released.
 ///
 /// `$a` and `$b` are descriptors of the stage's first k16; they advance by `$step_a` and `$step_b`
-/// (units of 16 bytes) per k16. `$accumulate` 0 overwrites the accumulators.
+/// (units of 16 bytes) per k16. `$transpose_a` and `$transpose_b` are 1 for MN-major operands.
+/// `$accumulate` 0 overwrites the accumulators.
 macro_rules! wgmma_k64 {
-    ($dtype:literal, $n:tt, $transpose_b:expr, $step_a:expr, $step_b:expr,
+    ($dtype:literal, $n:tt, $transpose_a:expr, $transpose_b:expr, $step_a:expr, $step_b:expr,
      $a:expr, $b:expr, $accumulate:expr, $($c:ident)+) => {
         core::arch::asm!(
             "{{",
@@ -115,6 +116,7 @@ macro_rules! wgmma_k64 {
             accumulate = in(reg32) $accumulate,
             step_a = const $step_a,
             step_b = const $step_b,
+            transpose_a = const $transpose_a,
             transpose_b = const $transpose_b,
             options(nostack),
         )
@@ -123,7 +125,7 @@ macro_rules! wgmma_k64 {
         concat!(
             "wgmma.mma_async.sync.aligned.m64n", $n, "k16.f32.", $dtype, ".", $dtype, " ",
             $crate::ptx::wgmma::accumulator_operands!($n),
-            ", a, b, ", $predicate, ", 1, 1, 0, {transpose_b};"
+            ", a, b, ", $predicate, ", 1, 1, {transpose_a}, {transpose_b};"
         )
     };
 }

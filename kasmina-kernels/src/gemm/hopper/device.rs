@@ -85,25 +85,100 @@ impl Block {
     }
 }
 
+/// Where the operands of a product come from: what to load for a step of a tile.
+pub(super) trait Operands: Copy {
+    /// Announces the maps, so that the first loads find them cached.
+    ///
+    /// # Safety
+    /// As [`produce`].
+    unsafe fn prefetch(self);
+
+    /// Issues the loads of step `k_block` of the tile whose first row and column are `m` and `n`:
+    /// `x_stage_bytes` to `x` and `w_stage_bytes` to `w`, completing on `full`.
+    ///
+    /// # Safety
+    /// As [`produce`]; the stage is free and `full` expects its bytes.
+    unsafe fn load(self, tile: Tile, stage: Stage, m: u32, n: u32, k_block: u32);
+}
+
+/// Where a stage lies in shared memory.
+#[derive(Clone, Copy)]
+pub(super) struct Stage {
+    pub(super) x: u32,
+    pub(super) w: u32,
+    /// The barrier that its loads complete on.
+    pub(super) full: u32,
+}
+
+/// Two matrices, each K-major or MN-major.
+#[derive(Clone, Copy)]
+pub(super) struct Matrices {
+    pub(super) x_map: u64,
+    pub(super) w_map: u64,
+    pub(super) x_major: Major,
+    pub(super) w_major: Major,
+}
+
+impl Operands for Matrices {
+    #[inline(always)]
+    unsafe fn prefetch(self) {
+        // SAFETY: valid maps by the caller's contract.
+        unsafe {
+            ptx::prefetch_tensormap(self.x_map);
+            ptx::prefetch_tensormap(self.w_map);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, tile: Tile, stage: Stage, m: u32, n: u32, k_block: u32) {
+        let k = k_block * BLOCK_K;
+        let Stage { x, w, full } = stage;
+        // SAFETY: the maps' boxes are those of `HopperGemmParams`; a free stage, by the caller's
+        // contract.
+        unsafe {
+            load_operand(self.w_map, self.w_major, tile.block_n, w, n, k, full);
+            load_operand(self.x_map, self.x_major, tile.block_m, x, m, k, full);
+        }
+    }
+}
+
+/// Loads `extent` rows (or columns) of an operand and 64 k: in one box where k is contiguous, else
+/// in slabs of 64.
+///
+/// # Safety
+/// As [`Operands::load`].
+#[inline(always)]
+unsafe fn load_operand(map: u64, major: Major, extent: u32, dst: u32, mn: u32, k: u32, full: u32) {
+    // SAFETY: by the caller's contract; slabs follow each other in the stage.
+    unsafe {
+        match major {
+            Major::K => ptx::cp_async_bulk_tensor_2d_load(dst, map, k, mn, full),
+            Major::MN => {
+                let mut slab = 0;
+                while slab < extent / SLAB_N {
+                    let dst = dst + slab * (BLOCK_K * SLAB_N * 2);
+                    ptx::cp_async_bulk_tensor_2d_load(dst, map, mn + slab * SLAB_N, k, full);
+                    slab += 1;
+                }
+            }
+        }
+    }
+}
+
 /// Feeds the ring for every tile of this block.
 ///
 /// # Safety
-/// One thread of the block calls it; `x_map` and `w_map` are 64-aligned addresses of maps with
-/// the boxes [`HopperGemmParams`] names (`gemm.rs` on the host encodes them).
+/// One thread of the block calls it; the operands' maps are 64-aligned addresses of maps with the
+/// boxes that their parameters name (the host encodes them).
 #[inline(always)]
 pub(super) unsafe fn produce(
     block: Block,
-    x_map: u64,
-    w_map: u64,
-    w_major: Major,
+    operands: impl Operands,
     tiles: TileScheduler,
     k_blocks: u32,
 ) {
     // SAFETY: valid maps by the caller's contract.
-    unsafe {
-        ptx::prefetch_tensormap(x_map);
-        ptx::prefetch_tensormap(w_map);
-    }
+    unsafe { operands.prefetch() };
     let mut position = RingPosition::START;
     let mut tile = ptx::block_index();
     let stage_bytes = block.tile.x_stage_bytes() + block.tile.w_stage_bytes();
@@ -112,7 +187,6 @@ pub(super) unsafe fn produce(
         let (m, n) = (tile_m * block.tile.block_m, tile_n * block.tile.block_n);
         let mut k_block = 0;
         while k_block < k_blocks {
-            let k = k_block * BLOCK_K;
             let full = block.ring.full(position.stage);
             let (x, w) = (block.x_stage(position.stage), block.w_stage(position.stage));
             // SAFETY: the stage is free once `empty` completes; the bytes expected are those of
@@ -120,19 +194,7 @@ pub(super) unsafe fn produce(
             unsafe {
                 block.ring.wait_empty(position);
                 ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
-                match w_major {
-                    Major::K => ptx::cp_async_bulk_tensor_2d_load(w, w_map, k, n, full),
-                    Major::MN => {
-                        let mut slab = 0;
-                        while slab < block.tile.block_n / SLAB_N {
-                            let dst = w + slab * (BLOCK_K * SLAB_N * 2);
-                            let column = n + slab * SLAB_N;
-                            ptx::cp_async_bulk_tensor_2d_load(dst, w_map, column, k, full);
-                            slab += 1;
-                        }
-                    }
-                }
-                ptx::cp_async_bulk_tensor_2d_load(x, x_map, k, m, full);
+                operands.load(block.tile, Stage { x, w, full }, m, n, k_block);
             }
             position = position.next(block.tile.num_stages);
             k_block += 1;
@@ -322,15 +384,15 @@ impl Epilogue {
     }
 }
 
-/// Defines the entry for one element type, major order of W and tile.
+/// Defines the entry for one element type, major orders of X and W, and tile.
 macro_rules! entry {
-    ($entry:ident, $element:ident, $ptx_type:literal, $major:ident,
+    ($entry:ident, $element:ident, $ptx_type:literal, $x_major:ident, $w_major:ident,
      $block_m:literal, $block_n:tt, $num_stages:literal) => {
         $crate::ptx::wgmma::with_accumulators! { $block_n, device::entry! {
-            @body $entry, $element, $ptx_type, $major, $block_m, $block_n, $num_stages
+            @body $entry, $element, $ptx_type, $x_major, $w_major, $block_m, $block_n, $num_stages
         } }
     };
-    (@body $entry:ident, $element:ident, $ptx_type:literal, $major:ident,
+    (@body $entry:ident, $element:ident, $ptx_type:literal, $x_major:ident, $w_major:ident,
      $block_m:literal, $block_n:tt, $num_stages:literal $([$($c:ident)+])+) => {
         /// # Safety
         /// Launched by `launch` on the host with the geometry of its `Kernel` and parameters that
@@ -343,7 +405,8 @@ macro_rules! entry {
 
             const TILE: Tile =
                 Tile { block_m: $block_m, block_n: $block_n, num_stages: $num_stages };
-            const W_MAJOR: Major = Major::$major;
+            const X_MAJOR: Major = Major::$x_major;
+            const W_MAJOR: Major = Major::$w_major;
             let x_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
             // to `params` in Rust would be a copy in local memory, useless to TMA.
@@ -375,7 +438,9 @@ macro_rules! entry {
                         ptx::setmaxnreg_dec::<PRODUCER_REGISTERS>();
                     }
                     if ptx::thread_index() == 0 {
-                        produce(block, x_map, w_map, W_MAJOR, tiles, k_blocks);
+                        let (x_major, w_major) = (X_MAJOR, W_MAJOR);
+                        let operands = Matrices { x_map, w_map, x_major, w_major };
+                        produce(block, operands, tiles, k_blocks);
                     }
                 }
             } else {
@@ -399,16 +464,17 @@ macro_rules! entry {
                     let mut k_block = 0u32;
                     while k_block < k_blocks {
                         let stage = position.stage;
+                        // 64 rows of X, or one slab: as many bytes.
                         let x = block.x_stage(stage) + consumer * (CONSUMER_M * BLOCK_K * 2);
-                        let a = wgmma_descriptor(x, Major::K);
+                        let a = wgmma_descriptor(x, X_MAJOR);
                         let b = wgmma_descriptor(block.w_stage(stage), W_MAJOR);
                         // SAFETY: the stage has landed; the whole warpgroup executes it.
                         unsafe {
                             block.ring.wait_full(position);
                             ptx::wgmma::wgmma_k64!(
                                 $ptx_type, $block_n,
-                                (W_MAJOR as u32),
-                                (descriptor_step_k16(Major::K)),
+                                (X_MAJOR as u32), (W_MAJOR as u32),
+                                (descriptor_step_k16(X_MAJOR)),
                                 (descriptor_step_k16(W_MAJOR)),
                                 a, b, k_block, $($($c)+)+
                             );
