@@ -14,7 +14,8 @@
 //! ```
 //! A stage is released once the *next* batch has been issued, so that the tensor cores always have
 //! one queued. The producer runs ahead into the next tile during the epilogue. A grid starts while
-//! the one before it in the stream ends, and waits for it before it touches global memory.
+//! the one before it in the stream ends; it fetches its first stages into L2, and waits before it
+//! reads or writes global memory.
 //!
 //! # Shape contract
 //! - m, k ≥ 1, and any edge may cut a tile: TMA fills with zeros on load and clips on store.
