@@ -25,7 +25,7 @@ pub(crate) trait Operands: Copy {
     unsafe fn prefetch_w(self, tile: Tile, n: u32, k_block: u32);
 
     /// Issues the loads of step `k_block` of the tile whose first row and column are `m` and `n`:
-    /// `x_stage_bytes` to `x` and `w_stage_bytes` to `w`, completing on `full`.
+    /// rows to `x` and columns to `w`, completing on `full`.
     ///
     /// # Safety
     /// As [`produce`](super::produce); the stage is free and `full` expects its bytes.
