@@ -1,7 +1,7 @@
 //! `Y = act(X·W + b)` on Hopper: TMA, wgmma, warp specialisation, a persistent grid.
 //!
-//! X is K-major as `[m, k]` and MN-major as `[k, m]`, W MN-major as `[k, n]` and K-major as
-//! `[n, k]`; wgmma takes both, so neither is ever transposed. f16 or bf16, accumulated in f32.
+//! X `[m, k]` is K-major. W is MN-major as `[k, n]` and K-major as `[n, k]`; wgmma takes both, so
+//! neither is ever transposed. f16 or bf16, accumulated in f32.
 //!
 //! One block per multiprocessor: a producer warpgroup and one or two consumer warpgroups, each of
 //! 64 rows of the tile.
@@ -24,9 +24,11 @@
 
 use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
 use crate::activation::EpilogueActivation;
-use crate::gemm::{InputLayout, WeightLayout};
+use crate::gemm::WeightLayout;
 use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
+
+pub mod weight_gradient;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
@@ -120,10 +122,14 @@ impl Tile {
         let TileScheduler { tiles_m, tiles_n, .. } = self.scheduler(m, n);
         // Not `num_tiles`, which wraps: whether the product fits is checked later.
         let waves = (tiles_m as u64 * tiles_n as u64).div_ceil(multiprocessors as u64);
+        waves * (k.div_ceil(BLOCK_K) + 2) as u64 * self.cycles_per_step() as u64
+    }
+
+    /// Estimated cycles of one step of k.
+    const fn cycles_per_step(self) -> u32 {
         let multiply = self.block_m * self.block_n / 32;
         let load = (self.block_m + self.block_n) * 8 / 5;
-        let step = if multiply > load { multiply } else { load };
-        waves * (k.div_ceil(BLOCK_K) + 2) as u64 * step as u64
+        if multiply > load { multiply } else { load }
     }
 }
 
@@ -131,8 +137,6 @@ impl Tile {
 pub struct HopperKernel {
     /// Element type of all operands.
     pub dtype: DType,
-    /// Layout of X.
-    pub x_layout: InputLayout,
     /// Layout of W.
     pub layout: WeightLayout,
     /// How it cuts the problem up.
@@ -154,12 +158,10 @@ pub fn has_tile(tile: [u32; 2]) -> bool {
 }
 
 /// The kernel expected to be fastest for this problem on a GPU of so many multiprocessors, or the
-/// one of the tile that is forced; `None` where no kernel [`serves`] the type, takes both layouts
-/// or has that tile.
+/// one of the tile that is forced; `None` where no kernel [`serves`] the type or has that tile.
 #[must_use]
 pub fn select(
     dtype: DType,
-    x_layout: InputLayout,
     layout: WeightLayout,
     [m, n, k]: [u32; 3],
     multiprocessors: u32,
@@ -168,7 +170,7 @@ pub fn select(
     // The first of equals: rows go from the largest tile, which reads least, to the smallest.
     KERNELS
         .iter()
-        .filter(|row| (row.dtype, row.x_layout, row.layout) == (dtype, x_layout, layout))
+        .filter(|row| row.dtype == dtype && row.layout == layout)
         .filter(|row| forced_tile.is_none_or(|tile| row.tile.extents() == tile))
         .min_by_key(|row| row.tile.cost(m, n, k, multiprocessors))
 }
@@ -177,8 +179,7 @@ pub fn select(
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct HopperGemmParams {
-    /// X, 128-byte swizzle: as `[m, k]` with box `[block_m, BLOCK_K]`, as `[k, m]` with box
-    /// `[BLOCK_K, SLAB_N]`.
+    /// X `[m, k]`, box `[block_m, BLOCK_K]`, 128-byte swizzle.
     pub x_map: TensorMap,
     /// W, 128-byte swizzle: as `[n, k]` with box `[block_n, BLOCK_K]`, as `[k, n]` with box
     /// `[BLOCK_K, SLAB_N]`.
@@ -205,8 +206,7 @@ const _: () = assert!(size_of::<HopperGemmParams>() == 3 * 128 + 8 + 16 * 4);
 
 /// One row makes a kernel's module, its host-side description and, on the device, its entry.
 macro_rules! kernels {
-    ($($entry:ident: $element:ident $ptx_type:literal,
-        $x_layout:ident $x_major:ident, $layout:ident $w_major:ident,
+    ($($entry:ident: $element:ident $ptx_type:literal, $layout:ident $major:ident,
         $block_m:literal x $block_n:tt, $num_stages:literal stages;)+) => {
         /// Every kernel, for each element type and layout from the largest tile to the smallest.
         pub static KERNELS: [HopperKernel; [$(stringify!($entry)),+].len()] = [$({
@@ -215,7 +215,6 @@ macro_rules! kernels {
                 Tile { block_m: $block_m, block_n: $block_n, num_stages: $num_stages };
             HopperKernel {
                 dtype: DType::$element,
-                x_layout: InputLayout::$x_layout,
                 layout: WeightLayout::$layout,
                 tile,
                 kernel: Kernel::new(
@@ -226,38 +225,28 @@ macro_rules! kernels {
         }),+];
         $(
             #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
-            device::entry!(
-                $entry, $element, $ptx_type, $x_major, $w_major, $block_m, $block_n, $num_stages
-            );
+            device::entry!($entry, $element, $ptx_type, $major, $block_m, $block_n, $num_stages);
         )+
     };
 }
 
 kernels! {
-    gemm_bf16_kn_128x256x64: BF16 "bf16", Plain K, InOut MN, 128 x 256, 4 stages;
-    gemm_bf16_kn_128x128x64: BF16 "bf16", Plain K, InOut MN, 128 x 128, 6 stages;
-    gemm_bf16_kn_64x128x64: BF16 "bf16", Plain K, InOut MN, 64 x 128, 8 stages;
-    gemm_bf16_kn_64x64x64: BF16 "bf16", Plain K, InOut MN, 64 x 64, 8 stages;
-    gemm_bf16_nk_128x256x64: BF16 "bf16", Plain K, OutIn K, 128 x 256, 4 stages;
-    gemm_bf16_nk_128x128x64: BF16 "bf16", Plain K, OutIn K, 128 x 128, 6 stages;
-    gemm_bf16_nk_64x128x64: BF16 "bf16", Plain K, OutIn K, 64 x 128, 8 stages;
-    gemm_bf16_nk_64x64x64: BF16 "bf16", Plain K, OutIn K, 64 x 64, 8 stages;
-    gemm_f16_kn_128x256x64: F16 "f16", Plain K, InOut MN, 128 x 256, 4 stages;
-    gemm_f16_kn_128x128x64: F16 "f16", Plain K, InOut MN, 128 x 128, 6 stages;
-    gemm_f16_kn_64x128x64: F16 "f16", Plain K, InOut MN, 64 x 128, 8 stages;
-    gemm_f16_kn_64x64x64: F16 "f16", Plain K, InOut MN, 64 x 64, 8 stages;
-    gemm_f16_nk_128x256x64: F16 "f16", Plain K, OutIn K, 128 x 256, 4 stages;
-    gemm_f16_nk_128x128x64: F16 "f16", Plain K, OutIn K, 128 x 128, 6 stages;
-    gemm_f16_nk_64x128x64: F16 "f16", Plain K, OutIn K, 64 x 128, 8 stages;
-    gemm_f16_nk_64x64x64: F16 "f16", Plain K, OutIn K, 64 x 64, 8 stages;
-    gemm_bf16_km_kn_128x256x64: BF16 "bf16", Transposed MN, InOut MN, 128 x 256, 4 stages;
-    gemm_bf16_km_kn_128x128x64: BF16 "bf16", Transposed MN, InOut MN, 128 x 128, 6 stages;
-    gemm_bf16_km_kn_64x128x64: BF16 "bf16", Transposed MN, InOut MN, 64 x 128, 8 stages;
-    gemm_bf16_km_kn_64x64x64: BF16 "bf16", Transposed MN, InOut MN, 64 x 64, 8 stages;
-    gemm_f16_km_kn_128x256x64: F16 "f16", Transposed MN, InOut MN, 128 x 256, 4 stages;
-    gemm_f16_km_kn_128x128x64: F16 "f16", Transposed MN, InOut MN, 128 x 128, 6 stages;
-    gemm_f16_km_kn_64x128x64: F16 "f16", Transposed MN, InOut MN, 64 x 128, 8 stages;
-    gemm_f16_km_kn_64x64x64: F16 "f16", Transposed MN, InOut MN, 64 x 64, 8 stages;
+    gemm_bf16_kn_128x256x64: BF16 "bf16", InOut MN, 128 x 256, 4 stages;
+    gemm_bf16_kn_128x128x64: BF16 "bf16", InOut MN, 128 x 128, 6 stages;
+    gemm_bf16_kn_64x128x64: BF16 "bf16", InOut MN, 64 x 128, 8 stages;
+    gemm_bf16_kn_64x64x64: BF16 "bf16", InOut MN, 64 x 64, 8 stages;
+    gemm_bf16_nk_128x256x64: BF16 "bf16", OutIn K, 128 x 256, 4 stages;
+    gemm_bf16_nk_128x128x64: BF16 "bf16", OutIn K, 128 x 128, 6 stages;
+    gemm_bf16_nk_64x128x64: BF16 "bf16", OutIn K, 64 x 128, 8 stages;
+    gemm_bf16_nk_64x64x64: BF16 "bf16", OutIn K, 64 x 64, 8 stages;
+    gemm_f16_kn_128x256x64: F16 "f16", InOut MN, 128 x 256, 4 stages;
+    gemm_f16_kn_128x128x64: F16 "f16", InOut MN, 128 x 128, 6 stages;
+    gemm_f16_kn_64x128x64: F16 "f16", InOut MN, 64 x 128, 8 stages;
+    gemm_f16_kn_64x64x64: F16 "f16", InOut MN, 64 x 64, 8 stages;
+    gemm_f16_nk_128x256x64: F16 "f16", OutIn K, 128 x 256, 4 stages;
+    gemm_f16_nk_128x128x64: F16 "f16", OutIn K, 128 x 128, 6 stages;
+    gemm_f16_nk_64x128x64: F16 "f16", OutIn K, 64 x 128, 8 stages;
+    gemm_f16_nk_64x64x64: F16 "f16", OutIn K, 64 x 64, 8 stages;
 }
 
 #[cfg(test)]
@@ -265,8 +254,7 @@ mod tests {
     use super::*;
 
     fn selected(m: u32, n: u32, k: u32) -> (u32, u32) {
-        let (plain, layout) = (InputLayout::Plain, WeightLayout::InOut);
-        let row = select(DType::BF16, plain, layout, [m, n, k], 132, None).expect("a kernel");
+        let row = select(DType::BF16, WeightLayout::InOut, [m, n, k], 132, None).expect("a kernel");
         (row.tile.block_m, row.tile.block_n)
     }
 
@@ -289,33 +277,26 @@ mod tests {
     }
 
     #[test]
-    fn every_16_bit_type_has_kernels_for_every_layout_and_f32_has_none() {
-        let layouts = [
-            (InputLayout::Plain, WeightLayout::InOut),
-            (InputLayout::Plain, WeightLayout::OutIn),
-            (InputLayout::Transposed, WeightLayout::InOut),
-        ];
-        for (x_layout, layout) in layouts {
+    fn every_combination_of_a_16_bit_type_and_a_layout_has_a_kernel_and_f32_has_none() {
+        for layout in WeightLayout::ALL {
             for dtype in [DType::F16, DType::BF16] {
-                let row = select(dtype, x_layout, layout, [1; 3], 132, None).expect("a kernel");
-                assert_eq!((row.dtype, row.x_layout, row.layout), (dtype, x_layout, layout));
+                let row = select(dtype, layout, [1, 1, 1], 132, None).expect("a kernel");
+                assert_eq!((row.dtype, row.layout), (dtype, layout));
             }
-            assert!(!serves(DType::F32));
-            assert!(select(DType::F32, x_layout, layout, [1; 3], 132, None).is_none());
+            assert!(
+                !serves(DType::F32) && select(DType::F32, layout, [1, 1, 1], 132, None).is_none()
+            );
         }
     }
 
     #[test]
     fn a_forced_tile_is_the_one_that_is_used_or_none_is() {
-        let forced = |tile| {
-            let (x_layout, layout) = (InputLayout::Plain, WeightLayout::OutIn);
-            select(DType::F16, x_layout, layout, [8192; 3], 132, Some(tile))
-        };
         for tile in [[128, 256], [128, 128], [64, 128], [64, 64]] {
-            assert_eq!(forced(tile).expect("a kernel").tile.extents(), tile);
+            let row = select(DType::F16, WeightLayout::OutIn, [8192; 3], 132, Some(tile));
+            assert_eq!(row.expect("a kernel").tile.extents(), tile);
             assert!(has_tile(tile));
         }
-        assert!(forced([64, 32]).is_none());
+        assert!(select(DType::F16, WeightLayout::OutIn, [8192; 3], 132, Some([64, 32])).is_none());
         assert!(!has_tile([64, 32]));
     }
 
@@ -323,9 +304,8 @@ mod tests {
     fn entry_names_say_what_the_kernel_serves() {
         for row in &KERNELS {
             let expected = std::format!(
-                "gemm_{}_{}{}_{}x{}x{BLOCK_K}",
+                "gemm_{}_{}_{}x{}x{BLOCK_K}",
                 row.dtype,
-                if row.x_layout == InputLayout::Transposed { "km_" } else { "" },
                 row.layout.name(),
                 row.tile.block_m,
                 row.tile.block_n,
