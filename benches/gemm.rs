@@ -270,7 +270,7 @@ impl Bench {
         // SAFETY: `self` keeps workspace and stream alive, and `operands`, which the caller keeps
         // longer than the result, the bias. Only calls on this one stream use the workspace.
         let mut product = unsafe {
-            Product::new(
+            Product::forward(
                 library,
                 problem,
                 operands.bias_address(),

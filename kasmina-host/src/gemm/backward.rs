@@ -112,11 +112,11 @@ pub struct Tiers {
 /// output.
 ///
 /// X is `[…, k]`, W a matrix in either layout, dY and what is saved are `[…, n]`. dZ is rounded to
-/// the element type, unless there is no activation and it is dY; db is the sum of dZ before that
-/// rounding. dX, dW and db are added in f32 and rounded once; where dW is added to what is there,
-/// tensor-core tiers round the product before and the sum after. It is enqueued on the stream of
-/// W's device handle; where another operand belongs to another stream of the same GPU, that stream
-/// is ordered around the use.
+/// the element type, unless there is no activation and it is dY; db is the sum of dZ, on a GPU
+/// before that rounding. dX, dW and db are added in f32 and rounded once; where dW is added to
+/// what is there, the tier `hopper` may round the product before and the sum after. The pass is
+/// enqueued on the stream of W's device handle; where another operand belongs to another stream of
+/// the same GPU, that stream is ordered around the use.
 #[derive(Debug)]
 pub struct Backward<'a, T: Element> {
     /// The input of the forward pass.

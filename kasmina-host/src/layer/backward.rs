@@ -1,11 +1,12 @@
 //! The backward pass of a linear layer.
 
+use kasmina_kernels::activation::Activation;
+
 use super::KasminaLayer;
 use crate::element::Element;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gemm::{Backward, Forward, Gradients, Saved, Tiers};
 use crate::tensor::Tensor;
-use kasmina_kernels::activation::Activation;
 
 /// The gradients of a [`KasminaLayer`]'s input and parameters.
 #[derive(Debug)]
@@ -76,9 +77,16 @@ impl KasminaLayer {
         dy: &Tensor<T>,
         gradients: Gradients<'_, T>,
     ) -> Result<Tiers> {
-        let linear = self.linear::<T>("KasminaLayer::backward_into")?;
-        let saved = saved.into();
-        let activation = self.config.activation;
+        let op = "KasminaLayer::backward_into";
+        let linear = self.linear::<T>(op)?;
+        let (saved, activation) = (saved.into(), self.config.activation);
+        if let Some((operand, saved)) = saved.tensor() {
+            // Here, as an output that does not tell the gradient is not looked at again.
+            let (expected, got) = (x.shape().with_columns(self.config.out_features), saved.shape());
+            if *got != expected {
+                return Err(Error::Shape { op, operand, expected, got: *got });
+            }
+        }
         let anew = if saved.tells(activation) { None } else { Some(self.pre_activation(x)?) };
         let backward = Backward {
             x,

@@ -209,7 +209,7 @@ unsafe fn store_sums<E: Element>(
     values: [f32; 4],
 ) {
     macro_rules! column {
-        ($($i:literal)+) => {$(
+        ($($i:literal)+) => {$({
             // SAFETY: the whole warp, by the caller's contract.
             let other = unsafe { ptx::shfl_sync_bfly::<16>(values[$i].to_bits()) };
             let sum = values[$i] + f32::from_bits(other);
@@ -232,7 +232,7 @@ unsafe fn store_sums<E: Element>(
                     }
                 }
             }
-        )+};
+        })+};
     }
     column!(0 1 2 3);
 }
