@@ -149,7 +149,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 15] = [
+    const FIRST: [&Module; 18] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -159,6 +159,9 @@ pub static MODULES: &[&Module] = &{
         &backward::PORTABLE_F32,
         &backward::PORTABLE_F16,
         &backward::PORTABLE_BF16,
+        &backward::HOPPER_F32,
+        &backward::HOPPER_F16,
+        &backward::HOPPER_BF16,
         &reduce::PORTABLE_F32,
         &reduce::PORTABLE_F16,
         &reduce::PORTABLE_BF16,

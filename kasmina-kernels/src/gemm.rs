@@ -6,6 +6,8 @@
 //! rounding to the element type.
 
 pub mod backward;
+#[cfg(target_arch = "nvptx64")]
+mod element;
 pub mod hopper;
 pub mod portable;
 

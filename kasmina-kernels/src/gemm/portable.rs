@@ -265,7 +265,7 @@ pub const fn bf16_from_f32(value: f32) -> u16 {
 }
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
-pub(super) mod device;
+mod device;
 
 #[cfg(test)]
 mod tests {

@@ -2,74 +2,9 @@
 
 use super::*;
 use crate::activation::Activation;
+use crate::gemm::element::unroll;
+pub(super) use crate::gemm::element::{BF16, Element, F16, F32};
 use crate::ptx;
-
-/// An element type in global memory. Bits travel in the lower end of a `u32`.
-pub(in crate::gemm) trait Element {
-    const SIZE: u32;
-    fn widen(bits: u32) -> f32;
-    fn round(value: f32) -> u32;
-    /// # Safety
-    /// As [`ptx::ld_global_nc_u32`], for `SIZE` bytes.
-    unsafe fn load(address: u64) -> u32;
-    /// # Safety
-    /// As [`ptx::st_global_u32`], for `SIZE` bytes.
-    unsafe fn store(address: u64, bits: u32);
-}
-
-pub(in crate::gemm) struct F32;
-pub(in crate::gemm) struct F16;
-pub(in crate::gemm) struct BF16;
-
-impl Element for F32 {
-    const SIZE: u32 = 4;
-    #[inline(always)]
-    fn widen(bits: u32) -> f32 {
-        f32::from_bits(bits)
-    }
-    #[inline(always)]
-    fn round(value: f32) -> u32 {
-        value.to_bits()
-    }
-    #[inline(always)]
-    unsafe fn load(address: u64) -> u32 {
-        // SAFETY: the caller's contract.
-        unsafe { ptx::ld_global_nc_u32(address) }
-    }
-    #[inline(always)]
-    unsafe fn store(address: u64, bits: u32) {
-        // SAFETY: the caller's contract.
-        unsafe { ptx::st_global_u32(address, bits) }
-    }
-}
-
-macro_rules! sixteen_bit_element {
-    ($name:ident, $widen:expr, $round:expr) => {
-        impl Element for $name {
-            const SIZE: u32 = 2;
-            #[inline(always)]
-            fn widen(bits: u32) -> f32 {
-                $widen(bits)
-            }
-            #[inline(always)]
-            fn round(value: f32) -> u32 {
-                u32::from($round(value))
-            }
-            #[inline(always)]
-            unsafe fn load(address: u64) -> u32 {
-                // SAFETY: the caller's contract.
-                u32::from(unsafe { ptx::ld_global_nc_u16(address) })
-            }
-            #[inline(always)]
-            unsafe fn store(address: u64, bits: u32) {
-                // SAFETY: the caller's contract.
-                unsafe { ptx::st_global_u16(address, bits as u16) }
-            }
-        }
-    };
-}
-sixteen_bit_element!(F16, |bits| ptx::cvt_f32_f16(bits as u16), ptx::cvt_rn_f16_f32);
-sixteen_bit_element!(BF16, |bits: u32| f32::from_bits(bits << 16), bf16_from_f32);
 
 /// Which axis of an operand is contiguous.
 pub(super) trait Axis {
@@ -101,18 +36,6 @@ pub(super) type OutIn = KMajor;
 pub(super) type Plain = KMajor;
 /// X as `[k, m]`.
 pub(super) type Transposed = NMajor;
-
-/// Repeats a block with a name bound to each literal. A loop would be unrolled too late (or not
-/// at all) for the arrays it indexes to become registers.
-macro_rules! unroll {
-    ($index:ident: $type:ident in [$($literal:literal)+] $body:block) => {
-        $({
-            let $index: $type = $literal;
-            $body
-        })+
-    };
-}
-pub(in crate::gemm) use unroll;
 
 /// From a row of the tile's first half to that of its second, in bytes of a stage.
 const OTHER_HALF: u32 = BLOCK_M / 2 * 4;
