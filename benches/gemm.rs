@@ -1,4 +1,4 @@
-//! The forward pass beside cuBLASLt with the same fused epilogue.
+//! The linear layer's forward pass and gradients beside cuBLASLt with the same fused epilogue.
 //!
 //! `benches/results/README.md` says how it is measured.
 
@@ -13,6 +13,7 @@ use measure::random::Normals;
 use measure::record::{Peer, Provenance, append};
 use measure::regime::{self, Contender, Regime};
 use peer::cublaslt::{self, CublasLt, Product};
+use products::gradients;
 use products::operands::{Operands, Problem};
 use products::record::{self, Record, Timing};
 
@@ -27,6 +28,8 @@ mod products;
 const USAGE: &str = "usage: gemm [option VALUE]...
 
   --shapes MxNxK,...     shapes to measure instead of the default table
+  --operation forward|dx|dw
+                         default forward; dw is dW and db
   --dtype bf16|f16|f32   element type; default bf16
   --layout in-out|out-in how W lies; default both
   --activation none|relu|gelu|gelutanh|silu
@@ -57,6 +60,17 @@ fn main() -> anyhow::Result<ExitCode> {
     let mut normals = Normals::new();
     let mut records = Vec::new();
     for case in options.cases() {
+        if let Some(operation) = options.gradient {
+            let problem = case.problem;
+            let (bench, settings) = (bench.gradients(), options.settings(case.tier));
+            match problem.dtype {
+                DType::F32 => bench.run::<f32>(operation, problem, &settings, &mut normals)?,
+                DType::F16 => bench.run::<f16>(operation, problem, &settings, &mut normals)?,
+                DType::BF16 => bench.run::<bf16>(operation, problem, &settings, &mut normals)?,
+                other => bail!("no Rust type for {other}"),
+            }
+            continue;
+        }
         records.extend(match case.problem.dtype {
             DType::F32 => bench.run::<f32>(&case, &options, &mut normals)?,
             DType::F16 => bench.run::<f16>(&case, &options, &mut normals)?,
@@ -64,11 +78,15 @@ fn main() -> anyhow::Result<ExitCode> {
             other => bail!("no Rust type for {other}"),
         });
     }
-    println!("\n{}", record::table(&records));
+    if !records.is_empty() {
+        println!("\n{}", record::table(&records));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
 struct Options {
+    /// `None` is the forward pass.
+    gradient: Option<gradients::Operation>,
     shapes: Vec<[usize; 3]>,
     dtype: DType,
     layouts: Vec<WeightLayout>,
@@ -90,6 +108,7 @@ impl Options {
     /// `None` if help is asked for.
     fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Option<Self>> {
         let mut options = Self {
+            gradient: None,
             shapes: Vec::new(),
             dtype: DType::BF16,
             layouts: WeightLayout::ALL.to_vec(),
@@ -111,6 +130,13 @@ impl Options {
             match option.as_str() {
                 "--shapes" => {
                     options.shapes = value.split(',').map(parse_shape).collect::<Result<_, _>>()?;
+                }
+                "--operation" if value == "forward" => options.gradient = None,
+                "--operation" => {
+                    let named = gradients::Operation::ALL
+                        .into_iter()
+                        .find(|operation| operation.name() == value);
+                    options.gradient = Some(named.with_context(unknown)?);
                 }
                 "--dtype" => {
                     let named = DType::ALL.into_iter().find(|dtype| dtype.name() == value);
@@ -141,6 +167,16 @@ impl Options {
             }
         }
         Ok(Some(options))
+    }
+
+    fn settings(&self, tier: Option<Tier>) -> gradients::Settings<'_> {
+        gradients::Settings {
+            tier,
+            regime: self.regime,
+            samples: self.samples,
+            graph_below: GRAPH_BELOW,
+            json: self.json.as_deref(),
+        }
     }
 
     /// The shapes asked for, or the default table.
@@ -196,6 +232,16 @@ impl Bench {
         let workspace = Tensor::zeros(&device, [Product::WORKSPACE_BYTES / size_of::<f32>()])?;
         let provenance = Provenance::new(&device);
         Ok(Self { device, clock, provenance, cublaslt, workspace })
+    }
+
+    fn gradients(&self) -> gradients::Bench<'_> {
+        gradients::Bench {
+            device: &self.device,
+            clock: &self.clock,
+            provenance: &self.provenance,
+            cublaslt: self.cublaslt.as_ref(),
+            workspace: &self.workspace,
+        }
     }
 
     fn run<T: Element>(
@@ -270,7 +316,7 @@ impl Bench {
         // SAFETY: `self` keeps workspace and stream alive, and `operands`, which the caller keeps
         // longer than the result, the bias. Only calls on this one stream use the workspace.
         let mut product = unsafe {
-            Product::new(
+            Product::forward(
                 library,
                 problem,
                 operands.bias_address(),

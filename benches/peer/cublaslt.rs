@@ -5,7 +5,8 @@
 //!
 //! cuBLASLt is column-major. A row-major matrix read as column-major is its transpose, so
 //! `Y = X·W + b` becomes `Yᵀ = Wᵀ·Xᵀ + b`, with the bias along the rows of `Yᵀ`, where cuBLASLt's
-//! epilogue adds it.
+//! epilogue adds it. The products of the backward pass become such products the same way; the
+//! epilogue of dW sums dZ on the side.
 
 use std::ffi::{c_int, c_void};
 use std::path::{Path, PathBuf};
@@ -40,6 +41,9 @@ const PREF_MAX_WORKSPACE_BYTES: c_int = 1;
 const EPILOGUE_BIAS: u32 = 4;
 const EPILOGUE_RELU_BIAS: u32 = 6;
 const EPILOGUE_GELU_BIAS: u32 = 36;
+const EPILOGUE_DEFAULT: u32 = 1;
+const EPILOGUE_BGRADA: u32 = 256;
+const EPILOGUE_BGRADB: u32 = 512;
 
 type Handle = *mut c_void;
 type Descriptor = *mut c_void;
@@ -200,15 +204,69 @@ fn check(call: &str, status: Status) -> anyhow::Result<()> {
 /// Device addresses of one set of operands, row-major and without gaps between rows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Operands {
-    /// `[m, k]`
+    /// X of a forward pass.
     pub(crate) x: u64,
-    /// `[k, n]` or `[n, k]`
+    /// W of a forward pass.
     pub(crate) w: u64,
-    /// `[m, n]`
+    /// Y of a forward pass.
     pub(crate) y: u64,
 }
 
-/// A [`Problem`] that cuBLASLt is ready to compute.
+/// A row-major product as cuBLASLt is to compute it: `D = B·A` for row-major matrices, that is
+/// `Dᵀ = Aᵀ·Bᵀ` for column-major ones. In [`Operands`], A is `w`, B is `x` and D is `y`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Description {
+    dtype: DType,
+    /// Rows and columns in memory, row-major, and whether it counts as its transpose.
+    a: ([usize; 2], bool),
+    /// The same of B.
+    b: ([usize; 2], bool),
+    d: [usize; 2],
+    epilogue: u32,
+}
+
+impl Description {
+    /// `Y = act(X·W + b)`
+    fn forward(problem: &Problem) -> anyhow::Result<Self> {
+        let &Problem { m, n, k, dtype, layout, activation } = problem;
+        let epilogue = match activation {
+            Activation::None => EPILOGUE_BIAS,
+            Activation::Relu => EPILOGUE_RELU_BIAS,
+            Activation::GeluTanh => EPILOGUE_GELU_BIAS,
+            other => bail!("cuBLASLt does not fuse {other:?}"),
+        };
+        let (rows, columns) = layout.rows_columns(k, n);
+        let a = ([rows, columns], layout == WeightLayout::OutIn);
+        Ok(Self { dtype, a, b: ([m, k], false), d: [m, n], epilogue })
+    }
+
+    /// `dX = dZ·Wᵀ`, with dZ as `x` and dX as `y`.
+    pub(crate) fn input_gradient(problem: &Problem) -> Self {
+        let &Problem { m, n, k, dtype, layout, .. } = problem;
+        let (rows, columns) = layout.rows_columns(k, n);
+        let a = ([rows, columns], layout == WeightLayout::InOut);
+        Self { dtype, a, b: ([m, n], false), d: [m, k], epilogue: EPILOGUE_DEFAULT }
+    }
+
+    /// `dW = Xᵀ·dZ` and db in the place of the bias. In [`Operands`], dW is `y`; X is `x` and dZ
+    /// `w` with the weight as `[in, out]`, the other way round with `[out, in]`.
+    pub(crate) fn weight_gradient(problem: &Problem) -> Self {
+        let &Problem { m, n, k, dtype, layout, .. } = problem;
+        // dZ is A or B, and its columns are the rows or the columns of cuBLASLt's result.
+        let (a, b, d, epilogue) = match layout {
+            WeightLayout::InOut => (n, k, [k, n], EPILOGUE_BGRADA),
+            WeightLayout::OutIn => (k, n, [n, k], EPILOGUE_BGRADB),
+        };
+        Self { dtype, a: ([m, a], false), b: ([m, b], true), d, epilogue }
+    }
+
+    /// As [`weight_gradient`](Self::weight_gradient), without db.
+    pub(crate) fn weight_gradient_alone(problem: &Problem) -> Self {
+        Self { epilogue: EPILOGUE_DEFAULT, ..Self::weight_gradient(problem) }
+    }
+}
+
+/// A product that cuBLASLt is ready to compute.
 pub(crate) struct Product<'a> {
     library: &'a CublasLt,
     descriptor: Descriptor,
@@ -232,14 +290,31 @@ impl<'a> Product<'a> {
         matches!(activation, Activation::None | Activation::Relu | Activation::GeluTanh)
     }
 
-    /// Prepares `problem` for `stream`; the heuristic's first proposal is chosen.
+    /// Prepares the forward pass of `problem` for `stream`, as [`new`](Self::new) does.
     ///
     /// # Safety
-    /// `bias` is the device address of `problem.n` elements, and `workspace` that of
-    /// [`WORKSPACE_BYTES`] bytes that nothing else uses; both and `stream` outlive the result.
-    pub(crate) unsafe fn new(
+    /// As [`new`](Self::new).
+    pub(crate) unsafe fn forward(
         library: &'a CublasLt,
         problem: &Problem,
+        bias: u64,
+        workspace: u64,
+        stream: Stream,
+    ) -> anyhow::Result<Self> {
+        let description = Description::forward(problem)?;
+        // SAFETY: the caller's contract.
+        unsafe { Self::new(library, &description, bias, workspace, stream) }
+    }
+
+    /// Prepares a product for `stream`; the heuristic's first proposal is chosen.
+    ///
+    /// # Safety
+    /// `bias` is the device address of as many elements as the epilogue reads or writes, and
+    /// `workspace` that of [`WORKSPACE_BYTES`] bytes that nothing else uses; both and `stream`
+    /// outlive the result.
+    pub(crate) unsafe fn new(
+        library: &'a CublasLt,
+        description: &Description,
         bias: u64,
         workspace: u64,
         stream: Stream,
@@ -259,25 +334,18 @@ impl<'a> Product<'a> {
         check("cublasLtMatmulDescCreate", unsafe {
             (library.desc_create)(&raw mut this.descriptor, CUBLAS_COMPUTE_32F, CUDA_R_32F)
         })?;
-        let transpose_w = match problem.layout {
-            WeightLayout::InOut => CUBLAS_OP_N,
-            WeightLayout::OutIn => CUBLAS_OP_T,
-        };
-        this.set(DESC_TRANSA, &transpose_w)?;
-        this.set(DESC_TRANSB, &CUBLAS_OP_N)?;
-        let epilogue = match problem.activation {
-            Activation::None => EPILOGUE_BIAS,
-            Activation::Relu => EPILOGUE_RELU_BIAS,
-            Activation::GeluTanh => EPILOGUE_GELU_BIAS,
-            other => bail!("cuBLASLt does not fuse {other:?}"),
-        };
+        let &Description { dtype, a: (a, transpose_a), b: (b, transpose_b), d, epilogue } =
+            description;
+        let operation = |transpose| if transpose { CUBLAS_OP_T } else { CUBLAS_OP_N };
+        this.set(DESC_TRANSA, &operation(transpose_a))?;
+        this.set(DESC_TRANSB, &operation(transpose_b))?;
         this.set(DESC_EPILOGUE, &epilogue)?;
-        this.set(DESC_BIAS_POINTER, &bias)?;
-
-        let (w_rows, w_columns) = problem.layout.rows_columns(problem.k, problem.n);
-        this.w = this.layout(problem.dtype, w_columns, w_rows)?;
-        this.x = this.layout(problem.dtype, problem.k, problem.m)?;
-        this.y = this.layout(problem.dtype, problem.n, problem.m)?;
+        if epilogue != EPILOGUE_DEFAULT {
+            this.set(DESC_BIAS_POINTER, &bias)?;
+        }
+        this.w = this.layout(dtype, a[1], a[0])?;
+        this.x = this.layout(dtype, b[1], b[0])?;
+        this.y = this.layout(dtype, d[1], d[0])?;
         this.algorithms = this.propose()?;
         Ok(this)
     }

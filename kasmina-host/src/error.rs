@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use kasmina_kernels::abi::{DType, Tier};
+use kasmina_kernels::activation::Activation;
 
 use crate::device::DeviceId;
 use crate::shape::Shape;
@@ -147,13 +148,28 @@ pub enum Error {
         got: DeviceId,
     },
 
-    /// The output shares memory with an input, which a kernel reads while it writes.
+    /// An output shares memory with an input, which a kernel reads while it writes, or with another
+    /// output.
     #[error("{op}: the output overlaps {operand} in memory; write to another tensor")]
     Overlap {
         /// The operation.
         op: &'static str,
-        /// The input it overlaps.
+        /// The operand it overlaps.
         operand: &'static str,
+    },
+
+    /// What was kept of the forward pass does not tell the activation's gradient.
+    #[error(
+        "{op}: the gradient of {activation:?} needs {needed}; keep it from the forward pass, or use \
+         `KasminaLayer::backward`, which computes it anew"
+    )]
+    Saved {
+        /// The operation.
+        op: &'static str,
+        /// The activation.
+        activation: Activation,
+        /// What tells its gradient.
+        needed: &'static str,
     },
 
     /// The rows of an operand have gaps between them, and the operation takes none.

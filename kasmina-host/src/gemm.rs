@@ -4,6 +4,10 @@
 //! tensor maps where it takes them → launch.
 #![forbid(unsafe_code)]
 
+mod backward;
+
+pub use backward::{Backward, Gradients, Saved, Tiers};
+
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::{Activation, EpilogueActivation};
 use kasmina_kernels::gemm::hopper::{self, Forced, HopperGemmParams, Problem, Tile};
@@ -18,7 +22,7 @@ use crate::element::Element;
 use crate::error::{Error, Obstacle, Result};
 use crate::gpu::{Gpu, Launch};
 use crate::shape::Shape;
-use crate::stream::Operation;
+use crate::stream::{Operation, Stream};
 use crate::tensor::{Tensor, zeroed};
 use crate::tensor_map::TensorMapKey;
 
@@ -90,8 +94,7 @@ impl<T: Element> Forward<'_, T> {
         let straddles = |tensor: &Tensor<T>| Problem::straddles(row_stride_bytes(tensor));
         let (x_straddles, w_straddles) = (straddles(self.x), straddles(self.w));
         let problem = Problem { m, n, k, x_straddles, w_straddles };
-        let plain = InputLayout::Plain;
-        match hopper::select(T::DTYPE, plain, self.layout, problem, sm_count, forced) {
+        match hopper::select(T::DTYPE, self.layout, problem, sm_count, forced) {
             Some(selected) if tier == Tier::Hopper => {
                 let params = self.hopper_params(extents, selected.tile, y, stream.gpu())?;
                 let blocks = selected.tile.num_blocks(params.tiles.num_tiles(), sm_count);
@@ -100,9 +103,10 @@ impl<T: Element> Forward<'_, T> {
             }
             _ => {
                 let tiles = portable::tiles(m, n);
-                check_tiles(tiles)?;
+                check_tiles(OP, tiles)?;
                 let params = self.portable_params(extents, y);
-                let kernel = portable::kernel(T::DTYPE, self.layout);
+                let kernel = portable::kernel(T::DTYPE, InputLayout::Plain, self.layout);
+                let kernel = kernel.ok_or_else(|| Obstacle::DType(T::DTYPE).refuse(OP, tier))?;
                 launch.prepare(kernel)?;
                 self.ordered(y, || launch.run(kernel, tiles.num_tiles(), &params))?;
             }
@@ -139,11 +143,11 @@ impl<T: Element> Forward<'_, T> {
                 return Err(Error::Shape { op: OP, operand: "w", expected, got });
             }
         };
-        check_shape("x", self.x.shape().with_columns(k), self.x.shape())?;
+        check_shape(OP, "x", self.x.shape().with_columns(k), self.x.shape())?;
         if let Some(bias) = self.bias {
-            check_shape("bias", [n].into(), bias.shape())?;
+            check_shape(OP, "bias", [n].into(), bias.shape())?;
         }
-        check_shape("y", self.x.shape().with_columns(n), y.shape())?;
+        check_shape(OP, "y", self.x.shape().with_columns(n), y.shape())?;
 
         for (operand, input) in inputs {
             if input.is_some_and(|input| input.overlaps(y)) {
@@ -151,9 +155,9 @@ impl<T: Element> Forward<'_, T> {
             }
         }
         Ok(Extents {
-            m: extent("the number of rows", self.x.shape().rows())?,
-            n: extent("the number of output features", n)?,
-            k: extent("the number of input features", k)?,
+            m: extent(OP, "the number of rows", self.x.shape().rows())?,
+            n: extent(OP, "the number of output features", n)?,
+            k: extent(OP, "the number of input features", k)?,
         })
     }
 
@@ -164,19 +168,9 @@ impl<T: Element> Forward<'_, T> {
 
     /// Enqueues the pass between the streams' waits for each other.
     fn ordered(&self, y: &Tensor<T>, enqueue: impl FnOnce() -> Result<()>) -> Result<()> {
-        let own = self.w.device().stream();
         let operands = [Some(self.x), self.bias, Some(y)].into_iter().flatten();
         let streams = operands.map(|operand| operand.device().stream());
-        for stream in streams.clone() {
-            own.wait(stream)?;
-        }
-        enqueue()?;
-        let mut outcome = Ok(());
-        for stream in streams {
-            outcome = outcome.and(stream.wait(own));
-        }
-        // A stream that does not wait might give memory of this pass away while it runs.
-        outcome.or_else(|error| own.synchronize().and(Err(error)))
+        ordered(self.w.device().stream(), streams, enqueue)
     }
 
     fn run_on_cpu(&self, extents: Extents, y: &Tensor<T>) -> Result<()> {
@@ -221,6 +215,8 @@ impl<T: Element> Forward<'_, T> {
             n: extents.n,
             k: extents.k,
             activation: self.activation as u32,
+            accumulate: 0,
+            reserved: 0,
         }
     }
 
@@ -233,7 +229,7 @@ impl<T: Element> Forward<'_, T> {
     ) -> Result<HopperGemmParams> {
         let Extents { m, n, k } = extents;
         let tiles = tile.scheduler(m, n);
-        check_tiles(tiles)?;
+        check_tiles(OP, tiles)?;
         let (w_extents, w_box) = match self.layout {
             WeightLayout::InOut => ([n, k], [hopper::SLAB_N, hopper::BLOCK_K]),
             WeightLayout::OutIn => ([k, n], [hopper::BLOCK_K, tile.block_n]),
@@ -254,9 +250,27 @@ impl<T: Element> Forward<'_, T> {
             k_blocks: k.div_ceil(hopper::BLOCK_K),
             tiles,
             activation: EpilogueActivation::new(self.activation),
-            stage_bytes: tile.stage_bytes(InputLayout::Plain, m),
+            stage_bytes: tile.stage_bytes(m),
         })
     }
+}
+
+/// Enqueues on `own` what uses tensors of `streams`, between the streams' waits for each other.
+fn ordered<'a>(
+    own: &Stream,
+    streams: impl Iterator<Item = &'a Stream> + Clone,
+    enqueue: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    for stream in streams.clone() {
+        own.wait(stream)?;
+    }
+    enqueue()?;
+    let mut outcome = Ok(());
+    for stream in streams {
+        outcome = outcome.and(stream.wait(own));
+    }
+    // A stream that does not wait might give memory of this operation away while it runs.
+    outcome.or_else(|error| own.synchronize().and(Err(error)))
 }
 
 /// Extents and box with the columns first, the order of the driver.
@@ -313,7 +327,7 @@ pub(crate) fn choose_tier(
     output: Operand,
 ) -> Result<Tier> {
     let forced = config.forced_tier().or(device.defaults().forced_tier());
-    pick(forced, |tier| {
+    pick(OP, forced, |tier| {
         let of_call = || match tier {
             Tier::Hopper if !hopper::serves(dtype) => Some(Obstacle::DType(dtype)),
             Tier::Hopper if !config.tma_enabled() => Some(Obstacle::TmaDisabled),
@@ -327,9 +341,13 @@ pub(crate) fn choose_tier(
 }
 
 /// The forced tier, or the most demanding one that nothing speaks against.
-fn pick(forced: Option<Tier>, obstacle: impl Fn(Tier) -> Option<Obstacle>) -> Result<Tier> {
+fn pick(
+    op: &'static str,
+    forced: Option<Tier>,
+    obstacle: impl Fn(Tier) -> Option<Obstacle>,
+) -> Result<Tier> {
     if let Some(tier) = forced {
-        return obstacle(tier).map_or(Ok(tier), |reason| Err(reason.refuse(OP, tier)));
+        return obstacle(tier).map_or(Ok(tier), |reason| Err(reason.refuse(op, tier)));
     }
     let mut refused = (Tier::Cpu, Obstacle::GpuMemory);
     for tier in Tier::ALL.into_iter().rev() {
@@ -341,7 +359,7 @@ fn pick(forced: Option<Tier>, obstacle: impl Fn(Tier) -> Option<Obstacle>) -> Re
         }
     }
     let (tier, reason) = refused;
-    Err(reason.refuse(OP, tier))
+    Err(reason.refuse(op, tier))
 }
 
 /// Why there is no Hopper kernel as it is forced.
@@ -369,23 +387,28 @@ fn tma_obstacle(inputs: [Operand; 2], output: Operand) -> Option<Obstacle> {
     })
 }
 
-fn check_shape(operand: &'static str, expected: Shape, got: &Shape) -> Result<()> {
+fn check_shape(
+    op: &'static str,
+    operand: &'static str,
+    expected: Shape,
+    got: &Shape,
+) -> Result<()> {
     if expected == *got {
         return Ok(());
     }
-    Err(Error::Shape { op: OP, operand, expected, got: *got })
+    Err(Error::Shape { op, operand, expected, got: *got })
 }
 
-fn extent(quantity: &'static str, extent: usize) -> Result<u32> {
-    let overflow = Error::Overflow { op: OP, quantity, limit: MAX_EXTENT as u64 };
+fn extent(op: &'static str, quantity: &'static str, extent: usize) -> Result<u32> {
+    let overflow = Error::Overflow { op, quantity, limit: MAX_EXTENT as u64 };
     if extent > MAX_EXTENT { Err(overflow) } else { u32::try_from(extent).map_err(|_| overflow) }
 }
 
-fn check_tiles(tiles: TileScheduler) -> Result<()> {
+fn check_tiles(op: &'static str, tiles: TileScheduler) -> Result<()> {
     if u64::from(tiles.tiles_m) * u64::from(tiles.tiles_n) <= MAX_TILES {
         return Ok(());
     }
-    Err(Error::Overflow { op: OP, quantity: "the number of output tiles", limit: MAX_TILES })
+    Err(Error::Overflow { op, quantity: "the number of output tiles", limit: MAX_TILES })
 }
 
 #[cfg(test)]
@@ -428,14 +451,14 @@ mod tests {
 
     #[test]
     fn the_next_tier_serves_what_the_best_one_cannot() {
-        assert_eq!(pick(None, |_| None).unwrap(), Tier::Hopper);
-        let tier = pick(None, |tier| (tier == Tier::Hopper).then_some(DEVICE)).unwrap();
+        assert_eq!(pick(OP, None, |_| None).unwrap(), Tier::Hopper);
+        let tier = pick(OP, None, |tier| (tier == Tier::Hopper).then_some(DEVICE)).unwrap();
         assert_eq!(tier, Tier::Portable);
     }
 
     #[test]
     fn a_forced_tier_that_cannot_serve_is_an_error_with_the_reason() {
-        let error = pick(Some(Tier::Hopper), |tier| (tier == Tier::Hopper).then_some(DEVICE));
+        let error = pick(OP, Some(Tier::Hopper), |tier| (tier == Tier::Hopper).then_some(DEVICE));
         assert!(matches!(
             error,
             Err(Error::Unsupported { tier: Tier::Hopper, reason: DEVICE, .. })
@@ -498,10 +521,10 @@ mod tests {
 
     #[test]
     fn extents_and_tiles_beyond_31_bits_overflow() {
-        assert!(extent("m", i32::MAX as usize).is_ok());
-        assert!(matches!(extent("m", 1 << 31), Err(Error::Overflow { quantity: "m", .. })));
+        assert!(extent(OP, "m", i32::MAX as usize).is_ok());
+        assert!(matches!(extent(OP, "m", 1 << 31), Err(Error::Overflow { quantity: "m", .. })));
         let tiles = |tiles_m, tiles_n| TileScheduler { tiles_m, tiles_n, group_m: 1 };
-        assert!(check_tiles(tiles(1 << 15, (1 << 16) - 1)).is_ok());
-        assert!(matches!(check_tiles(tiles(1 << 16, 1 << 16)), Err(Error::Overflow { .. })));
+        assert!(check_tiles(OP, tiles(1 << 15, (1 << 16) - 1)).is_ok());
+        assert!(matches!(check_tiles(OP, tiles(1 << 16, 1 << 16)), Err(Error::Overflow { .. })));
     }
 }

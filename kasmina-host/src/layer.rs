@@ -1,6 +1,10 @@
 //! A linear layer with its parameters.
 #![forbid(unsafe_code)]
 
+mod backward;
+
+pub use backward::LinearGradients;
+
 use std::any::Any;
 
 use half::{bf16, f16};
@@ -204,10 +208,7 @@ impl KasminaLayer {
         let op = "KasminaLayer::forward";
         let linear = self.linear::<T>(op)?;
         // Checked before memory is taken, whose size a wrong input would decide.
-        let expected = x.shape().with_columns(self.config.in_features);
-        if *x.shape() != expected {
-            return Err(Error::Shape { op, operand: "x", expected, got: *x.shape() });
-        }
+        self.check_input(op, x)?;
         let shape = x.shape().with_columns(self.config.out_features);
         let mut y = Tensor::uninitialised(&self.device, shape, op)?;
         self.run(linear, x, &mut y)?;
@@ -238,6 +239,14 @@ impl KasminaLayer {
             activation: self.config.activation,
         };
         forward.run(y, &self.config.kernel_config)
+    }
+
+    fn check_input<T: Element>(&self, op: &'static str, x: &Tensor<T>) -> Result<()> {
+        let expected = x.shape().with_columns(self.config.in_features);
+        if *x.shape() == expected {
+            return Ok(());
+        }
+        Err(Error::Shape { op, operand: "x", expected, got: *x.shape() })
     }
 
     fn linear<T: Element>(&self, op: &'static str) -> Result<&Linear<T>> {

@@ -4,7 +4,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`gemm`] | the linear layer's forward pass as a function of its operands |
+//! | [`gemm`] | the linear layer's forward and backward pass as functions of their operands |
 //! | `device`, `stream` | where things run, and in which order |
 //! | `tensor`, `shape`, `element` | what they run on |
 //! | `reduce` | statistics of whole tensors |
@@ -38,7 +38,7 @@ pub use error::{Error, ForeignPointerFault, Obstacle, Result};
 pub use kasmina_kernels::abi::{DType, Tier};
 pub use kasmina_kernels::activation::Activation;
 pub use kasmina_kernels::gemm::WeightLayout;
-pub use layer::{KasminaLayer, LinearConfig};
+pub use layer::{KasminaLayer, LinearConfig, LinearGradients};
 pub use reduce::{
     PendingReduction, PendingSummary, ReducerConfig, Reduction, Summary, TelemetryReducer,
 };

@@ -76,6 +76,7 @@ pub(crate) enum Operation {
     Fill = 1,
     GemmForward = 2,
     Reduce = 3,
+    GemmBackward = 10,
 }
 
 impl Operation {
@@ -85,6 +86,7 @@ impl Operation {
             1 => Some(Self::Fill),
             2 => Some(Self::GemmForward),
             3 => Some(Self::Reduce),
+            10 => Some(Self::GemmBackward),
             _ => None,
         }
     }
@@ -94,6 +96,7 @@ impl Operation {
             Self::Fill => "fill",
             Self::GemmForward => "gemm forward",
             Self::Reduce => "reduce",
+            Self::GemmBackward => "gemm backward",
         }
     }
 }
@@ -104,7 +107,9 @@ mod tests {
 
     #[test]
     fn operations_keep_their_numbers() {
-        for operation in [Operation::Fill, Operation::GemmForward, Operation::Reduce] {
+        for operation in
+            [Operation::Fill, Operation::GemmForward, Operation::Reduce, Operation::GemmBackward]
+        {
             assert_eq!(Operation::from_number(operation as u8), Some(operation));
         }
         assert_eq!(Operation::from_number(0), None);

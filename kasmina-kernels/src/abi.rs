@@ -3,7 +3,8 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use crate::gemm::{hopper, portable};
+use crate::gemm::hopper::weight_gradient;
+use crate::gemm::{backward, hopper, portable};
 use crate::reduce;
 
 /// A family of kernels that share their hardware requirements.
@@ -148,10 +149,19 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 9] = [
+    const FIRST: [&Module; 18] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
+        &portable::TRANSPOSED_F32,
+        &portable::TRANSPOSED_F16,
+        &portable::TRANSPOSED_BF16,
+        &backward::PORTABLE_F32,
+        &backward::PORTABLE_F16,
+        &backward::PORTABLE_BF16,
+        &backward::HOPPER_F32,
+        &backward::HOPPER_F16,
+        &backward::HOPPER_BF16,
         &reduce::PORTABLE_F32,
         &reduce::PORTABLE_F16,
         &reduce::PORTABLE_BF16,
@@ -159,13 +169,16 @@ pub static MODULES: &[&Module] = &{
         &reduce::HOPPER_F16,
         &reduce::HOPPER_BF16,
     ];
-    let mut modules = [FIRST[0]; FIRST.len() + hopper::KERNELS.len()];
+    const HOPPER: usize = FIRST.len() + hopper::KERNELS.len();
+    let mut modules = [FIRST[0]; HOPPER + weight_gradient::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < FIRST.len() {
             FIRST[row]
-        } else {
+        } else if row < HOPPER {
             hopper::KERNELS[row - FIRST.len()].kernel.module
+        } else {
+            weight_gradient::KERNELS[row - HOPPER].kernel.module
         };
         row += 1;
     }

@@ -5,6 +5,9 @@
 //! f16 and bf16 accumulate in f32; the bias and the activation are applied in f32 before the one
 //! rounding to the element type.
 
+pub mod backward;
+#[cfg(target_arch = "nvptx64")]
+mod element;
 pub mod hopper;
 pub mod portable;
 

@@ -1,11 +1,11 @@
-//! `Y = act(X·W + b)` on the CPU: `matrixmultiply` for the products, rayon over blocks of Y.
+//! `Y = act(X·W + b)` and the products of its backward pass on the CPU: `matrixmultiply` for the products, rayon over blocks of Y.
 //!
 //! A block's size depends on the shapes alone and a block is computed by one thread, so the bits
 //! of the result do not depend on the number of threads. f16 and bf16 are widened to f32 a block
 //! at a time; every result is summed in f32 and rounded once.
 
 use kasmina_kernels::activation::Activation;
-use kasmina_kernels::gemm::WeightLayout;
+use kasmina_kernels::gemm::{InputLayout, WeightLayout};
 use rayon::prelude::*;
 
 use crate::element::Element;
@@ -85,35 +85,65 @@ pub(crate) fn forward<T: Element>(
     y: &mut [T],
     y_row_stride: usize,
 ) {
+    let operands = Operands { x, x_layout: InputLayout::Plain, w, layout };
+    product(operands, y, y_row_stride, |sum, column, _| {
+        let bias = bias.map_or(0.0, |bias| bias[column].to_f32());
+        T::from_f32(activation.apply(sum + bias))
+    });
+}
+
+/// The operands of a product, which have at least one k in common.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operands<'a, T> {
+    pub(crate) x: Matrix<'a, T>,
+    pub(crate) x_layout: InputLayout,
+    pub(crate) w: Matrix<'a, T>,
+    pub(crate) layout: WeightLayout,
+}
+
+/// `y = finish(x·w)`: `finish` gets the sum, its column and what `y` holds there. Columns of `y`
+/// beyond those of the result are left alone.
+pub(crate) fn product<T: Element>(
+    Operands { x, x_layout, w, layout }: Operands<'_, T>,
+    y: &mut [T],
+    y_row_stride: usize,
+    finish: impl Fn(f32, usize, T) -> T + Sync,
+) {
     let n = match layout {
         WeightLayout::InOut => w.columns,
         WeightLayout::OutIn => w.rows,
     };
-    if x.rows == 0 || n == 0 {
+    let (m, depth) = match x_layout {
+        InputLayout::Plain => (x.rows, x.columns),
+        InputLayout::Transposed => (x.columns, x.rows),
+    };
+    if m == 0 || n == 0 {
         return;
     }
-    blocks(y, x.rows, n, y_row_stride).into_par_iter().for_each_init(
+    blocks(y, m, n, y_row_stride).into_par_iter().for_each_init(
         Scratch::default,
         |scratch, mut block| {
             let (rows, columns) = (block.rows.len(), block.rows[0].len());
             scratch.sums.clear();
             scratch.sums.resize(rows * columns, 0.0);
             // f32 is not copied, so there is no scratch memory to bound.
-            let step = if size_of::<T>() == size_of::<f32>() { x.columns } else { BLOCK_K };
-            for k in (0..x.columns).step_by(step) {
-                let depth = step.min(x.columns - k);
-                let x = x.part(block.row, rows, k, depth).widen(&mut scratch.x);
+            let step = if size_of::<T>() == size_of::<f32>() { depth } else { BLOCK_K };
+            for k in (0..depth).step_by(step) {
+                let depth = step.min(depth - k);
+                let x = match x_layout {
+                    InputLayout::Plain => x.part(block.row, rows, k, depth),
+                    InputLayout::Transposed => x.part(k, depth, block.row, rows),
+                };
                 let w = match layout {
                     WeightLayout::InOut => w.part(k, depth, block.column, columns),
                     WeightLayout::OutIn => w.part(block.column, columns, k, depth),
                 };
-                add_product(x, w.widen(&mut scratch.w), layout, &mut scratch.sums);
+                let (x, w) = (x.widen(&mut scratch.x), w.widen(&mut scratch.w));
+                add_product(Operands { x, x_layout, w, layout }, &mut scratch.sums);
             }
-            let bias = bias.map(|bias| &bias[block.column..block.column + columns]);
             for (y, sums) in block.rows.iter_mut().zip(scratch.sums.chunks(columns)) {
                 for (column, (y, &sum)) in y.iter_mut().zip(sums).enumerate() {
-                    let bias = bias.map_or(0.0, |bias| bias[column].to_f32());
-                    *y = T::from_f32(activation.apply(sum + bias));
+                    *y = finish(sum, block.column + column, *y);
                 }
             }
         },
@@ -139,8 +169,11 @@ fn blocks<T>(y: &mut [T], m: usize, n: usize, row_stride: usize) -> Vec<Block<'_
 }
 
 /// `sums += x·w`, with `sums` as wide as the result.
-fn add_product(x: Matrix<'_, f32>, w: Matrix<'_, f32>, layout: WeightLayout, sums: &mut [f32]) {
-    let (m, k) = (x.rows, x.columns);
+fn add_product(Operands { x, x_layout, w, layout }: Operands<'_, f32>, sums: &mut [f32]) {
+    let (m, k, x_m_stride, x_k_stride) = match x_layout {
+        InputLayout::Plain => (x.rows, x.columns, x.row_stride, 1),
+        InputLayout::Transposed => (x.columns, x.rows, 1, x.row_stride),
+    };
     let (n, w_k_stride, w_n_stride) = match layout {
         WeightLayout::InOut => (w.columns, w.row_stride, 1),
         WeightLayout::OutIn => (w.rows, 1, w.row_stride),
@@ -157,8 +190,8 @@ fn add_product(x: Matrix<'_, f32>, w: Matrix<'_, f32>, layout: WeightLayout, sum
             n,
             1.0,
             x.data.as_ptr(),
-            stride(x.row_stride),
-            1,
+            stride(x_m_stride),
+            stride(x_k_stride),
             w.data.as_ptr(),
             stride(w_k_stride),
             stride(w_n_stride),

@@ -1,7 +1,7 @@
 //! `Y = act(X·W + b)` on Hopper: TMA, wgmma, warp specialisation, a persistent grid.
 //!
-//! X is K-major as `[m, k]` and MN-major as `[k, m]`, W MN-major as `[k, n]` and K-major as
-//! `[n, k]`; wgmma takes both, so neither is ever transposed. f16 or bf16, accumulated in f32.
+//! X `[m, k]` is K-major. W is MN-major as `[k, n]` and K-major as `[n, k]`; wgmma takes both, so
+//! neither is ever transposed. f16 or bf16, accumulated in f32.
 //!
 //! One block per multiprocessor: a producer warpgroup and one or two consumer warpgroups, each of
 //! 64 rows of the tile.
@@ -26,9 +26,11 @@
 
 use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
 use crate::activation::EpilogueActivation;
-use crate::gemm::{InputLayout, WeightLayout};
+use crate::gemm::WeightLayout;
 use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
+
+pub mod weight_gradient;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
@@ -112,7 +114,7 @@ impl Tile {
             + if self.split_k > 1 { 16 } else { 0 }
     }
 
-    /// Rows of a box of X as `[m, k]`. Rows that a tile has beyond m need not be loaded: what they
+    /// Rows of a box of X. Rows that a tile has beyond m need not be loaded: what they
     /// multiply to is not stored. (Filling them with zeros took a tenth of the time of
     /// 32×4096×4096 on an H200.)
     #[must_use]
@@ -124,12 +126,8 @@ impl Tile {
 
     /// Bytes of the boxes of X and W that make a stage.
     #[must_use]
-    pub const fn stage_bytes(self, x_layout: InputLayout, m: u32) -> u32 {
-        let x_bytes = match x_layout {
-            InputLayout::Plain => self.x_rows(m) * BLOCK_K * 2,
-            InputLayout::Transposed => self.x_stage_bytes(),
-        };
-        x_bytes + self.w_stage_bytes()
+    pub const fn stage_bytes(self, m: u32) -> u32 {
+        self.x_rows(m) * BLOCK_K * 2 + self.w_stage_bytes()
     }
 
     /// Rows of Y a store covers.
@@ -193,13 +191,18 @@ impl Tile {
         let at_once = if waves > 1 { multiprocessors } else { blocks as u32 };
         let x_rows = self.x_rows(m);
         let lines = (x_rows << x_straddles as u32) + (self.block_n << w_straddles as u32);
-        let multiply = self.block_m * self.block_n / 32;
-        let load = (x_rows + self.block_n) * 8 / 5;
         let read = at_once * lines / 60;
-        let step = if multiply > load { multiply } else { load };
+        let step = self.cycles_per_step(x_rows);
         let step = if step > read { step } else { read };
         let fixed = if self.split_k > 1 { 16 } else { 2 };
         waves * (k.div_ceil(BLOCK_K).div_ceil(self.split_k) + fixed) as u64 * step as u64
+    }
+
+    /// Estimated cycles in which a multiprocessor multiplies and loads a step of k.
+    const fn cycles_per_step(self, x_rows: u32) -> u32 {
+        let multiply = self.block_m * self.block_n / 32;
+        let load = (x_rows + self.block_n) * 8 / 5;
+        if multiply > load { multiply } else { load }
     }
 }
 
@@ -237,8 +240,6 @@ impl Problem {
 pub struct HopperKernel {
     /// Element type of all operands.
     pub dtype: DType,
-    /// Layout of X.
-    pub x_layout: InputLayout,
     /// Layout of W.
     pub layout: WeightLayout,
     /// How it cuts the problem up.
@@ -279,12 +280,10 @@ impl Forced {
 }
 
 /// The kernel expected to be fastest for this problem on a GPU of so many multiprocessors, or the
-/// one that is forced; `None` where no kernel [`serves`] the type, takes both layouts or is of the
-/// forced kind.
+/// one that is forced; `None` where no kernel [`serves`] the type, or is of the forced kind.
 #[must_use]
 pub fn select(
     dtype: DType,
-    x_layout: InputLayout,
     layout: WeightLayout,
     problem: Problem,
     multiprocessors: u32,
@@ -293,7 +292,7 @@ pub fn select(
     // The first of equals: rows go from the largest tile, which reads least, to the smallest.
     KERNELS
         .iter()
-        .filter(|row| (row.dtype, row.x_layout, row.layout) == (dtype, x_layout, layout))
+        .filter(|row| (row.dtype, row.layout) == (dtype, layout))
         .filter(|row| forced.admits(row.tile, problem.k) && row.tile.can_split(problem.k))
         .min_by_key(|row| row.tile.cost(problem, multiprocessors))
 }
@@ -302,8 +301,7 @@ pub fn select(
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct HopperGemmParams {
-    /// X, 128-byte swizzle: as `[m, k]` with box `[x_rows(m), BLOCK_K]`, as `[k, m]` with box
-    /// `[BLOCK_K, SLAB_N]`.
+    /// X `[m, k]`, box `[x_rows(m), BLOCK_K]`, 128-byte swizzle.
     pub x_map: TensorMap,
     /// W, 128-byte swizzle: as `[n, k]` with box `[block_n, BLOCK_K]`, as `[k, n]` with box
     /// `[BLOCK_K, SLAB_N]`.
@@ -330,8 +328,7 @@ const _: () = assert!(size_of::<HopperGemmParams>() == 3 * 128 + 8 + 16 * 4);
 
 /// One row makes a kernel's module, its host-side description and, on the device, its entry.
 macro_rules! kernels {
-    ($($entry:ident: $element:ident $ptx_type:literal,
-        $x_layout:ident $x_major:ident, $layout:ident $w_major:ident,
+    ($($entry:ident: $element:ident $ptx_type:literal, $layout:ident $w_major:ident,
         $block_m:literal x $block_n:tt, $num_stages:literal stages, $split_k:tt split;)+) => {
         /// Every kernel, for each element type and layout from the largest tile to the smallest.
         pub static KERNELS: [HopperKernel; [$(stringify!($entry)),+].len()] = [$({
@@ -341,7 +338,6 @@ macro_rules! kernels {
             };
             HopperKernel {
                 dtype: DType::$element,
-                x_layout: InputLayout::$x_layout,
                 layout: WeightLayout::$layout,
                 tile,
                 kernel: Kernel::new(
@@ -353,7 +349,7 @@ macro_rules! kernels {
         $(
             #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
             device::entry!(
-                $entry, $element, $ptx_type, $x_major, $w_major, $block_m, $block_n, $num_stages,
+                $entry, $element, $ptx_type, $w_major, $block_m, $block_n, $num_stages,
                 $split_k
             );
         )+
@@ -361,38 +357,30 @@ macro_rules! kernels {
 }
 
 kernels! {
-    gemm_bf16_kn_128x256x64: BF16 "bf16", Plain K, InOut MN, 128 x 256, 4 stages, 1 split;
-    gemm_bf16_kn_128x128x64: BF16 "bf16", Plain K, InOut MN, 128 x 128, 6 stages, 1 split;
-    gemm_bf16_kn_64x128x64: BF16 "bf16", Plain K, InOut MN, 64 x 128, 8 stages, 1 split;
-    gemm_bf16_kn_64x64x64: BF16 "bf16", Plain K, InOut MN, 64 x 64, 8 stages, 1 split;
-    gemm_bf16_kn_64x128x64_k2: BF16 "bf16", Plain K, InOut MN, 64 x 128, 6 stages, 2 split;
-    gemm_bf16_kn_64x64x64_k2: BF16 "bf16", Plain K, InOut MN, 64 x 64, 8 stages, 2 split;
-    gemm_bf16_nk_128x256x64: BF16 "bf16", Plain K, OutIn K, 128 x 256, 4 stages, 1 split;
-    gemm_bf16_nk_128x128x64: BF16 "bf16", Plain K, OutIn K, 128 x 128, 6 stages, 1 split;
-    gemm_bf16_nk_64x128x64: BF16 "bf16", Plain K, OutIn K, 64 x 128, 8 stages, 1 split;
-    gemm_bf16_nk_64x64x64: BF16 "bf16", Plain K, OutIn K, 64 x 64, 8 stages, 1 split;
-    gemm_bf16_nk_64x128x64_k2: BF16 "bf16", Plain K, OutIn K, 64 x 128, 6 stages, 2 split;
-    gemm_bf16_nk_64x64x64_k2: BF16 "bf16", Plain K, OutIn K, 64 x 64, 8 stages, 2 split;
-    gemm_f16_kn_128x256x64: F16 "f16", Plain K, InOut MN, 128 x 256, 4 stages, 1 split;
-    gemm_f16_kn_128x128x64: F16 "f16", Plain K, InOut MN, 128 x 128, 6 stages, 1 split;
-    gemm_f16_kn_64x128x64: F16 "f16", Plain K, InOut MN, 64 x 128, 8 stages, 1 split;
-    gemm_f16_kn_64x64x64: F16 "f16", Plain K, InOut MN, 64 x 64, 8 stages, 1 split;
-    gemm_f16_kn_64x128x64_k2: F16 "f16", Plain K, InOut MN, 64 x 128, 6 stages, 2 split;
-    gemm_f16_kn_64x64x64_k2: F16 "f16", Plain K, InOut MN, 64 x 64, 8 stages, 2 split;
-    gemm_f16_nk_128x256x64: F16 "f16", Plain K, OutIn K, 128 x 256, 4 stages, 1 split;
-    gemm_f16_nk_128x128x64: F16 "f16", Plain K, OutIn K, 128 x 128, 6 stages, 1 split;
-    gemm_f16_nk_64x128x64: F16 "f16", Plain K, OutIn K, 64 x 128, 8 stages, 1 split;
-    gemm_f16_nk_64x64x64: F16 "f16", Plain K, OutIn K, 64 x 64, 8 stages, 1 split;
-    gemm_f16_nk_64x128x64_k2: F16 "f16", Plain K, OutIn K, 64 x 128, 6 stages, 2 split;
-    gemm_f16_nk_64x64x64_k2: F16 "f16", Plain K, OutIn K, 64 x 64, 8 stages, 2 split;
-    gemm_bf16_km_kn_128x256x64: BF16 "bf16", Transposed MN, InOut MN, 128 x 256, 4 stages, 1 split;
-    gemm_bf16_km_kn_128x128x64: BF16 "bf16", Transposed MN, InOut MN, 128 x 128, 6 stages, 1 split;
-    gemm_bf16_km_kn_64x128x64: BF16 "bf16", Transposed MN, InOut MN, 64 x 128, 8 stages, 1 split;
-    gemm_bf16_km_kn_64x64x64: BF16 "bf16", Transposed MN, InOut MN, 64 x 64, 8 stages, 1 split;
-    gemm_f16_km_kn_128x256x64: F16 "f16", Transposed MN, InOut MN, 128 x 256, 4 stages, 1 split;
-    gemm_f16_km_kn_128x128x64: F16 "f16", Transposed MN, InOut MN, 128 x 128, 6 stages, 1 split;
-    gemm_f16_km_kn_64x128x64: F16 "f16", Transposed MN, InOut MN, 64 x 128, 8 stages, 1 split;
-    gemm_f16_km_kn_64x64x64: F16 "f16", Transposed MN, InOut MN, 64 x 64, 8 stages, 1 split;
+    gemm_bf16_kn_128x256x64: BF16 "bf16", InOut MN, 128 x 256, 4 stages, 1 split;
+    gemm_bf16_kn_128x128x64: BF16 "bf16", InOut MN, 128 x 128, 6 stages, 1 split;
+    gemm_bf16_kn_64x128x64: BF16 "bf16", InOut MN, 64 x 128, 8 stages, 1 split;
+    gemm_bf16_kn_64x64x64: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 1 split;
+    gemm_bf16_kn_64x128x64_k2: BF16 "bf16", InOut MN, 64 x 128, 6 stages, 2 split;
+    gemm_bf16_kn_64x64x64_k2: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 2 split;
+    gemm_bf16_nk_128x256x64: BF16 "bf16", OutIn K, 128 x 256, 4 stages, 1 split;
+    gemm_bf16_nk_128x128x64: BF16 "bf16", OutIn K, 128 x 128, 6 stages, 1 split;
+    gemm_bf16_nk_64x128x64: BF16 "bf16", OutIn K, 64 x 128, 8 stages, 1 split;
+    gemm_bf16_nk_64x64x64: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 1 split;
+    gemm_bf16_nk_64x128x64_k2: BF16 "bf16", OutIn K, 64 x 128, 6 stages, 2 split;
+    gemm_bf16_nk_64x64x64_k2: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 2 split;
+    gemm_f16_kn_128x256x64: F16 "f16", InOut MN, 128 x 256, 4 stages, 1 split;
+    gemm_f16_kn_128x128x64: F16 "f16", InOut MN, 128 x 128, 6 stages, 1 split;
+    gemm_f16_kn_64x128x64: F16 "f16", InOut MN, 64 x 128, 8 stages, 1 split;
+    gemm_f16_kn_64x64x64: F16 "f16", InOut MN, 64 x 64, 8 stages, 1 split;
+    gemm_f16_kn_64x128x64_k2: F16 "f16", InOut MN, 64 x 128, 6 stages, 2 split;
+    gemm_f16_kn_64x64x64_k2: F16 "f16", InOut MN, 64 x 64, 8 stages, 2 split;
+    gemm_f16_nk_128x256x64: F16 "f16", OutIn K, 128 x 256, 4 stages, 1 split;
+    gemm_f16_nk_128x128x64: F16 "f16", OutIn K, 128 x 128, 6 stages, 1 split;
+    gemm_f16_nk_64x128x64: F16 "f16", OutIn K, 64 x 128, 8 stages, 1 split;
+    gemm_f16_nk_64x64x64: F16 "f16", OutIn K, 64 x 64, 8 stages, 1 split;
+    gemm_f16_nk_64x128x64_k2: F16 "f16", OutIn K, 64 x 128, 6 stages, 2 split;
+    gemm_f16_nk_64x64x64_k2: F16 "f16", OutIn K, 64 x 64, 8 stages, 2 split;
 }
 
 #[cfg(test)]
@@ -401,9 +389,8 @@ mod tests {
 
     /// `(block_m, block_n, split_k)` of the kernel for this problem.
     fn selected(problem: Problem) -> (u32, u32, u32) {
-        let (plain, layout) = (InputLayout::Plain, WeightLayout::InOut);
-        let row =
-            select(DType::BF16, plain, layout, problem, 132, Forced::default()).expect("a kernel");
+        let layout = WeightLayout::InOut;
+        let row = select(DType::BF16, layout, problem, 132, Forced::default()).expect("a kernel");
         (row.tile.block_m, row.tile.block_n, row.tile.split_k)
     }
 
@@ -457,51 +444,28 @@ mod tests {
         for (m, rows) in [(1, 8), (8, 8), (9, 16), (57, 64), (64, 64), (65, 64)] {
             assert_eq!(tile.x_rows(m), rows);
         }
-        assert_eq!(tile.stage_bytes(InputLayout::Plain, 1), 8 * 128 + 8192);
-        assert_eq!(tile.stage_bytes(InputLayout::Transposed, 1), 8192 + 8192);
+        assert_eq!(tile.stage_bytes(1), 8 * 128 + 8192);
     }
 
     #[test]
-    fn every_16_bit_type_has_kernels_for_every_layout_and_f32_has_none() {
-        let layouts = [
-            (InputLayout::Plain, WeightLayout::InOut),
-            (InputLayout::Plain, WeightLayout::OutIn),
-            (InputLayout::Transposed, WeightLayout::InOut),
-        ];
-        for (x_layout, layout) in layouts {
+    fn every_combination_of_a_16_bit_type_and_a_layout_has_a_kernel_and_f32_has_none() {
+        let select = |dtype, layout| {
+            select(dtype, layout, Problem::aligned(1, 1, 1), 132, Forced::default())
+        };
+        for layout in WeightLayout::ALL {
             for dtype in [DType::F16, DType::BF16] {
-                let row = select(
-                    dtype,
-                    x_layout,
-                    layout,
-                    Problem::aligned(1, 1, 1),
-                    132,
-                    Forced::default(),
-                )
-                .expect("a kernel");
-                assert_eq!((row.dtype, row.x_layout, row.layout), (dtype, x_layout, layout));
+                let row = select(dtype, layout).expect("a kernel");
+                assert_eq!((row.dtype, row.layout), (dtype, layout));
             }
-            assert!(!serves(DType::F32));
-            assert!(
-                select(
-                    DType::F32,
-                    x_layout,
-                    layout,
-                    Problem::aligned(1, 1, 1),
-                    132,
-                    Forced::default()
-                )
-                .is_none()
-            );
+            assert!(!serves(DType::F32) && select(DType::F32, layout).is_none());
         }
     }
 
     #[test]
     fn what_is_forced_is_what_is_used_or_nothing_is() {
         let select = |forced, k| {
-            let (x_layout, layout) = (InputLayout::Plain, WeightLayout::OutIn);
-            let problem = Problem::aligned(8192, 8192, k);
-            select(DType::F16, x_layout, layout, problem, 132, forced).map(|row| row.tile)
+            let (layout, problem) = (WeightLayout::OutIn, Problem::aligned(8192, 8192, k));
+            select(DType::F16, layout, problem, 132, forced).map(|row| row.tile)
         };
         for tile in [[128, 256], [128, 128], [64, 128], [64, 64]] {
             let forced = Forced { tile: Some(tile), split_k: None };
@@ -527,9 +491,8 @@ mod tests {
     fn entry_names_say_what_the_kernel_serves() {
         for row in &KERNELS {
             let expected = std::format!(
-                "gemm_{}_{}{}_{}x{}x{BLOCK_K}{}",
+                "gemm_{}_{}_{}x{}x{BLOCK_K}{}",
                 row.dtype,
-                if row.x_layout == InputLayout::Transposed { "km_" } else { "" },
                 row.layout.name(),
                 row.tile.block_m,
                 row.tile.block_n,

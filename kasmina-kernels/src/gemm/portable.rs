@@ -4,8 +4,9 @@
 //! with fused multiply-adds in the order of k, and rounded once at the end.
 //!
 //! # Layout
-//! A block computes a tile of 128 × 128 of Y with 256 threads. In global memory X is `[m, k]`, W is
-//! `[k, n]` ("kn") or `[n, k]` ("nk"), Y is `[m, n]`, each with its own row stride. In shared
+//! A block computes a tile of 128 × 128 of Y with 256 threads. In global memory X is `[m, k]`, or
+//! `[k, m]` ("km") in the product of the weight gradient, W is `[k, n]` ("kn") or `[n, k]` ("nk"),
+//! Y is `[m, n]`, each with its own row stride. In shared
 //! memory both operands are f32 tiles of 16 k × 128 with k slowest ([`tile_offset`]), two stages
 //! of each:
 //!
@@ -46,7 +47,7 @@
 //!   read-only path.
 
 use crate::abi::{DType, Kernel, KernelParams, Module, module};
-use crate::gemm::WeightLayout;
+use crate::gemm::{InputLayout, WeightLayout};
 use crate::tile_scheduler::TileScheduler;
 
 /// f32, both weight layouts.
@@ -62,6 +63,15 @@ pub static BF16: Module = module!(
     "gemm_bf16",
     ["gemm_bf16_kn_128x128x16", "gemm_bf16_nk_128x128x16"]
 );
+/// f32, the weight gradient's product.
+pub static TRANSPOSED_F32: Module =
+    module!(Portable, "portable", "gemm_f32_km_kn", ["gemm_f32_km_kn_128x128x16"]);
+/// f16, the weight gradient's product.
+pub static TRANSPOSED_F16: Module =
+    module!(Portable, "portable", "gemm_f16_km_kn", ["gemm_f16_km_kn_128x128x16"]);
+/// bf16, the weight gradient's product.
+pub static TRANSPOSED_BF16: Module =
+    module!(Portable, "portable", "gemm_bf16_km_kn", ["gemm_bf16_km_kn_128x128x16"]);
 
 /// Rows of Y per tile.
 pub const BLOCK_M: u32 = 128;
@@ -85,11 +95,13 @@ const _: () = assert!(BLOCK_M == BLOCK_N && BLOCK_M / 2 * ROW_BYTES <= PARKED);
 /// Tile rows that run side by side to share tiles of W in L2.
 const GROUP_M: u32 = 8;
 
-/// What a portable forward kernel takes. Strides are in elements, from row to row.
+/// What a portable kernel takes. Strides are in elements, from row to row.
+///
+/// A kernel whose X is transposed, that of the weight gradient, takes no bias and no activation.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct PortableGemmParams {
-    /// Device address of X, `[m, k]`.
+    /// Device address of X, `[m, k]` or `[k, m]`.
     pub x: u64,
     /// Device address of W, `[k, n]` or `[n, k]`.
     pub w: u64,
@@ -111,9 +123,13 @@ pub struct PortableGemmParams {
     pub k: u32,
     /// [`Activation`](crate::activation::Activation) as its discriminant.
     pub activation: u32,
+    /// 1 to add to what Y holds, where X is transposed; else 0.
+    pub accumulate: u32,
+    /// Keeps the size a multiple of 8 without padding.
+    pub reserved: u32,
 }
 
-// SAFETY: repr(C), fixed-width fields, seven u64 and four u32 without padding.
+// SAFETY: repr(C), fixed-width fields, seven u64 and six u32 without padding.
 unsafe impl KernelParams for PortableGemmParams {}
 
 /// The tiles of Y; the kernel is launched with one block for each. m and n are at least 1.
@@ -126,18 +142,24 @@ pub const fn tiles(m: u32, n: u32) -> TileScheduler {
 /// One row per kernel: the constant the host launches, the entry on the device, and the element
 /// type and layout that [`kernel`] selects it by.
 macro_rules! portable_kernels {
-    ($($constant:ident, $entry:ident, $dtype:ident, $module:ident, $layout:ident;)+) => {
+    ($($constant:ident, $entry:ident, $dtype:ident, $module:ident, $x_layout:ident,
+        $layout:ident;)+) => {
         $(static $constant: Kernel<PortableGemmParams> =
             Kernel::new(&$module, stringify!($entry), THREADS, SMEM_BYTES);)+
 
-        /// The kernel for an element type and a weight layout.
+        /// The kernel for an element type and the layouts of its operands; `None` for the one pair
+        /// of layouts that no operation has.
         #[must_use]
         pub const fn kernel(
             dtype: DType,
+            x_layout: InputLayout,
             layout: WeightLayout,
-        ) -> &'static Kernel<PortableGemmParams> {
-            match (dtype, layout) {
-                $((DType::$dtype, WeightLayout::$layout) => &$constant,)+
+        ) -> Option<&'static Kernel<PortableGemmParams>> {
+            match (dtype, x_layout, layout) {
+                $((DType::$dtype, InputLayout::$x_layout, WeightLayout::$layout) => {
+                    Some(&$constant)
+                })+
+                (_, InputLayout::Transposed, WeightLayout::OutIn) => None,
             }
         }
 
@@ -152,7 +174,7 @@ macro_rules! portable_kernels {
                 #[unsafe(no_mangle)]
                 pub(crate) unsafe extern "ptx-kernel" fn $entry(params: PortableGemmParams) {
                     // SAFETY: the host checks every shape and stride against its allocation.
-                    unsafe { device::forward::<device::$dtype, device::$layout>(&params) }
+                    unsafe { device::product::<device::$dtype, device::$x_layout, device::$layout>(&params) }
                 }
             )+
         }
@@ -160,12 +182,15 @@ macro_rules! portable_kernels {
 }
 
 portable_kernels! {
-    F32_IN_OUT, gemm_f32_kn_128x128x16, F32, F32, InOut;
-    F32_OUT_IN, gemm_f32_nk_128x128x16, F32, F32, OutIn;
-    F16_IN_OUT, gemm_f16_kn_128x128x16, F16, F16, InOut;
-    F16_OUT_IN, gemm_f16_nk_128x128x16, F16, F16, OutIn;
-    BF16_IN_OUT, gemm_bf16_kn_128x128x16, BF16, BF16, InOut;
-    BF16_OUT_IN, gemm_bf16_nk_128x128x16, BF16, BF16, OutIn;
+    F32_IN_OUT, gemm_f32_kn_128x128x16, F32, F32, Plain, InOut;
+    F32_OUT_IN, gemm_f32_nk_128x128x16, F32, F32, Plain, OutIn;
+    F16_IN_OUT, gemm_f16_kn_128x128x16, F16, F16, Plain, InOut;
+    F16_OUT_IN, gemm_f16_nk_128x128x16, F16, F16, Plain, OutIn;
+    BF16_IN_OUT, gemm_bf16_kn_128x128x16, BF16, BF16, Plain, InOut;
+    BF16_OUT_IN, gemm_bf16_nk_128x128x16, BF16, BF16, Plain, OutIn;
+    F32_KM, gemm_f32_km_kn_128x128x16, F32, TRANSPOSED_F32, Transposed, InOut;
+    F16_KM, gemm_f16_km_kn_128x128x16, F16, TRANSPOSED_F16, Transposed, InOut;
+    BF16_KM, gemm_bf16_km_kn_128x128x16, BF16, TRANSPOSED_BF16, Transposed, InOut;
 }
 
 /// XORed into the offset of the values of depth `k`.
@@ -209,7 +234,7 @@ pub const fn k_major_share(thread: u32) -> (u32, u32) {
     (thread / 2, thread % 2 * 8)
 }
 
-/// As [`k_major_share`] for W as `[k, n]`: eight neighbouring columns of one k.
+/// As [`k_major_share`] for W as `[k, n]` and X as `[k, m]`: eight neighbouring columns of one k.
 #[must_use]
 #[inline(always)]
 pub const fn n_major_share(thread: u32) -> (u32, u32) {
@@ -386,14 +411,19 @@ mod tests {
     #[test]
     fn every_kernel_is_in_the_module_of_its_dtype_under_its_own_name() {
         for dtype in DType::ALL {
-            for layout in WeightLayout::ALL {
-                let kernel = kernel(dtype, layout);
-                let entry =
-                    std::format!("gemm_{dtype}_{}_{BLOCK_M}x{BLOCK_N}x{BLOCK_K}", layout.name());
+            let (plain, transposed) = (InputLayout::Plain, InputLayout::Transposed);
+            for (x_layout, layout, name, module) in [
+                (plain, WeightLayout::InOut, "kn", ""),
+                (plain, WeightLayout::OutIn, "nk", ""),
+                (transposed, WeightLayout::InOut, "km_kn", "_km_kn"),
+            ] {
+                let kernel = kernel(dtype, x_layout, layout).expect("a kernel");
+                let entry = std::format!("gemm_{dtype}_{name}_{BLOCK_M}x{BLOCK_N}x{BLOCK_K}");
                 assert_eq!(kernel.entry, entry);
                 assert!(kernel.module.entries.contains(&kernel.entry));
-                assert_eq!(kernel.module.name, std::format!("gemm_{dtype}"));
+                assert_eq!(kernel.module.name, std::format!("gemm_{dtype}{module}"));
             }
+            assert!(kernel(dtype, transposed, WeightLayout::OutIn).is_none());
         }
     }
 

@@ -60,6 +60,21 @@ pub unsafe fn cp_async_bulk_tensor_2d_store(map: u64, x: u32, y: u32, src: u32) 
     }
 }
 
+/// As [`cp_async_bulk_tensor_2d_store`], but adds the box to what is there, element by element in
+/// the tensor's type. Each addition is rounded to nearest even.
+///
+/// # Safety
+/// As [`cp_async_bulk_tensor_2d_store`].
+#[inline(always)]
+pub unsafe fn cp_reduce_async_bulk_tensor_2d_add(map: u64, x: u32, y: u32, src: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group \
+              [{}, {{{}, {}}}], [{}];",
+             in(reg64) map, in(reg32) x, in(reg32) y, in(reg32) src, options(nostack));
+    }
+}
+
 /// Closes this thread's current group of bulk stores.
 #[inline(always)]
 pub fn cp_async_bulk_commit_group() {

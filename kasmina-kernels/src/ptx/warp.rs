@@ -1,4 +1,4 @@
-//! Exchange between the lanes of a warp.
+//! Exchange and order between the lanes of a warp.
 
 use core::arch::asm;
 
@@ -16,4 +16,14 @@ pub unsafe fn shfl_sync_bfly<const MASK: u32>(value: u32) -> u32 {
              in(reg32) value, mask = const MASK, options(nomem, nostack));
     }
     other
+}
+
+/// Waits for the whole warp, and orders its shared-memory accesses.
+///
+/// # Safety
+/// The whole warp executes it.
+#[inline(always)]
+pub unsafe fn bar_warp_sync() {
+    // SAFETY: the caller's contract.
+    unsafe { asm!("bar.warp.sync 0xffffffff;", options(nostack)) }
 }

@@ -68,12 +68,22 @@ impl Block {
     /// memory (`Kernel::smem_bytes`, which `launch` on the host passes).
     #[inline(always)]
     pub(super) unsafe fn start(tile: Tile) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe { Self::start_with(tile, tile.num_consumers()) }
+    }
+
+    /// As [`start`](Self::start), with a ring whose stages take so many arrivals to be released.
+    ///
+    /// # Safety
+    /// As [`start`](Self::start).
+    #[inline(always)]
+    pub(super) unsafe fn start_with(tile: Tile, releases: u32) -> Self {
         let smem = ptx::dynamic_smem();
         let ring = RingBarriers { base: smem + tile.barrier_offset(), num_stages: tile.num_stages };
         if ptx::thread_index() == 0 {
             // SAFETY: one thread, before the barrier below, inside the shared memory.
             unsafe {
-                ring.init(tile.num_consumers());
+                ring.init(releases);
                 if tile.split_k > 1 {
                     Exchange::init(ring);
                 }
@@ -117,6 +127,12 @@ impl Block {
     #[inline(always)]
     pub(super) fn w_stage(self, stage: u32) -> u32 {
         self.smem + self.tile.w_offset() + stage * self.tile.w_stage_bytes()
+    }
+
+    /// Where the consumers' slabs lie.
+    #[inline(always)]
+    pub(super) fn epilogue(self) -> u32 {
+        self.smem + self.tile.y_offset()
     }
 }
 
@@ -401,16 +417,16 @@ macro_rules! cluster_marker {
 }
 pub(super) use cluster_marker;
 
-/// Defines the entry for one element type, major orders of X and W, and tile.
+/// Defines the entry for one element type, major order of W and tile.
 macro_rules! entry {
-    ($entry:ident, $element:ident, $ptx_type:literal, $x_major:ident, $w_major:ident,
+    ($entry:ident, $element:ident, $ptx_type:literal, $w_major:ident,
      $block_m:literal, $block_n:tt, $num_stages:literal, $split_k:tt) => {
         $crate::ptx::wgmma::with_accumulators! { $block_n, device::entry! {
-            @body $entry, $element, $ptx_type, $x_major, $w_major, $block_m, $block_n, $num_stages,
+            @body $entry, $element, $ptx_type, $w_major, $block_m, $block_n, $num_stages,
             $split_k
         } }
     };
-    (@body $entry:ident, $element:ident, $ptx_type:literal, $x_major:ident, $w_major:ident,
+    (@body $entry:ident, $element:ident, $ptx_type:literal, $w_major:ident,
      $block_m:literal, $block_n:tt, $num_stages:literal, $split_k:tt $([$($c:ident)+])+) => {
         /// # Safety
         /// Launched by `launch` on the host with the geometry of its `Kernel` and parameters that
@@ -424,7 +440,7 @@ macro_rules! entry {
             const TILE: Tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: $split_k,
             };
-            const X_MAJOR: Major = Major::$x_major;
+            const X_MAJOR: Major = Major::K;
             const W_MAJOR: Major = Major::$w_major;
             let x_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
@@ -487,7 +503,6 @@ macro_rules! entry {
                     let mut k_block = 0u32;
                     while k_block < k_steps {
                         let stage = position.stage;
-                        // 64 rows of X, or one slab: as many bytes.
                         let x = block.x_stage(stage) + consumer * (CONSUMER_M * BLOCK_K * 2);
                         let a = wgmma_descriptor(x, X_MAJOR);
                         let b = wgmma_descriptor(block.w_stage(stage), W_MAJOR);

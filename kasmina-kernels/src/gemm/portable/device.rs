@@ -2,74 +2,9 @@
 
 use super::*;
 use crate::activation::Activation;
+use crate::gemm::element::unroll;
+pub(super) use crate::gemm::element::{BF16, Element, F16, F32};
 use crate::ptx;
-
-/// An element type in global memory. Bits travel in the lower end of a `u32`.
-pub(super) trait Element {
-    const SIZE: u32;
-    fn widen(bits: u32) -> f32;
-    fn round(value: f32) -> u32;
-    /// # Safety
-    /// As [`ptx::ld_global_nc_u32`], for `SIZE` bytes.
-    unsafe fn load(address: u64) -> u32;
-    /// # Safety
-    /// As [`ptx::st_global_u32`], for `SIZE` bytes.
-    unsafe fn store(address: u64, bits: u32);
-}
-
-pub(super) struct F32;
-pub(super) struct F16;
-pub(super) struct BF16;
-
-impl Element for F32 {
-    const SIZE: u32 = 4;
-    #[inline(always)]
-    fn widen(bits: u32) -> f32 {
-        f32::from_bits(bits)
-    }
-    #[inline(always)]
-    fn round(value: f32) -> u32 {
-        value.to_bits()
-    }
-    #[inline(always)]
-    unsafe fn load(address: u64) -> u32 {
-        // SAFETY: the caller's contract.
-        unsafe { ptx::ld_global_nc_u32(address) }
-    }
-    #[inline(always)]
-    unsafe fn store(address: u64, bits: u32) {
-        // SAFETY: the caller's contract.
-        unsafe { ptx::st_global_u32(address, bits) }
-    }
-}
-
-macro_rules! sixteen_bit_element {
-    ($name:ident, $widen:expr, $round:expr) => {
-        impl Element for $name {
-            const SIZE: u32 = 2;
-            #[inline(always)]
-            fn widen(bits: u32) -> f32 {
-                $widen(bits)
-            }
-            #[inline(always)]
-            fn round(value: f32) -> u32 {
-                u32::from($round(value))
-            }
-            #[inline(always)]
-            unsafe fn load(address: u64) -> u32 {
-                // SAFETY: the caller's contract.
-                u32::from(unsafe { ptx::ld_global_nc_u16(address) })
-            }
-            #[inline(always)]
-            unsafe fn store(address: u64, bits: u32) {
-                // SAFETY: the caller's contract.
-                unsafe { ptx::st_global_u16(address, bits as u16) }
-            }
-        }
-    };
-}
-sixteen_bit_element!(F16, |bits| ptx::cvt_f32_f16(bits as u16), ptx::cvt_rn_f16_f32);
-sixteen_bit_element!(BF16, |bits: u32| f32::from_bits(bits << 16), bf16_from_f32);
 
 /// Which axis of an operand is contiguous.
 pub(super) trait Axis {
@@ -97,17 +32,10 @@ impl Axis for NMajor {
 pub(super) type InOut = NMajor;
 /// W as `[n, k]`.
 pub(super) type OutIn = KMajor;
-
-/// Repeats a block with a name bound to each literal. A loop would be unrolled too late (or not
-/// at all) for the arrays it indexes to become registers.
-macro_rules! unroll {
-    ($index:ident: $type:ident in [$($literal:literal)+] $body:block) => {
-        $({
-            let $index: $type = $literal;
-            $body
-        })+
-    };
-}
+/// X as `[m, k]`.
+pub(super) type Plain = KMajor;
+/// X as `[k, m]`.
+pub(super) type Transposed = NMajor;
 
 /// From a row of the tile's first half to that of its second, in bytes of a stage.
 const OTHER_HALF: u32 = BLOCK_M / 2 * 4;
@@ -346,7 +274,7 @@ fn activate(activation: Activation, values: [f32; 4]) -> [f32; 4] {
 /// # Safety
 /// The half tile is written and a barrier has passed since; Y is writable.
 #[inline(always)]
-unsafe fn store_half<E: Element>(
+unsafe fn store_half<E: Element, X: Axis>(
     params: &PortableGemmParams,
     smem: u32,
     first_row: u32,
@@ -365,12 +293,18 @@ unsafe fn store_half<E: Element>(
     while row < BLOCK_M / 2 && row < rows {
         // SAFETY: inside the half tile, a multiple of 16.
         let mut values = unsafe { ptx::ld_shared_v4_f32(smem + result_offset(row, lane_column)) };
-        unroll!(i: usize in [0 1 2 3] {
-            values[i] += bias[i];
-        });
-        let bits = activate(activation, values).map(E::round);
         let y_row = u64::from(first_row) + u64::from(row);
         let address = params.y.wrapping_add((y_row * params.y_stride + column) * size);
+        if X::K_MAJOR {
+            unroll!(i: usize in [0 1 2 3] {
+                values[i] += bias[i];
+            });
+            values = activate(activation, values);
+        } else if params.accumulate != 0 {
+            // SAFETY: the thread's own elements of Y.
+            unsafe { add_previous::<E>(&mut values, address, columns.saturating_sub(lane_column)) };
+        }
+        let bits = values.map(E::round);
         if aligned && lane_column + 4 <= columns {
             // SAFETY: four existing columns of an existing row, aligned to their size.
             unsafe {
@@ -412,13 +346,35 @@ unsafe fn load_bias<E: Element>(params: &PortableGemmParams, first_column: u32) 
     bias
 }
 
+/// Adds what four elements of Y held before.
+///
+/// # Safety
+/// The first `columns` elements from `address` on are readable, and no other thread accesses them.
+#[inline(always)]
+unsafe fn add_previous<E: Element>(values: &mut [f32; 4], address: u64, columns: u32) {
+    unroll!(i: u32 in [0 1 2 3] {
+        if i < columns {
+            let address = address + u64::from(i * E::SIZE);
+            // SAFETY: an existing element. Not through the read-only path, as it is written next.
+            let bits = unsafe {
+                if E::SIZE == 4 {
+                    ptx::ld_global_u32(address)
+                } else {
+                    u32::from(ptx::ld_global_u16(address))
+                }
+            };
+            values[i as usize] += E::widen(bits);
+        }
+    });
+}
+
 /// One tile of Y.
 ///
 /// # Safety
 /// As the entries': the operands are readable, Y is writable, nothing else writes them while
 /// the kernel runs, and the block's index names a tile.
 #[inline(always)]
-pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
+pub(super) unsafe fn product<E: Element, X: Axis, W: Axis>(params: &PortableGemmParams) {
     // Two blocks share a multiprocessor, which leaves 128 registers a thread.
     // SAFETY: comments for `cargo xtask ptx`.
     unsafe {
@@ -433,7 +389,7 @@ pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
     let (first_row, first_column) = (tile_row * BLOCK_M, tile_column * BLOCK_N);
     let smem = ptx::dynamic_smem();
     let (first_row_at, first_column_at) = (smem + PARKED, smem + PARKED + 4);
-    let mut x_loader = Loader::new::<E, KMajor>(
+    let mut x_loader = Loader::new::<E, X>(
         [params.x, params.x_stride],
         [params.m, params.k],
         first_row,
@@ -459,9 +415,9 @@ pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
             ptx::st_shared_u32(first_column_at, first_column);
         }
         ptx::bar_sync::<0, THREADS>();
-        let x_staged = x_loader.fetch::<E, KMajor>(depth);
+        let x_staged = x_loader.fetch::<E, X>(depth);
         let w_staged = w_loader.fetch::<E, W>(depth);
-        put::<E, KMajor>(x_smem, &x_staged);
+        put::<E, X>(x_smem, &x_staged);
         put::<E, W>(w_smem, &w_staged);
         ptx::bar_sync::<0, THREADS>();
         loop {
@@ -475,9 +431,9 @@ pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
             // product serves all tiles. One operand at a time, as 16 registers in flight
             // beside 64 sums would spill.
             depth = depth.saturating_sub(BLOCK_K);
-            let staged = x_loader.fetch::<E, KMajor>(depth);
+            let staged = x_loader.fetch::<E, X>(depth);
             multiply_half(&mut sums, x_at, w_at, 0);
-            put::<E, KMajor>(x_smem + stage, &staged);
+            put::<E, X>(x_smem + stage, &staged);
             let staged = w_loader.fetch::<E, W>(depth);
             multiply_half(&mut sums, x_at, w_at, BLOCK_K / 2);
             put::<E, W>(w_smem + stage, &staged);
@@ -493,7 +449,7 @@ pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
     unsafe {
         let first_row = ptx::ld_shared_u32(first_row_at);
         let first_column = ptx::ld_shared_u32(first_column_at);
-        let bias = load_bias::<E>(params, first_column);
+        let bias = if X::K_MAJOR { load_bias::<E>(params, first_column) } else { [0.0; 4] };
         let mut half = 0;
         while half < 2 {
             ptx::bar_sync::<0, THREADS>();
@@ -504,7 +460,7 @@ pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
             }
             ptx::bar_sync::<0, THREADS>();
             let half_row = first_row + half * (BLOCK_M / 2);
-            store_half::<E>(params, smem, half_row, first_column, bias);
+            store_half::<E, X>(params, smem, half_row, first_column, bias);
             half += 1;
         }
     }

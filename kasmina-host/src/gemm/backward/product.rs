@@ -1,0 +1,148 @@
+//! The weight's gradient as a product on a GPU.
+
+use kasmina_kernels::abi::Tier;
+use kasmina_kernels::activation::Activation;
+use kasmina_kernels::gemm::hopper::weight_gradient::{self, Plan, Summed, WeightGradientParams};
+use kasmina_kernels::gemm::hopper::{BLOCK_K, CONSUMER_M, SLAB_N};
+use kasmina_kernels::gemm::portable::{self, PortableGemmParams};
+use kasmina_kernels::gemm::{InputLayout, WeightLayout};
+use kasmina_kernels::tile_scheduler::TileScheduler;
+
+use super::OP;
+use super::partials::Partials;
+use crate::config::KernelConfig;
+use crate::element::Element;
+use crate::error::{Obstacle, Result};
+use crate::gemm::{check_tiles, extent, tensor_map_key};
+use crate::gpu::{Gpu, Launch};
+use crate::tensor::Tensor;
+
+/// How dW is computed.
+pub(super) enum WeightGradient {
+    Portable(TileScheduler),
+    Hopper(Plan),
+}
+
+impl WeightGradient {
+    /// How dW is computed, with its kernel loaded.
+    pub(super) fn plan<T: Element>(
+        dw: &Tensor<T>,
+        batch: u32,
+        tier: Tier,
+        config: &KernelConfig,
+        launch: &Launch<'_>,
+    ) -> Result<WeightGradient> {
+        let rows = extent(OP, "the number of rows of the weight", dw.shape().rows())?;
+        let columns = extent(OP, "the number of columns of the weight", dw.shape().columns())?;
+        let sm_count = launch.stream.gpu().capability().sm_count;
+        let (extents, tile) = ([rows, columns, batch], config.forced_hopper_tile());
+        match weight_gradient::select(T::DTYPE, extents, sm_count, tile) {
+            Some(plan) if tier == Tier::Hopper => {
+                check_tiles(OP, plan.row.tile.scheduler(rows, columns))?;
+                launch.prepare(&plan.row.kernel)?;
+                Ok(WeightGradient::Hopper(plan))
+            }
+            _ => {
+                let tiles = portable::tiles(rows, columns);
+                check_tiles(OP, tiles)?;
+                Ok(WeightGradient::Portable(tiles))
+            }
+        }
+    }
+}
+
+/// `dW = firstᵀ·second`, with both `[batch, …]`.
+pub(super) struct Product<'a, T: Element> {
+    pub(super) first: &'a Tensor<T>,
+    pub(super) second: &'a Tensor<T>,
+    pub(super) batch: u32,
+    pub(super) accumulate: bool,
+}
+
+impl<T: Element> Product<'_, T> {
+    /// Rows and columns of the product, which `plan` has checked.
+    fn extents(&self) -> [u32; 2] {
+        [self.first, self.second].map(|operand| operand.shape().columns() as u32)
+    }
+
+    pub(super) fn enqueue_portable(
+        &self,
+        dw: &Tensor<T>,
+        tiles: TileScheduler,
+        launch: &Launch<'_>,
+    ) -> Result<()> {
+        let kernel = portable::kernel(T::DTYPE, InputLayout::Transposed, WeightLayout::InOut);
+        let unsupported = || Obstacle::DType(T::DTYPE).refuse(OP, Tier::Portable);
+        let kernel = kernel.ok_or_else(unsupported)?;
+        let [m, n] = self.extents();
+        let params = PortableGemmParams {
+            x: self.first.as_device_ptr(),
+            w: self.second.as_device_ptr(),
+            bias: 0,
+            y: dw.as_device_ptr(),
+            x_stride: self.first.row_stride() as u64,
+            w_stride: self.second.row_stride() as u64,
+            y_stride: dw.row_stride() as u64,
+            m,
+            n,
+            k: self.batch,
+            activation: Activation::None as u32,
+            accumulate: u32::from(self.accumulate),
+            reserved: 0,
+        };
+        launch.run(kernel, tiles.num_tiles(), &params)
+    }
+
+    /// With `db`, the sums of an operand's columns too.
+    pub(super) fn enqueue_hopper(
+        &self,
+        dw: &Tensor<T>,
+        plan: Plan,
+        db: Option<(&mut Tensor<T>, Summed)>,
+        partials: &mut Partials<'_>,
+        launch: &Launch<'_>,
+    ) -> Result<()> {
+        let [m, n] = self.extents();
+        let tiles = plan.row.tile.scheduler(m, n);
+        let gpu: &Gpu = launch.stream.gpu();
+        let operand_box = [SLAB_N, BLOCK_K];
+        let [first_map, second_map, product_map] = gpu.tensor_maps(&[
+            tensor_map_key(self.first, [m, self.batch], operand_box),
+            tensor_map_key(self.second, [n, self.batch], operand_box),
+            tensor_map_key(dw, [n, m], [SLAB_N, CONSUMER_M]),
+        ])?;
+        let parts = plan.parts;
+        let mut params = WeightGradientParams {
+            first_map,
+            second_map,
+            product_map,
+            partials: 0,
+            sums: 0,
+            m,
+            n,
+            k_blocks: self.batch.div_ceil(BLOCK_K),
+            part_k_blocks: plan.part_k_blocks,
+            parts,
+            tiles,
+            summed: Summed::Neither as u32,
+            turns: 1,
+            accumulate: u32::from(self.accumulate),
+            reserved: 0,
+        };
+        if parts > 1 {
+            params.partials = partials.add(parts, dw, self.accumulate)?;
+        }
+        if let Some((db, summed)) = db {
+            params.summed = summed as u32;
+            params.turns = plan.turns(m, n, summed);
+            if parts * params.turns > 1 {
+                params.sums = partials.add(parts * params.turns, db, self.accumulate)?;
+            } else {
+                params.sums = db.as_device_ptr();
+            }
+        }
+        let items = u64::from(tiles.num_tiles()) * u64::from(parts);
+        let blocks = items.min(u64::from(gpu.capability().sm_count)) as u32;
+        launch.run(&plan.row.kernel, blocks, &params)
+    }
+}
