@@ -4,7 +4,7 @@
 Needs a Hopper GPU, PyTorch, Triton and cuda.bindings, and no Rust. Operands and regimes are those of
 `cargo bench --bench gemm`, which benches/results/README.md describes; calls are recorded into CUDA
 graphs, so that no contender is timed by how fast Python enqueues it. With --json FILE, each
-contender appends a JSON line per shape and regime: `implementation` says who was measured, `peer` is
+contender appends a JSON line per shape and regime: `contender` says who was measured, `peer` is
 cuBLASLt, and `ratio` is cuBLASLt's time over that of the contender. `cargo xtask perf report FILE`
 makes a table of them.
 
@@ -304,7 +304,8 @@ def shape_records(shape, options, flush, clock, origin):
             if seen:
                 details["sm_clock_mhz"] = statistics.median(seen)
             record = origin | {
-                "operation": "gemm", "implementation": contender.name, "m": m, "n": n, "k": k,
+                "operation": "gemm", "contender": contender.name,
+                "foreign": contender.name != KASMINA, "m": m, "n": n, "k": k,
                 "dtype": "bf16", "layout": "in-out", "activation": "relu",
                 "tier": "hopper" if contender.name == KASMINA else None, "regime": regime,
             }
@@ -346,7 +347,7 @@ def main():
         shape = [int(extent) for extent in text.split("x")]
         for record in shape_records(shape, options, flush, clock, origin):
             rows.append(
-                f"| {text} | {record['regime']} | {record['implementation']} "
+                f"| {text} | {record['regime']} | {record['contender']} "
                 f"| {record['median_us']:.1f} | {record['tflops']:.1f} "
                 f"| {record['ratio'] or 0:.3f} | {record['max_error']:.1e} | {record['details']} |"
             )
