@@ -18,6 +18,9 @@ const FRAME: [f64; 4] = [84.0, 64.0, 812.0, 604.0];
 const COLOURS: [&str; 8] =
     ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933"];
 
+/// Keeps text readable on lines and marks.
+const HALO: &str = "stroke=\"#fff\" stroke-width=\"3\" paint-order=\"stroke\"";
+
 /// Intensity in operations per byte and rate in TFLOP/s.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Point {
@@ -88,9 +91,6 @@ pub fn svg(records: &[Record]) -> String {
     let title = format!("Roofline: {}, commit {commits}", gpus.join(", "));
     svg.text((FRAME[0], 34.0), "start", 17.0, &title);
     svg.grid(&axes);
-    for ceilings in &ceilings {
-        svg.ceilings(&axes, ceilings);
-    }
     if ceilings.is_empty() {
         let at = ((FRAME[0] + FRAME[2]) / 2.0, FRAME[1] + 20.0);
         svg.text(at, "middle", 12.0, "no measured ceilings of this GPU");
@@ -100,6 +100,9 @@ pub fn svg(records: &[Record]) -> String {
         for mark in marks.iter().filter(|mark| mark.is_peer == is_peer) {
             svg.mark(&axes, mark);
         }
+    }
+    for ceilings in &ceilings {
+        svg.ceilings(&axes, ceilings);
     }
     let shown: Vec<&str> = operations
         .iter()
@@ -164,7 +167,7 @@ impl Svg {
     fn text(&mut self, (x, y): (f64, f64), anchor: &str, size: f64, text: &str) {
         let text = escaped(text);
         self.push(format_args!(
-            "<text x=\"{x:.1}\" y=\"{y:.1}\" font-size=\"{size}\" text-anchor=\"{anchor}\">{text}\
+            "<text x=\"{x:.1}\" y=\"{y:.1}\" font-size=\"{size}\" text-anchor=\"{anchor}\" {HALO}>{text}\
              </text>"
         ));
     }
@@ -222,7 +225,7 @@ impl Svg {
         let degrees = (end_y - y).atan2(end_x - x).to_degrees();
         self.push(format_args!(
             "<text transform=\"translate({x:.1} {y:.1}) rotate({degrees:.2}) translate(14 -7)\" \
-             font-size=\"12\">{}</text>",
+             font-size=\"12\" {HALO}>{}</text>",
             escaped(&memory)
         ));
         for (tflops, name, source) in [
