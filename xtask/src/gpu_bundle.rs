@@ -77,3 +77,58 @@ fn stripped_release(workspace: &Path) -> Command {
         .env("CARGO_PROFILE_RELEASE_DEBUG", "false");
     cargo
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A folder with the script and benches that are shell scripts of these texts.
+    fn folder(benches: &[(&str, &str)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        fs::copy(crate::workspace().join(RUN), folder.path().join("run")).unwrap();
+        fs::create_dir(folder.path().join("bench")).unwrap();
+        for (name, text) in benches {
+            let path = folder.path().join("bench").join(name);
+            fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        folder
+    }
+
+    /// Whether `run perf` succeeds, and what it left in its file.
+    fn perf(folder: &tempfile::TempDir) -> (bool, String) {
+        let status = Command::new("bash")
+            .args(["run", "perf", "results"])
+            .current_dir(folder.path())
+            // So that no nvcc is looked for.
+            .env("KASMINA_CUB", "none")
+            .status()
+            .unwrap();
+        let results = fs::read_to_string(folder.path().join("results")).unwrap_or_default();
+        (status.success(), results)
+    }
+
+    const WRITES: &str = r#"[ "$1" = --help ] && echo "--json FILE" || echo "$0 $2" >> "$3""#;
+
+    #[test]
+    fn perf_runs_every_bench_and_collects_what_those_with_json_write() {
+        let folder = folder(&[
+            ("gemm", WRITES),
+            ("launch", r#"[ "$1" = --help ] || [ $# = 1 ]"#),
+            ("reduce", WRITES),
+        ]);
+        let (succeeded, results) = perf(&folder);
+        assert!(succeeded);
+        let written: Vec<&str> =
+            results.lines().filter_map(|line| line.rsplit('/').next()).collect();
+        assert_eq!(written, ["gemm --json", "reduce --json"]);
+    }
+
+    #[test]
+    fn perf_fails_where_a_bench_does_after_the_others_have_run_or_where_none_measures() {
+        let (succeeded, results) = perf(&folder(&[("a", "exit 3"), ("b", WRITES)]));
+        assert!(!succeeded && results.contains("b --json"), "{results}");
+        assert!(!perf(&folder(&[("launch", "true")])).0);
+    }
+}

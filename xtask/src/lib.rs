@@ -10,6 +10,7 @@
 //! | [`nvidia_tools`] | finds and runs ptxas and nvdisasm |
 //! | [`cargo_artifacts`] | which executables a cargo command built |
 //! | [`gpu_bundle`] | `cargo xtask gpu-bundle` |
+//! | [`perf`] | `cargo xtask perf`: benches, reports and checks against a baseline |
 //! | [`no_gpu`] | `cargo xtask no-gpu`: what must hold on a machine without a GPU |
 #![forbid(unsafe_code)]
 
@@ -21,6 +22,7 @@ pub mod gpu_bundle;
 pub mod manifest;
 pub mod no_gpu;
 pub mod nvidia_tools;
+pub mod perf;
 pub mod ptx;
 pub mod ptx_text;
 #[path = "../../build/source_digest.rs"]

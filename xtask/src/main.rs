@@ -4,13 +4,14 @@ use std::env;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use xtask::{gpu_bundle, no_gpu, ptx, workspace};
+use xtask::{gpu_bundle, no_gpu, perf, ptx, workspace};
 
 const USAGE: &str = "usage: cargo xtask <task>
 
   ptx           build the device code and write kasmina-kernels/ptx/
   ptx --check   build it and compare with what is committed
   gpu-bundle    collect tests, benches and examples in dist/gpu/, to run where no Rust is
+  perf          run the benches and report; `perf report` and `perf check` take their results
   no-gpu        check what must hold on a machine without a GPU";
 
 fn main() -> ExitCode {
@@ -30,6 +31,7 @@ fn run(arguments: &[&str]) -> Result<()> {
         ["ptx"] => ptx::write(workspace()),
         ["ptx", "--check"] => ptx::check(workspace()),
         ["gpu-bundle"] => gpu_bundle::write(workspace()),
+        ["perf", arguments @ ..] => perf::run(workspace(), arguments),
         ["no-gpu"] => no_gpu::check(workspace()),
         _ => bail!("{USAGE}"),
     }
