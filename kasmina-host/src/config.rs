@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use kasmina_kernels::abi::Tier;
+use kasmina_kernels::gemm::F32Products;
 
 use crate::error::{Error, Result};
 
@@ -21,13 +22,20 @@ const PTX_DIR_VARIABLE: &str = "KASMINA_PTX_DIR";
 pub struct KernelConfig {
     tier: Option<Tier>,
     hopper_tile: Option<[u32; 2]>,
+    f32_products: F32Products,
     enable_tma: bool,
     ptx_dir: Option<PathBuf>,
 }
 
 impl Default for KernelConfig {
     fn default() -> Self {
-        Self { tier: None, hopper_tile: None, enable_tma: true, ptx_dir: None }
+        Self {
+            tier: None,
+            hopper_tile: None,
+            f32_products: F32Products::Six,
+            enable_tma: true,
+            ptx_dir: None,
+        }
     }
 }
 
@@ -63,11 +71,20 @@ impl KernelConfig {
     }
 
     /// Forces the output tile of Hopper kernels, rows and columns: `[128, 256]`, `[128, 128]`,
-    /// `[64, 128]` or `[64, 64]`. By default each call gets the one expected to be fastest. Other
-    /// tiers have one tile and take no notice.
+    /// `[64, 128]` or `[64, 64]`; for f32 `[128, 128]` or `[64, 128]`. By default each call gets the
+    /// one expected to be fastest. Other tiers have one tile and take no notice.
     #[must_use]
     pub const fn hopper_tile(mut self, tile: [u32; 2]) -> Self {
         self.hopper_tile = Some(tile);
+        self
+    }
+
+    /// Which products of bf16 parts make up an f32 product on the `hopper` tier: how accurate it is.
+    /// By default the six that give the full accuracy of f32. Other tiers multiply f32 as it is and
+    /// take no notice.
+    #[must_use]
+    pub const fn f32_products(mut self, products: F32Products) -> Self {
+        self.f32_products = products;
         self
     }
 
@@ -96,6 +113,12 @@ impl KernelConfig {
     #[must_use]
     pub const fn forced_hopper_tile(&self) -> Option<[u32; 2]> {
         self.hopper_tile
+    }
+
+    /// Which products of parts make up an f32 product on the `hopper` tier.
+    #[must_use]
+    pub const fn chosen_f32_products(&self) -> F32Products {
+        self.f32_products
     }
 
     /// Whether kernels that load through TMA may be chosen.

@@ -3,7 +3,8 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use crate::gemm::{hopper, portable};
+use crate::gemm::hopper::{self, split};
+use crate::gemm::portable;
 use crate::reduce;
 
 /// A family of kernels that share their hardware requirements.
@@ -148,10 +149,11 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 9] = [
+    const FIRST: [&Module; 10] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
+        &portable::F32_REPAIR,
         &reduce::PORTABLE_F32,
         &reduce::PORTABLE_F16,
         &reduce::PORTABLE_BF16,
@@ -159,13 +161,16 @@ pub static MODULES: &[&Module] = &{
         &reduce::HOPPER_F16,
         &reduce::HOPPER_BF16,
     ];
-    let mut modules = [FIRST[0]; FIRST.len() + hopper::KERNELS.len()];
+    const GEMM: usize = FIRST.len() + hopper::KERNELS.len();
+    let mut modules = [FIRST[0]; GEMM + split::NUM_MODULES];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < FIRST.len() {
             FIRST[row]
-        } else {
+        } else if row < GEMM {
             hopper::KERNELS[row - FIRST.len()].kernel.module
+        } else {
+            split::module(row - GEMM)
         };
         row += 1;
     }

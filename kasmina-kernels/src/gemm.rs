@@ -6,6 +6,7 @@
 //! rounding to the element type.
 
 pub mod hopper;
+pub mod parts;
 pub mod portable;
 
 /// Which way round the weight matrix lies in memory.
@@ -49,4 +50,28 @@ pub enum InputLayout {
     Plain,
     /// `[k, m]` row-major: an input that counts as its transpose, as X does in `dW = Xᵀ·dZ`.
     Transposed,
+}
+
+/// Which products of parts make up an f32 product on tensor cores: how accurate it is.
+///
+/// With `u = 2⁻²⁴`, the roundoff of f32, and `A = Σ |x·w|` over the k products of an element.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum F32Products {
+    /// Six products of three parts: what is left out is below `u/2·A`, and the whole error no
+    /// larger than that of a product in plain f32.
+    #[default]
+    Six,
+    /// Three products of two parts: what is left out is below `256·u·A`.
+    Three,
+}
+
+impl F32Products {
+    /// How many there are.
+    #[must_use]
+    pub const fn count(self) -> u32 {
+        match self {
+            Self::Six => 6,
+            Self::Three => 3,
+        }
+    }
 }

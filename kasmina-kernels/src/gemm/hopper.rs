@@ -28,6 +28,8 @@ use crate::gemm::{InputLayout, WeightLayout};
 use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
 
+pub mod split;
+
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
 

@@ -17,3 +17,13 @@ pub unsafe fn shfl_sync_bfly<const MASK: u32>(value: u32) -> u32 {
     }
     other
 }
+
+/// `bar.warp.sync`: waits for the whole warp, and orders its shared-memory accesses.
+///
+/// # Safety
+/// The whole warp executes it.
+#[inline(always)]
+pub unsafe fn bar_warp_sync() {
+    // SAFETY: the caller's contract.
+    unsafe { asm!("bar.warp.sync 0xffffffff;", options(nostack)) }
+}

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::activation::Activation;
+use crate::gemm::parts::{needs_repair, of_block};
 use crate::ptx;
 
 /// An element type in global memory. Bits travel in the lower end of a `u32`.
@@ -506,6 +507,29 @@ pub(super) unsafe fn forward<E: Element, W: Axis>(params: &PortableGemmParams) {
             let half_row = first_row + half * (BLOCK_M / 2);
             store_half::<E>(params, smem, half_row, first_column, bias);
             half += 1;
+        }
+    }
+}
+
+/// One tile of Y, if the findings call for it.
+///
+/// # Safety
+/// As [`forward`], and there are `num_findings` readable words of findings, which nothing writes
+/// while the kernel runs.
+#[inline(always)]
+pub(super) unsafe fn repair<W: Axis>(params: &RepairParams) {
+    let mut findings = 0;
+    let mut index = thread();
+    while index < params.num_findings {
+        ptx::nounroll();
+        // SAFETY: one of the words.
+        findings |= unsafe { ptx::ld_global_nc_u32(params.findings + 4 * u64::from(index)) };
+        index += THREADS;
+    }
+    // SAFETY: the whole block; then the caller's contract.
+    unsafe {
+        if needs_repair(of_block(findings)) {
+            forward::<F32, W>(&params.gemm);
         }
     }
 }
