@@ -143,7 +143,8 @@ pub struct HopperKernel {
     pub kernel: Kernel<HopperGemmParams>,
 }
 
-/// Whether there are kernels for this element type: not for f32, which wgmma would round.
+/// Whether there are kernels here for this element type: not for f32, which wgmma would round and
+/// [`split`] takes in parts.
 #[must_use]
 pub const fn serves(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::BF16)
