@@ -7,7 +7,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use half::{bf16, f16};
-use kasmina::{Activation, DType, Device, Element, KernelConfig, Tensor, Tier, WeightLayout};
+use kasmina::{
+    Activation, DType, Device, Element, F32Products, KernelConfig, Tensor, Tier, WeightLayout,
+};
 use measure::cuda::Clock;
 use measure::random::Normals;
 use measure::record::{Peer, Provenance, append};
@@ -35,6 +37,8 @@ const USAGE: &str = "usage: gemm [option VALUE]...
   --activation none|relu|gelu|gelutanh|silu
                          default relu
   --tier hopper|portable forces a tier; default the best
+  --products six|three   products of parts for f32 on hopper; default six
+  --peer-tf32 yes|no     lets cuBLASLt round f32 to TF32; default no
   --regime burst|steady|graph|all
                          all, the default, is graph for calls under 20 us, else burst and steady
   --samples N            samples in burst and graph; default 60
@@ -56,7 +60,7 @@ fn main() -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
     };
-    let bench = Bench::new(device)?;
+    let bench = Bench::new(device, options.peer_tf32)?;
     let mut normals = Normals::new();
     let mut records = Vec::new();
     for case in options.cases() {
@@ -92,6 +96,8 @@ struct Options {
     layouts: Vec<WeightLayout>,
     activation: Activation,
     tier: Option<Tier>,
+    products: F32Products,
+    peer_tf32: bool,
     /// `None` is all that suit the problem.
     regime: Option<Regime>,
     samples: usize,
@@ -114,6 +120,8 @@ impl Options {
             layouts: WeightLayout::ALL.to_vec(),
             activation: Activation::Relu,
             tier: None,
+            products: F32Products::Six,
+            peer_tf32: false,
             regime: None,
             samples: 60,
             json: None,
@@ -153,6 +161,19 @@ impl Options {
                     options.activation = named.with_context(unknown)?;
                 }
                 "--tier" => options.tier = Some(Tier::from_name(&value).with_context(unknown)?),
+                "--products" => {
+                    let named = [F32Products::Six, F32Products::Three]
+                        .into_iter()
+                        .find(|&products| products_name(products) == value);
+                    options.products = named.with_context(unknown)?;
+                }
+                "--peer-tf32" => {
+                    options.peer_tf32 = match value.as_str() {
+                        "yes" => true,
+                        "no" => false,
+                        _ => bail!("{}", unknown()),
+                    };
+                }
                 "--regime" if value == "all" => options.regime = None,
                 "--regime" => {
                     let named = Regime::ALL.into_iter().find(|regime| regime.name() == value);
@@ -186,6 +207,7 @@ impl Options {
         }
         let mut cases = self.table(&[[8192; 3], [4096; 3]], DType::BF16, None);
         cases.extend(self.table(&[[4096; 3]], DType::F32, Some(Tier::Portable)));
+        cases.extend(self.table(&[[4096; 3]], DType::F32, None));
         cases
     }
 
@@ -200,6 +222,13 @@ impl Options {
             .iter()
             .flat_map(|shape| layouts.iter().map(move |layout| case(shape, layout)))
             .collect()
+    }
+}
+
+const fn products_name(products: F32Products) -> &'static str {
+    match products {
+        F32Products::Six => "six",
+        F32Products::Three => "three",
     }
 }
 
@@ -220,10 +249,10 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(device: Device) -> anyhow::Result<Self> {
+    fn new(device: Device, peer_tf32: bool) -> anyhow::Result<Self> {
         let clock = Clock::new(&device)?;
         let cublaslt = match CublasLt::open() {
-            Ok(library) => Some(library),
+            Ok(library) => Some(if peer_tf32 { library.with_tf32() } else { library }),
             Err(error) => {
                 println!("no peer to measure against: {error:#}");
                 None
@@ -251,8 +280,8 @@ impl Bench {
         normals: &mut Normals,
     ) -> anyhow::Result<Vec<Record>> {
         let problem = &case.problem;
-        let config =
-            case.tier.map_or_else(KernelConfig::default, |tier| KernelConfig::default().tier(tier));
+        let config = KernelConfig::default().f32_products(options.products);
+        let config = case.tier.map_or_else(|| config.clone(), |tier| config.clone().tier(tier));
         let l2_bytes = self.device.capability().map_or(0, |capability| capability.l2_bytes);
         let operands = Operands::<T>::new(&self.device, *problem, l2_bytes, normals)?;
 
@@ -270,7 +299,11 @@ impl Bench {
         if product.is_some() {
             operands.poison()?;
             theirs(0)?;
-            peer_error = operands.max_error().context("cuBLASLt's result is wrong")?;
+            peer_error = if options.peer_tf32 {
+                operands.largest_error()?
+            } else {
+                operands.max_error().context("cuBLASLt's result is wrong")?
+            };
         }
 
         let mut contenders: Vec<Contender<'_>> = vec![&ours];
@@ -292,7 +325,10 @@ impl Bench {
                 name: name.clone(),
                 timing: Timing::new(problem, regime, &summaries[1], peer_error),
             });
-            let record = Record::new(&self.provenance, problem, tier, regime, timing, peer);
+            let mut record = Record::new(&self.provenance, problem, tier, regime, timing, peer);
+            if (problem.dtype, tier) == (DType::F32, Tier::Hopper) {
+                record.products = Some(products_name(options.products));
+            }
             if let Some(file) = &options.json {
                 append(&record, file)?;
             }

@@ -83,18 +83,19 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
     let mut claims = Vec::new();
     for dtype in DType::ALL {
         let mut of_dtype = match dtype {
-            DType::F32 if tier == Tier::Hopper => continue,
             DType::F32 => of::<f32>(),
             DType::F16 => of::<f16>(),
             _ => of::<bf16>(),
         };
         if tier == Tier::Hopper {
             of_dtype.push(match dtype {
+                DType::F32 => ("gemm_with_every_tile_matches_reference", every_tile::<f32>),
                 DType::F16 => ("gemm_with_every_tile_matches_reference", every_tile::<f16>),
                 _ => ("gemm_with_every_tile_matches_reference", every_tile::<bf16>),
             });
         }
-        if tier == Tier::Portable {
+        // Tensor cores take f32 in parts, which are as aligned as they need to be.
+        if tier == Tier::Portable || (tier, dtype) == (Tier::Hopper, DType::F32) {
             of_dtype.push(match dtype {
                 DType::F32 => ("gemm_of_misaligned_views_matches_reference", misaligned::<f32>),
                 DType::F16 => ("gemm_of_misaligned_views_matches_reference", misaligned::<f16>),
@@ -216,7 +217,7 @@ fn enough_cases() -> Result<(), Failed> {
         ];
         lists.iter().map(Vec::len).sum::<usize>()
     };
-    let cases = 3 * of_tier(Tier::Portable) + 2 * of_tier(Tier::Hopper);
+    let cases = 3 * of_tier(Tier::Portable) + 3 * of_tier(Tier::Hopper);
     require(cases >= 500 || reduced(), || format!("there are only {cases}"))
 }
 
@@ -234,7 +235,7 @@ fn each_with<T: Poison>(
 ) -> Result<(), Failed> {
     let mut worst: f64 = 0.0;
     for cases in cases.chunk_by(|a, b| a.shape == b.shape) {
-        let linear = Linear::<T>::random(served_shape(tier, cases[0].shape));
+        let linear = Linear::<T>::random(served_shape::<T>(tier, cases[0].shape));
         for case in cases {
             let (got, _) =
                 run(device, tier, config, &linear, case).map_err(|e| format!("{case:?}: {e}"))?;
@@ -247,8 +248,13 @@ fn each_with<T: Poison>(
 }
 
 /// The shape, or the next one whose output Hopper can store: rows of whole 16-byte pieces.
-fn served_shape(tier: Tier, [m, n, k]: [usize; 3]) -> [usize; 3] {
-    if tier == Tier::Hopper { [m, n.next_multiple_of(8), k] } else { [m, n, k] }
+fn served_shape<T: Poison>(tier: Tier, [m, n, k]: [usize; 3]) -> [usize; 3] {
+    if needs_tma_rows::<T>(tier) { [m, n.next_multiple_of(8), k] } else { [m, n, k] }
+}
+
+/// Whether TMA reads and writes the operands themselves.
+fn needs_tma_rows<T: Poison>(tier: Tier) -> bool {
+    tier == Tier::Hopper && T::DTYPE != DType::F32
 }
 
 /// Every tile on shapes of which some would not get it by themselves.
@@ -256,9 +262,19 @@ fn every_tile<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
     // The last gives blocks of every tile several in a row, with little to do between stores.
     let shapes = vec![[65, 72, 65], [129, 264, 200], [255, 130, 520], [1, 8, 1], [2180, 2312, 72]];
     let cases = cases(shortened(shapes, 1));
-    let unshared = [[128, 256], [128, 128], [64, 128], [64, 64]].map(|tile| (tile, 1));
     // Of a tile that two blocks share each has 1 to 5 steps of k, and several tiles in a row.
-    for (tile, split_k) in unshared.into_iter().chain([([64, 128], 2), ([64, 64], 2)]) {
+    let tiles = match T::DTYPE {
+        DType::F32 => vec![([128, 128], 1), ([64, 128], 1)],
+        _ => vec![
+            ([128, 256], 1),
+            ([128, 128], 1),
+            ([64, 128], 1),
+            ([64, 64], 1),
+            ([64, 128], 2),
+            ([64, 64], 2),
+        ],
+    };
+    for (tile, split_k) in tiles {
         let config = KernelConfig::default().hopper_tile(tile).hopper_split_k(split_k);
         each_with::<T>(device, tier, &config, &cases).map_err(|error| {
             let message = error.message().unwrap_or("no message");
@@ -280,7 +296,7 @@ fn run<T: Poison>(
     let &Linear { m, n, k, ref x, ref bias, .. } = linear;
     // TMA reads rows that are multiples of 16 bytes apart.
     let place = |columns: usize| match case.placement {
-        Placement::Contiguous if tier == Tier::Hopper && !columns.is_multiple_of(8) => {
+        Placement::Contiguous if needs_tma_rows::<T>(tier) && !columns.is_multiple_of(8) => {
             Placement::Aligned
         }
         placement => placement,
@@ -332,7 +348,7 @@ fn no_rows<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
 fn non_finite<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
     let shapes = shortened(vec![[70, 136, 40], [129, 257, 65], [8, 8, 1]], 1);
     for (number, shape) in shapes.into_iter().enumerate() {
-        let linear = Linear::<T>::with_non_finite_values(served_shape(tier, shape));
+        let linear = Linear::<T>::with_non_finite_values(served_shape::<T>(tier, shape));
         for (i, activation) in Activation::ALL.into_iter().enumerate() {
             let layout = WeightLayout::ALL[(number + i) % 2];
             let placement = Placement::Aligned;
@@ -386,8 +402,8 @@ fn layer<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Without a forced tier: what TMA cannot address, and f32, goes to the portable tier; the rest
-/// does not.
+/// Without a forced tier: what TMA cannot address, and f32 where there is little to multiply, goes
+/// to the portable tier; the rest does not.
 fn hands_over(device: &Device) -> Result<(), Failed> {
     fn served<T: Poison>(device: &Device, placement: Placement) -> Result<Tier, Failed> {
         let (shape, layout) = ([40, 64, 48], WeightLayout::OutIn);
@@ -428,12 +444,6 @@ fn forced<T: Poison>(device: &Device, tier: Tier, placement: Placement) -> Resul
 }
 
 fn hopper_refuses(device: &Device) -> Result<(), Failed> {
-    match forced::<f32>(device, Tier::Hopper, Placement::Contiguous) {
-        Err(Error::Unsupported {
-            tier: Tier::Hopper, reason: Obstacle::DType(DType::F32), ..
-        }) => {}
-        other => return Err(format!("f32: {other:?}").into()),
-    }
     match forced::<bf16>(device, Tier::Hopper, Placement::Misaligned) {
         Err(Error::Unsupported {
             tier: Tier::Hopper,

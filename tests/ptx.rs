@@ -110,7 +110,12 @@ fn assembles_cleanly(module: &Module, tools: &NvidiaTools) -> Result<(), Failed>
 
 fn uses_tensor_cores_and_tma(module: &Module, tools: &NvidiaTools) -> Result<(), Failed> {
     for sass in disassemble(module, tools)? {
+        // f32 results leave by ordinary stores, so that rows of any length may.
+        let stores_by_tma = !module.name.starts_with("gemm_f32");
         for wanted in ["HGMMA", "UTMALDG", "UTMASTG"] {
+            if wanted == "UTMASTG" && !stores_by_tma {
+                continue;
+            }
             require(sass.iter().any(|opcode| is(opcode, wanted)), || format!("no {wanted}"))?;
         }
         for forbidden in ["LDL", "STL"] {

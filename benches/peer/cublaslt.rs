@@ -31,6 +31,8 @@ const CUDA_R_16F: c_int = 2;
 const CUDA_R_16BF: c_int = 14;
 /// f32 accumulation; for f32 operands full f32 products, not TF32.
 const CUBLAS_COMPUTE_32F: c_int = 68;
+/// As above, f32 operands rounded to TF32.
+const CUBLAS_COMPUTE_32F_FAST_TF32: c_int = 77;
 const CUBLAS_OP_N: i32 = 0;
 const CUBLAS_OP_T: i32 = 1;
 const DESC_TRANSA: c_int = 3;
@@ -121,7 +123,9 @@ pub(crate) struct CublasLt {
     get_heuristic: GetHeuristic,
     multiply: Multiply,
     handle: Handle,
-    /// Its name and version.
+    /// How it multiplies.
+    compute: c_int,
+    /// Its name and version, and how it multiplies where that is not with full accuracy.
     pub(crate) name: String,
     /// Keeps the functions above mapped.
     _library: Library,
@@ -149,6 +153,7 @@ impl CublasLt {
                 get_heuristic: symbol(&library, "cublasLtMatmulAlgoGetHeuristic")?,
                 multiply: symbol(&library, "cublasLtMatmul")?,
                 handle: ptr::null_mut(),
+                compute: CUBLAS_COMPUTE_32F,
                 name: format!(
                     "cuBLASLt {}.{}.{}",
                     version / 10_000,
@@ -162,6 +167,13 @@ impl CublasLt {
         // SAFETY: `handle` is where the new handle is written.
         check("cublasLtCreate", unsafe { create(&raw mut this.handle) })?;
         Ok(this)
+    }
+
+    /// The same, allowed to round f32 operands to TF32.
+    pub(crate) fn with_tf32(mut self) -> Self {
+        self.compute = CUBLAS_COMPUTE_32F_FAST_TF32;
+        self.name.push_str(" TF32");
+        self
     }
 }
 
@@ -332,7 +344,7 @@ impl<'a> Product<'a> {
         };
         // SAFETY: `descriptor` is where the new descriptor is written.
         check("cublasLtMatmulDescCreate", unsafe {
-            (library.desc_create)(&raw mut this.descriptor, CUBLAS_COMPUTE_32F, CUDA_R_32F)
+            (library.desc_create)(&raw mut this.descriptor, library.compute, CUDA_R_32F)
         })?;
         let &Description { dtype, a: (a, transpose_a), b: (b, transpose_b), d, epilogue } =
             description;

@@ -46,6 +46,8 @@ pub(crate) struct Record {
     layout: &'static str,
     activation: String,
     tier: &'static str,
+    /// Of parts, for f32 on tensor cores: `six` or `three`.
+    pub(crate) products: Option<&'static str>,
     regime: &'static str,
     #[serde(flatten)]
     timing: Timing,
@@ -71,6 +73,7 @@ impl Record {
             layout: layout_name(problem.layout),
             activation: format!("{:?}", problem.activation).to_lowercase(),
             tier: tier.name(),
+            products: None,
             regime: regime.name(),
             ratio: peer.as_ref().map(|peer| timing.tflops / peer.timing.tflops),
             timing,
@@ -116,7 +119,7 @@ pub(crate) fn table(records: &[Record]) -> String {
             record.dtype,
             record.layout,
             record.activation,
-            record.tier,
+            [record.tier, record.products.unwrap_or_default()].join(" ").trim_end(),
             record.regime,
         );
     }

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use kasmina_kernels::abi::Tier;
+use kasmina_kernels::gemm::F32Products;
 use kasmina_kernels::gemm::hopper::Forced;
 
 use crate::error::{Error, Result};
@@ -23,6 +24,7 @@ pub struct KernelConfig {
     tier: Option<Tier>,
     hopper_tile: Option<[u32; 2]>,
     hopper_split_k: Option<u32>,
+    f32_products: F32Products,
     enable_tma: bool,
     ptx_dir: Option<PathBuf>,
 }
@@ -33,6 +35,7 @@ impl Default for KernelConfig {
             tier: None,
             hopper_tile: None,
             hopper_split_k: None,
+            f32_products: F32Products::Six,
             enable_tma: true,
             ptx_dir: None,
         }
@@ -71,8 +74,8 @@ impl KernelConfig {
     }
 
     /// Forces the output tile of Hopper kernels, rows and columns: `[128, 256]`, `[128, 128]`,
-    /// `[64, 128]` or `[64, 64]`. By default each call gets the one expected to be fastest. Other
-    /// tiers have one tile and take no notice.
+    /// `[64, 128]` or `[64, 64]`; for f32 `[128, 128]` or `[64, 128]`. By default each call gets the
+    /// one expected to be fastest. Other tiers have one tile and take no notice.
     #[must_use]
     pub const fn hopper_tile(mut self, tile: [u32; 2]) -> Self {
         self.hopper_tile = Some(tile);
@@ -85,6 +88,15 @@ impl KernelConfig {
     #[must_use]
     pub const fn hopper_split_k(mut self, blocks: u32) -> Self {
         self.hopper_split_k = Some(blocks);
+        self
+    }
+
+    /// Which products of bf16 parts make up an f32 product on the `hopper` tier: how accurate it is.
+    /// By default the six that give the full accuracy of f32. Other tiers multiply f32 as it is and
+    /// take no notice.
+    #[must_use]
+    pub const fn f32_products(mut self, products: F32Products) -> Self {
+        self.f32_products = products;
         self
     }
 
@@ -124,6 +136,12 @@ impl KernelConfig {
     /// What of Hopper kernels is forced.
     pub(crate) const fn forced_hopper(&self) -> Forced {
         Forced { tile: self.hopper_tile, split_k: self.hopper_split_k }
+    }
+
+    /// Which products of parts make up an f32 product on the `hopper` tier.
+    #[must_use]
+    pub const fn chosen_f32_products(&self) -> F32Products {
+        self.f32_products
     }
 
     /// Whether kernels that load through TMA may be chosen.

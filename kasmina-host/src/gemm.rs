@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod backward;
+mod split;
 
 pub use backward::{Backward, Gradients, Saved, Tiers};
 
@@ -25,6 +26,7 @@ use crate::shape::Shape;
 use crate::stream::{Operation, Stream};
 use crate::tensor::{Tensor, zeroed};
 use crate::tensor_map::TensorMapKey;
+pub(crate) use split::{Pass, choose_forward_tier};
 
 const OP: &str = Operation::GemmForward.name();
 /// Extents travel as 32 bits, and kernels add a tile's width to them.
@@ -66,6 +68,9 @@ struct Extents {
 impl<T: Element> Forward<'_, T> {
     /// Enqueues the pass, writes Y, and says which tier runs it.
     ///
+    /// f32 on the `hopper` tier takes 4 to 6 bytes of device memory for each element of X and W,
+    /// from the stream's pool; where there is none, the next tier runs it unless one is forced.
+    ///
     /// # Errors
     /// Before anything is enqueued: [`Error::DeviceMismatch`], [`Error::Shape`],
     /// [`Error::Overlap`], [`Error::Overflow`], and [`Error::Unsupported`] where the tier that the
@@ -74,7 +79,7 @@ impl<T: Element> Forward<'_, T> {
     /// [`Error::PtxUnreadable`]. Always: [`Error::Driver`].
     pub fn run(&self, y: &mut Tensor<T>, config: &KernelConfig) -> Result<Tier> {
         let extents = self.check(y)?;
-        let tier = self.choose_tier(y, config)?;
+        let tier = self.choose_tier(extents, y, config)?;
         if y.is_empty() {
             return Ok(tier);
         }
@@ -88,6 +93,16 @@ impl<T: Element> Forward<'_, T> {
             ptx_dir: config.ptx_override().or(device.defaults().ptx_override()),
             operation: Operation::GemmForward,
         };
+        if tier == Tier::Hopper && T::DTYPE == DType::F32 {
+            return match self.run_in_parts(extents, y, &launch, stream, config) {
+                // Parts need memory, plain f32 does not; nothing has been enqueued yet.
+                Err(Error::OutOfMemory { .. }) if split::forced_tier(device, config).is_none() => {
+                    self.run_portable(extents, y, &launch)?;
+                    Ok(Tier::Portable)
+                }
+                outcome => outcome.map(|()| tier),
+            };
+        }
         let sm_count = stream.gpu().capability().sm_count;
         let Extents { m, n, k } = extents;
         let forced = config.forced_hopper();
@@ -101,26 +116,28 @@ impl<T: Element> Forward<'_, T> {
                 launch.prepare(&selected.kernel)?;
                 self.ordered(y, || launch.run(&selected.kernel, blocks, &params))?;
             }
-            _ => {
-                let tiles = portable::tiles(m, n);
-                check_tiles(OP, tiles)?;
-                let params = self.portable_params(extents, y);
-                let kernel = portable::kernel(T::DTYPE, InputLayout::Plain, self.layout);
-                let kernel = kernel.ok_or_else(|| Obstacle::DType(T::DTYPE).refuse(OP, tier))?;
-                launch.prepare(kernel)?;
-                self.ordered(y, || launch.run(kernel, tiles.num_tiles(), &params))?;
-            }
+            _ => self.run_portable(extents, y, &launch)?,
         }
         Ok(tier)
     }
 
-    /// The tier that [`run`](Self::run) would use.
+    fn run_portable(&self, extents: Extents, y: &Tensor<T>, launch: &Launch<'_>) -> Result<()> {
+        let tiles = portable::tiles(extents.m, extents.n);
+        check_tiles(OP, tiles)?;
+        let params = self.portable_params(extents, y);
+        let kernel = portable::kernel(T::DTYPE, InputLayout::Plain, self.layout);
+        let kernel = kernel.ok_or_else(|| Obstacle::DType(T::DTYPE).refuse(OP, Tier::Portable))?;
+        launch.prepare(kernel)?;
+        self.ordered(y, || launch.run(kernel, tiles.num_tiles(), &params))
+    }
+
+    /// The tier that [`run`](Self::run) would use, given enough memory.
     ///
     /// # Errors
     /// Those that `run` reports before anything is enqueued.
     pub fn tier(&self, y: &Tensor<T>, config: &KernelConfig) -> Result<Tier> {
-        self.check(y)?;
-        self.choose_tier(y, config)
+        let extents = self.check(y)?;
+        self.choose_tier(extents, y, config)
     }
 
     fn check(&self, y: &Tensor<T>) -> Result<Extents> {
@@ -161,9 +178,20 @@ impl<T: Element> Forward<'_, T> {
         })
     }
 
-    fn choose_tier(&self, y: &Tensor<T>, config: &KernelConfig) -> Result<Tier> {
-        let inputs = [Operand::of("x", self.x), Operand::of("w", self.w)];
-        choose_tier(self.w.device(), config, T::DTYPE, inputs, Operand::of("y", y))
+    fn choose_tier(
+        &self,
+        Extents { m, n, k }: Extents,
+        y: &Tensor<T>,
+        config: &KernelConfig,
+    ) -> Result<Tier> {
+        let pass = Pass {
+            dtype: T::DTYPE,
+            layout: self.layout,
+            shape: [m, n, k].map(|extent| extent as usize),
+            inputs: [Operand::of("x", self.x), Operand::of("w", self.w)],
+            output: Operand::of("y", y),
+        };
+        choose_forward_tier(self.w.device(), config, pass)
     }
 
     /// Enqueues the pass between the streams' waits for each other.

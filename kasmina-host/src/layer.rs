@@ -17,7 +17,7 @@ use crate::config::KernelConfig;
 use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::gemm::{Forward, Operand, choose_tier};
+use crate::gemm::{Forward, Operand, Pass, choose_forward_tier};
 use crate::shape::Shape;
 use crate::tensor::{Tensor, zeroed};
 
@@ -309,7 +309,8 @@ impl KasminaLayer {
     /// [`Error::Unsupported`] if a tier is forced that cannot; [`Error::Overflow`] if the output
     /// is too large to address.
     pub fn tier_for(&self, batch: usize) -> Result<Tier> {
-        let LinearConfig { in_features, out_features, dtype, .. } = self.config;
+        let LinearConfig { in_features, out_features, dtype, weight_layout: layout, .. } =
+            self.config;
         let fits = batch
             .checked_mul(in_features.max(out_features))
             .and_then(|elements| elements.checked_mul(dtype.size()))
@@ -321,7 +322,9 @@ impl KasminaLayer {
         let weight = with_parameters!(&self.parameters, linear => Operand::of("w", &linear.weight));
         let inputs = [Operand::contiguous("x", in_features, dtype), weight];
         let output = Operand::contiguous("y", out_features, dtype);
-        choose_tier(&self.device, &self.config.kernel_config, dtype, inputs, output)
+        let shape = [batch, out_features, in_features];
+        let pass = Pass { dtype, layout, shape, inputs, output };
+        choose_forward_tier(&self.device, &self.config.kernel_config, pass)
     }
 
     /// Does now what the first forward pass over `batch` rows would do first: loads its kernel,

@@ -37,7 +37,7 @@ pub use element::Element;
 pub use error::{Error, ForeignPointerFault, Obstacle, Result};
 pub use kasmina_kernels::abi::{DType, Tier};
 pub use kasmina_kernels::activation::Activation;
-pub use kasmina_kernels::gemm::WeightLayout;
+pub use kasmina_kernels::gemm::{F32Products, WeightLayout};
 pub use layer::{KasminaLayer, LinearConfig, LinearGradients};
 pub use reduce::{
     PendingReduction, PendingSummary, ReducerConfig, Reduction, Summary, TelemetryReducer,

@@ -3,8 +3,8 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use crate::gemm::hopper::weight_gradient;
-use crate::gemm::{backward, hopper, portable};
+use crate::gemm::hopper::{self, split, weight_gradient};
+use crate::gemm::{backward, portable};
 use crate::reduce;
 
 /// A family of kernels that share their hardware requirements.
@@ -149,10 +149,11 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 18] = [
+    const FIRST: [&Module; 19] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
+        &portable::F32_REPAIR,
         &portable::TRANSPOSED_F32,
         &portable::TRANSPOSED_F16,
         &portable::TRANSPOSED_BF16,
@@ -170,15 +171,18 @@ pub static MODULES: &[&Module] = &{
         &reduce::HOPPER_BF16,
     ];
     const HOPPER: usize = FIRST.len() + hopper::KERNELS.len();
-    let mut modules = [FIRST[0]; HOPPER + weight_gradient::KERNELS.len()];
+    const SPLIT: usize = HOPPER + weight_gradient::KERNELS.len();
+    let mut modules = [FIRST[0]; SPLIT + split::NUM_MODULES];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < FIRST.len() {
             FIRST[row]
         } else if row < HOPPER {
             hopper::KERNELS[row - FIRST.len()].kernel.module
-        } else {
+        } else if row < SPLIT {
             weight_gradient::KERNELS[row - HOPPER].kernel.module
+        } else {
+            split::module(row - SPLIT)
         };
         row += 1;
     }

@@ -28,13 +28,28 @@ pub enum Major {
 #[must_use]
 #[inline(always)]
 pub const fn wgmma_descriptor(address: u32, major: Major) -> u64 {
-    let (leading_bytes, stride_bytes): (u64, u64) = match major {
+    match major {
         // The leading offset is not used; the next 8 rows follow after 1024 bytes.
-        Major::K => (16, 1024),
+        Major::K => descriptor(address, 1, 16, 1024),
         // The next slab follows after 64 rows; the next 8 k after 1024 bytes.
-        Major::MN => (8192, 1024),
-    };
-    (1 << 62) | ((stride_bytes >> 4) << 32) | ((leading_bytes >> 4) << 16)
+        Major::MN => descriptor(address, 1, 8192, 1024),
+    }
+}
+
+/// As [`wgmma_descriptor`], with 32 k per stage: K-major rows have 64 bytes and a 64-byte swizzle
+/// (mode 2), MN-major slabs 32 rows.
+#[must_use]
+#[inline(always)]
+pub const fn wgmma_descriptor_k32(address: u32, major: Major) -> u64 {
+    match major {
+        Major::K => descriptor(address, 2, 16, 512),
+        Major::MN => descriptor(address, 1, 4096, 1024),
+    }
+}
+
+#[inline(always)]
+const fn descriptor(address: u32, swizzle: u64, leading_bytes: u64, stride_bytes: u64) -> u64 {
+    (swizzle << 62) | ((stride_bytes >> 4) << 32) | ((leading_bytes >> 4) << 16)
         // In a cluster the window of block r starts at r << 24: only 18 bits are the address.
         | ((address & 0x3_FFFF) >> 4) as u64
 }
@@ -89,6 +104,8 @@ mod tests {
         assert_eq!(wgmma_descriptor(0, Major::K), 0x4000_0040_0001_0000);
         assert_eq!(wgmma_descriptor(0, Major::MN), 0x4000_0040_0200_0000);
         assert_eq!(wgmma_descriptor(0x0100_0400, Major::K), 0x4000_0040_0001_0040);
+        assert_eq!(wgmma_descriptor_k32(0, Major::K), 0x8000_0020_0001_0000);
+        assert_eq!(wgmma_descriptor_k32(0x400, Major::MN), 0x4000_0040_0100_0040);
         assert_eq!(descriptor_step_k16(Major::K), 2);
         assert_eq!(descriptor_step_k16(Major::MN), 128);
     }

@@ -16,8 +16,8 @@ use kasmina_kernels::gemm::hopper::weight_gradient::{self, Summed};
 use kasmina_kernels::gemm::{InputLayout, WeightLayout};
 
 use super::{
-    Forward, Operand, check_shape, choose_tier, extent, kernel_obstacle, ordered, pick,
-    tma_obstacle,
+    Forward, Operand, Pass, check_shape, choose_forward_tier, extent, kernel_obstacle, ordered,
+    pick, tma_obstacle,
 };
 use crate::config::KernelConfig;
 use crate::cpu;
@@ -269,8 +269,14 @@ impl<T: Element> Backward<'_, T> {
         };
         let x = Operand::of("x", self.x);
         let of_dx = |dx: &Tensor<T>| {
-            let inputs = [dz, Operand::of("w", self.w)];
-            choose_tier(device, config, T::DTYPE, inputs, Operand::of("dx", dx))
+            let pass = Pass {
+                dtype: T::DTYPE,
+                layout: self.layout.transposed(),
+                shape: [dx.shape().rows(), dx.shape().columns(), self.dy.shape().columns()],
+                inputs: [dz, Operand::of("w", self.w)],
+                output: Operand::of("dx", dx),
+            };
+            choose_forward_tier(device, config, pass)
         };
         let of_dw = |dw: &Tensor<T>| {
             pick(OP, forced, |tier| {
@@ -345,10 +351,7 @@ impl<T: Element> Backward<'_, T> {
         let dz = dz.as_ref().unwrap_or(self.dy);
 
         if let Some(dx) = dx {
-            let layout = match self.layout {
-                WeightLayout::InOut => WeightLayout::OutIn,
-                WeightLayout::OutIn => WeightLayout::InOut,
-            };
+            let layout = self.layout.transposed();
             let product =
                 Forward { x: dz, w: self.w, bias: None, layout, activation: Activation::None };
             product.run(dx, config)?;

@@ -12,13 +12,19 @@ use super::{driver, failed};
 use crate::error::{Error, Result};
 use crate::tensor_map::TensorMapKey;
 
-/// The map of this key: boxes of 128-byte rows, swizzled over 128 bytes, zeros beyond the edges.
+/// The map of this key: boxes of 64-byte or 128-byte rows, swizzled over as many bytes, zeros
+/// beyond the edges.
 pub(super) fn encode(key: &TensorMapKey) -> Result<TensorMap> {
     let data_type = match key.dtype {
         DType::F16 => CUtensorMapDataType::Float16,
         DType::BF16 => CUtensorMapDataType::Bfloat16,
         DType::F32 => CUtensorMapDataType::Float32,
         got => return Err(Error::DType { op: "tensor map", expected: DType::BF16, got }),
+    };
+    let [box_columns, _] = key.box_extents;
+    let swizzle = match box_columns as usize * key.dtype.size() {
+        64 => CUtensorMapSwizzle::Bytes64,
+        _ => CUtensorMapSwizzle::Bytes128,
     };
     let extents = key.extents.map(u64::from);
     let element_strides = [1u32, 1];
@@ -37,7 +43,7 @@ pub(super) fn encode(key: &TensorMapKey) -> Result<TensorMap> {
             key.box_extents.as_ptr(),
             element_strides.as_ptr(),
             CUtensorMapInterleave::None,
-            CUtensorMapSwizzle::Bytes128,
+            swizzle,
             CUtensorMapL2promotion::Bytes256,
             CUtensorMapFloatOOBfill::Zeros,
         ))

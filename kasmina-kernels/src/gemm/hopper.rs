@@ -30,6 +30,7 @@ use crate::gemm::WeightLayout;
 use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
 
+pub mod split;
 pub mod weight_gradient;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
@@ -248,7 +249,8 @@ pub struct HopperKernel {
     pub kernel: Kernel<HopperGemmParams>,
 }
 
-/// Whether there are kernels for this element type: not for f32, which wgmma would round.
+/// Whether there are kernels here for this element type: not for f32, which wgmma would round and
+/// [`split`] takes in parts.
 #[must_use]
 pub const fn serves(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::BF16)

@@ -27,3 +27,21 @@ pub unsafe fn bar_sync_all() {
     // SAFETY: the caller's contract.
     unsafe { asm!("bar.sync 0;", options(nostack)) }
 }
+
+/// `bar.red.or 0`: waits for the whole block, orders its shared-memory accesses, and tells every
+/// thread whether `predicate` holds for any.
+///
+/// # Safety
+/// Every thread of the block executes it.
+#[must_use]
+#[inline(always)]
+pub unsafe fn bar_red_or_all(predicate: bool) -> bool {
+    let any: u32;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("{{", ".reg .pred own, any;", "setp.ne.u32 own, {}, 0;",
+             "bar.red.or.pred any, 0, own;", "selp.u32 {}, 1, 0, any;", "}}",
+             in(reg32) u32::from(predicate), out(reg32) any, options(nostack));
+    }
+    any != 0
+}

@@ -31,6 +31,20 @@ pub unsafe fn st_shared_f32(address: u32, value: f32) {
     }
 }
 
+/// Stores two neighbouring f32.
+///
+/// # Safety
+/// `address` is 8-aligned and inside the block's shared memory; no other thread accesses these
+/// bytes without a barrier between.
+#[inline(always)]
+pub unsafe fn st_shared_v2_f32(address: u32, first: f32, second: f32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.shared.v2.f32 [{}], {{{}, {}}};", in(reg32) address, in(reg32) first,
+             in(reg32) second, options(nostack));
+    }
+}
+
 /// Loads two neighbouring f32.
 ///
 /// # Safety

@@ -18,7 +18,7 @@ pub unsafe fn shfl_sync_bfly<const MASK: u32>(value: u32) -> u32 {
     other
 }
 
-/// Waits for the whole warp, and orders its shared-memory accesses.
+/// `bar.warp.sync`: waits for the whole warp, and orders its shared-memory accesses.
 ///
 /// # Safety
 /// The whole warp executes it.

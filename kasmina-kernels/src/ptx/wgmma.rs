@@ -130,6 +130,93 @@ macro_rules! wgmma_k64 {
     };
 }
 
+/// As [`with_accumulators`] for 128 columns, with three accumulators for each element: two that
+/// tensor cores fill in turn, and one that collects them.
+macro_rules! with_promoted_accumulators {
+    ($($callback:ident)::+ ! { $($arguments:tt)* }) => {
+        $($callback)::+! {
+            $($arguments)*
+            [(c0 d0 s0) (c1 d1 s1) (c2 d2 s2) (c3 d3 s3) (c4 d4 s4) (c5 d5 s5) (c6 d6 s6) (c7 d7 s7)]
+            [(c8 d8 s8) (c9 d9 s9) (c10 d10 s10) (c11 d11 s11) (c12 d12 s12) (c13 d13 s13) (c14 d14 s14) (c15 d15 s15)]
+            [(c16 d16 s16) (c17 d17 s17) (c18 d18 s18) (c19 d19 s19) (c20 d20 s20) (c21 d21 s21) (c22 d22 s22) (c23 d23 s23)]
+            [(c24 d24 s24) (c25 d25 s25) (c26 d26 s26) (c27 d27 s27) (c28 d28 s28) (c29 d29 s29) (c30 d30 s30) (c31 d31 s31)]
+            [(c32 d32 s32) (c33 d33 s33) (c34 d34 s34) (c35 d35 s35) (c36 d36 s36) (c37 d37 s37) (c38 d38 s38) (c39 d39 s39)]
+            [(c40 d40 s40) (c41 d41 s41) (c42 d42 s42) (c43 d43 s43) (c44 d44 s44) (c45 d45 s45) (c46 d46 s46) (c47 d47 s47)]
+            [(c48 d48 s48) (c49 d49 s49) (c50 d50 s50) (c51 d51 s51) (c52 d52 s52) (c53 d53 s53) (c54 d54 s54) (c55 d55 s55)]
+            [(c56 d56 s56) (c57 d57 s57) (c58 d58 s58) (c59 d59 s59) (c60 d60 s60) (c61 d61 s61) (c62 d62 s62) (c63 d63 s63)]
+        }
+    };
+}
+
+/// One stage of 32 k of operands in bf16 parts, 128 columns: the named products of parts, the
+/// smallest first, and a commit; then a wait until at most this batch is in flight.
+///
+/// `$a` and `$b` are descriptors of the first k16 of the first part, A K-major; parts follow each
+/// other at distances of `$part_a` and `$part_b`, k16 of B at `$step_b`, in units of 16 bytes.
+/// `$transpose_b` is 1 for an MN-major B. `$c` are overwritten, and complete after a later wait;
+/// `$done` are those of the batch before, complete now.
+macro_rules! wgmma_parts_k32 {
+    ($products:ident, $transpose_b:expr, $step_b:expr, $part_a:expr, $part_b:expr,
+     $a:expr, $b:expr, [$($c:ident)+], [$($done:ident)+]) => {
+        core::arch::asm!(
+            "{{",
+            ".reg .pred first, rest;",
+            ".reg .b64 a, b;",
+            "setp.ne.b32 first, 0, 0;",
+            "setp.eq.b32 rest, 0, 0;",
+            "wgmma.fence.sync.aligned;",
+            $crate::ptx::wgmma::wgmma_parts_k32!(@$products),
+            "wgmma.commit_group.sync.aligned;",
+            "wgmma.wait_group.sync.aligned 1;",
+            concat!("// ", $crate::ptx::wgmma::accumulator_operands!(256)),
+            "}}",
+            $(inout(reg32) $c,)+
+            $(inout(reg32) $done,)+
+            a = in(reg64) $a,
+            b = in(reg64) $b,
+            part_a = const $part_a,
+            part_b = const $part_b,
+            step_b = const $step_b,
+            transpose_b = const $transpose_b,
+            options(nostack),
+        )
+    };
+    (@six) => {
+        concat!(
+            $crate::ptx::wgmma::wgmma_parts_k32!(@product 2, 0, "first"),
+            $crate::ptx::wgmma::wgmma_parts_k32!(@product 0, 2, "rest"),
+            $crate::ptx::wgmma::wgmma_parts_k32!(@product 1, 1, "rest"),
+            $crate::ptx::wgmma::wgmma_parts_k32!(@product 1, 0, "rest"),
+            $crate::ptx::wgmma::wgmma_parts_k32!(@product 0, 1, "rest"),
+            $crate::ptx::wgmma::wgmma_parts_k32!(@product 0, 0, "rest"),
+        )
+    };
+    (@three) => {
+        concat!(
+            $crate::ptx::wgmma::wgmma_parts_k32!(@product 1, 0, "first"),
+            $crate::ptx::wgmma::wgmma_parts_k32!(@product 0, 1, "rest"),
+            $crate::ptx::wgmma::wgmma_parts_k32!(@product 0, 0, "rest"),
+        )
+    };
+    (@product $i:literal, $j:literal, $predicate:literal) => {
+        concat!(
+            "add.s64 a, {a}, ", $i, "*{part_a};\n",
+            "add.s64 b, {b}, ", $j, "*{part_b};\n",
+            $crate::ptx::wgmma::wgmma_parts_k32!(@mma $predicate),
+            "add.s64 a, a, 2;\n",
+            "add.s64 b, b, {step_b};\n",
+            $crate::ptx::wgmma::wgmma_parts_k32!(@mma "rest"),
+        )
+    };
+    (@mma $predicate:literal) => {
+        concat!(
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 ",
+            $crate::ptx::wgmma::accumulator_operands!(128),
+            ", a, b, ", $predicate, ", 1, 1, 0, {transpose_b};\n"
+        )
+    };
+}
+
 /// Waits for every wgmma in flight and ties the accumulators to that point.
 macro_rules! wgmma_wait_all {
     ($n:tt, $($c:ident)+) => {
@@ -142,4 +229,7 @@ macro_rules! wgmma_wait_all {
     };
 }
 
-pub(crate) use {accumulator_operands, wgmma_k64, wgmma_wait_all, with_accumulators};
+pub(crate) use {
+    accumulator_operands, wgmma_k64, wgmma_parts_k32, wgmma_wait_all, with_accumulators,
+    with_promoted_accumulators,
+};

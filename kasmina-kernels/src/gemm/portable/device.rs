@@ -4,6 +4,7 @@ use super::*;
 use crate::activation::Activation;
 use crate::gemm::element::unroll;
 pub(super) use crate::gemm::element::{BF16, Element, F16, F32};
+use crate::gemm::parts::{needs_repair, of_block};
 use crate::ptx;
 
 /// Which axis of an operand is contiguous.
@@ -462,6 +463,29 @@ pub(super) unsafe fn product<E: Element, X: Axis, W: Axis>(params: &PortableGemm
             let half_row = first_row + half * (BLOCK_M / 2);
             store_half::<E, X>(params, smem, half_row, first_column, bias);
             half += 1;
+        }
+    }
+}
+
+/// One tile of Y, if the findings call for it.
+///
+/// # Safety
+/// As [`product`], and there are `num_findings` readable words of findings, which nothing writes
+/// while the kernel runs.
+#[inline(always)]
+pub(super) unsafe fn repair<W: Axis>(params: &RepairParams) {
+    let mut findings = 0;
+    let mut index = thread();
+    while index < params.num_findings {
+        ptx::nounroll();
+        // SAFETY: one of the words.
+        findings |= unsafe { ptx::ld_global_nc_u32(params.findings + 4 * u64::from(index)) };
+        index += THREADS;
+    }
+    // SAFETY: the whole block; then the caller's contract.
+    unsafe {
+        if needs_repair(of_block(findings)) {
+            product::<F32, Plain, W>(&params.gemm);
         }
     }
 }
