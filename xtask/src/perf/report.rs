@@ -53,7 +53,10 @@ fn table(text: &mut String, section: &[&Record]) {
             contender("contender")
         ),
     );
-    line(text, &format!("|---|---|{}---|---|---|---|---|---|---|", contender("---").trim_start()));
+    line(
+        text,
+        &format!("|---|---|{}---|---|---|---|---|---|---|", contender("---").replace(' ', "")),
+    );
     for record in section {
         let times = &record.times;
         let spread = times
