@@ -103,11 +103,13 @@ class Kernel:
         m, k = x.shape
         n = w.shape[1]
         tiles_m, tiles_n = -(-m // self.block_m), -(-n // self.block_n)
+        x_rows = min(self.block_m, -(-m // 8) * 8)
         # Seven coefficients and the hold of the sigmoid form, which ReLU does not use; the lower
-        # bound 0, and 0 for the piecewise-linear form. The last word is reserved.
-        relu = struct.pack("<9f2I", *[0.0] * 9, 0, 0)
+        # bound 0, and 0 for the piecewise-linear form. Then the bytes of a stage's boxes.
+        stage_bytes = (x_rows + self.block_n) * BLOCK_K * 2
+        relu = struct.pack("<9f2I", *[0.0] * 9, 0, stage_bytes)
         parameters = (
-            tensor_map(x, BLOCK_K, self.block_m)
+            tensor_map(x, BLOCK_K, x_rows)
             + tensor_map(w, SLAB_N, BLOCK_K)
             + tensor_map(y, SLAB_N, CONSUMER_M)
             + struct.pack("<Q5I", bias.data_ptr(), n, -(-k // BLOCK_K), tiles_m, tiles_n, GROUP_M)
