@@ -7,7 +7,7 @@
 //! | [`gemm`] | the linear layer's forward and backward pass as functions of their operands |
 //! | `device`, `stream` | where things run, and in which order |
 //! | `tensor`, `shape`, `element` | what they run on |
-//! | `reduce` | statistics of whole tensors |
+//! | `reduce` | statistics of whole tensors and of their segments |
 //! | `layer` | what they are used through |
 //! | `config` | how kernels are chosen |
 //! | `error` | what can go wrong |
@@ -40,7 +40,8 @@ pub use kasmina_kernels::activation::Activation;
 pub use kasmina_kernels::gemm::{F32Products, WeightLayout};
 pub use layer::{KasminaLayer, LinearConfig, LinearGradients};
 pub use reduce::{
-    PendingReduction, PendingSummary, ReducerConfig, Reduction, Summary, TelemetryReducer,
+    NanPolicy, PendingReduction, PendingSummaries, PendingSummary, ReducerConfig, Reduction,
+    Segments, Summary, TelemetryReducer,
 };
 pub use shape::Shape;
 pub use stream::Stream;

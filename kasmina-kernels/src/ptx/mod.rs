@@ -13,6 +13,8 @@ mod grid;
 mod grid_memory;
 mod math;
 mod mbarrier;
+#[cfg(kasmina_tier = "hopper")]
+mod packed;
 mod registers;
 pub mod simt;
 mod smem;
@@ -32,6 +34,8 @@ pub use grid::*;
 pub use grid_memory::*;
 pub use math::*;
 pub use mbarrier::*;
+#[cfg(kasmina_tier = "hopper")]
+pub use packed::*;
 pub use registers::*;
 pub use simt::*;
 pub use smem::*;
