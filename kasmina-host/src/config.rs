@@ -22,12 +22,19 @@ pub struct KernelConfig {
     tier: Option<Tier>,
     hopper_tile: Option<[u32; 2]>,
     enable_tma: bool,
+    enable_persistent_kernels: bool,
     ptx_dir: Option<PathBuf>,
 }
 
 impl Default for KernelConfig {
     fn default() -> Self {
-        Self { tier: None, hopper_tile: None, enable_tma: true, ptx_dir: None }
+        Self {
+            tier: None,
+            hopper_tile: None,
+            enable_tma: true,
+            enable_persistent_kernels: true,
+            ptx_dir: None,
+        }
     }
 }
 
@@ -78,6 +85,14 @@ impl KernelConfig {
         self
     }
 
+    /// Whether [`should_use_persistent`](crate::should_use_persistent) may advise resident kernels;
+    /// it may by default.
+    #[must_use]
+    pub const fn enable_persistent_kernels(mut self, enable: bool) -> Self {
+        self.enable_persistent_kernels = enable;
+        self
+    }
+
     /// Loads PTX from this folder, laid out as `<tier>/<module>.ptx`, instead of the modules that
     /// are built in.
     #[must_use]
@@ -102,6 +117,12 @@ impl KernelConfig {
     #[must_use]
     pub const fn tma_enabled(&self) -> bool {
         self.enable_tma
+    }
+
+    /// Whether resident kernels may be advised.
+    #[must_use]
+    pub const fn persistent_kernels_enabled(&self) -> bool {
+        self.enable_persistent_kernels
     }
 
     /// The folder that overrides the built-in PTX, if one does.

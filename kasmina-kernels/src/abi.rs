@@ -4,6 +4,7 @@ use core::fmt;
 use core::marker::PhantomData;
 
 use crate::gemm::{hopper, portable};
+use crate::persistent;
 use crate::reduce;
 
 /// A family of kernels that share their hardware requirements.
@@ -148,7 +149,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 9] = [
+    const FIRST: [&Module; 15] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -158,6 +159,12 @@ pub static MODULES: &[&Module] = &{
         &reduce::HOPPER_F32,
         &reduce::HOPPER_F16,
         &reduce::HOPPER_BF16,
+        &persistent::PORTABLE_F32,
+        &persistent::PORTABLE_F16,
+        &persistent::PORTABLE_BF16,
+        &persistent::PORTABLE_ECHO,
+        &persistent::HOPPER_F16,
+        &persistent::HOPPER_BF16,
     ];
     let mut modules = [FIRST[0]; FIRST.len() + hopper::KERNELS.len()];
     let mut row = 0;

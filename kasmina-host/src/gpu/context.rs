@@ -11,6 +11,7 @@ use kasmina_driver::{DriverVersion, Unavailable};
 use kasmina_kernels::abi::{MODULES, TensorMap, Tier};
 
 use super::module_cache::{ModuleCache, required_driver};
+use super::pinned::Release;
 use super::{Stream, driver, failed, tensor_map};
 use crate::device::Capability;
 use crate::error::{Error, Obstacle, Result};
@@ -30,6 +31,8 @@ pub(crate) struct Gpu {
     default_stream: Mutex<Weak<Stream>>,
     /// For giving memory back when one of them runs out.
     streams: Mutex<Vec<Weak<Stream>>>,
+    /// Grids that stay, and what is to be freed once there is none.
+    resident: Mutex<(u32, Vec<Release>)>,
 }
 
 static OPEN: Mutex<Vec<&'static Gpu>> = Mutex::new(Vec::new());
@@ -60,6 +63,7 @@ impl Gpu {
             tensor_maps: Mutex::new(TensorMapCache::new()),
             default_stream: Mutex::new(Weak::new()),
             streams: Mutex::new(Vec::new()),
+            resident: Mutex::new((0, Vec::new())),
         }));
         open.push(gpu);
         Ok(gpu)
@@ -101,6 +105,50 @@ impl Gpu {
         // SAFETY: both pointers are valid for writing one `usize` during the call.
         let asked = unsafe { driver!(cuMemGetInfo_v2(&raw mut free, &raw mut total)) };
         asked.ok().map(|()| free as u64)
+    }
+
+    /// Gives memory back to the driver, or keeps it for later while a grid stays on the GPU: the
+    /// driver waits for every kernel before it frees.
+    pub(super) fn release(&self, memory: Release) {
+        let mut resident = lock(&self.resident);
+        if resident.0 > 0 {
+            resident.1.push(memory);
+        } else {
+            self.free(memory);
+        }
+    }
+
+    fn free(&self, memory: Release) {
+        let freed = self.bind().and_then(|()| {
+            // SAFETY: the memory came from the driver and is given back once, by its owner, who
+            // no longer uses it.
+            match memory {
+                Release::Device(address) => unsafe { driver!(cuMemFree_v2(address)) },
+                Release::Host(address) => unsafe {
+                    driver!(cuMemFreeHost(ptr::with_exposed_provenance_mut(address)))
+                },
+            }
+            .map_err(failed)
+        });
+        if let Err(error) = freed {
+            tracing::warn!(%error, "memory could not be given back");
+        }
+    }
+
+    /// Notes that a grid stays on the GPU from now on.
+    pub(super) fn stay(&self) {
+        lock(&self.resident).0 += 1;
+    }
+
+    /// Notes that a grid has ended; with the last of them, memory that waited for it is freed.
+    pub(super) fn leave(&self) {
+        let mut resident = lock(&self.resident);
+        resident.0 -= 1;
+        if resident.0 == 0 {
+            for memory in std::mem::take(&mut resident.1) {
+                self.free(memory);
+            }
+        }
     }
 
     /// The tensor maps of these keys, encoded on first use.
