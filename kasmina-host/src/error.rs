@@ -337,6 +337,15 @@ pub enum SessionFault {
         /// Its name.
         name: &'static str,
     },
+    /// A kernel would have to be loaded beside a resident one, for which the driver would wait.
+    #[error(
+        "{kernel} is not loaded, and the driver loads nothing while a session's kernel is \
+         resident; `warmup` the layer before the session is opened, or close the session"
+    )]
+    LoadBeside {
+        /// The kernel.
+        kernel: &'static str,
+    },
     /// The session was closed.
     #[error("the session was closed; open another")]
     Closed,

@@ -64,8 +64,10 @@ pub enum StreamPath {
 ///
 /// While a session is open, its kernel holds its blocks' multiprocessors, and the driver cannot
 /// free memory, which waits for every kernel: the library keeps what it frees until the last
-/// session ends, but another library's `cudaFree` waits. A kernel that is used for the first time
-/// may wait too: [`warmup`](KasminaLayer::warmup) layers before a session is opened.
+/// session ends, but another library's `cudaFree` waits. Nor does the driver load kernels: one that
+/// is used for the first time is refused with
+/// [`SessionFault::LoadBeside`](crate::SessionFault::LoadBeside), so
+/// [`warmup`](KasminaLayer::warmup) layers before a session is opened.
 ///
 /// Dropping the last handle and ticket lets what is in flight finish, for no longer than the
 /// config's `drain_timeout`, and ends the kernel.

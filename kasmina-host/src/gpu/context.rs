@@ -1,20 +1,21 @@
 //! One GPU of this process: its primary context and what is kept for it.
 
+use std::path::Path;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use cust::context::Context;
 use cust::device::{Device, DeviceAttribute};
 use cust::error::CudaResult;
-use kasmina_driver::cust_raw::CUdevice_attribute;
+use kasmina_driver::cust_raw::{CUdevice_attribute, CUfunction};
 use kasmina_driver::{DriverVersion, Unavailable};
-use kasmina_kernels::abi::{MODULES, TensorMap, Tier};
+use kasmina_kernels::abi::{Kernel, KernelParams, MODULES, TensorMap, Tier};
 
 use super::module_cache::{ModuleCache, required_driver};
 use super::pinned::Release;
 use super::{Stream, driver, failed, tensor_map};
 use crate::device::Capability;
-use crate::error::{Error, Obstacle, Result};
+use crate::error::{Error, Obstacle, Result, SessionFault};
 use crate::tensor_map::{TensorMapCache, TensorMapKey};
 
 /// One GPU. It is opened once and kept for the life of the process, as the CUDA runtime does with
@@ -26,7 +27,7 @@ pub(crate) struct Gpu {
     context: Context,
     /// By position in `Tier::ALL`.
     obstacles: [Option<Obstacle>; Tier::ALL.len()],
-    pub(super) modules: ModuleCache,
+    modules: ModuleCache,
     tensor_maps: Mutex<TensorMapCache>,
     default_stream: Mutex<Weak<Stream>>,
     /// For giving memory back when one of them runs out.
@@ -133,6 +134,26 @@ impl Gpu {
         if let Err(error) = freed {
             tracing::warn!(%error, "memory could not be given back");
         }
+    }
+
+    /// The function of a kernel, loaded on first use. The driver loads nothing while a kernel runs
+    /// that does not end, so beside a grid that stays only what is loaded can be had. The context
+    /// is current.
+    pub(super) fn function<P: KernelParams>(
+        &self,
+        kernel: &'static Kernel<P>,
+        ptx_dir: Option<&Path>,
+    ) -> Result<CUfunction> {
+        if self.modules.has(kernel, ptx_dir) {
+            return self.modules.function(kernel, ptx_dir);
+        }
+        // Held while loading, so that no grid begins to stay meanwhile.
+        let resident = lock(&self.resident);
+        if resident.0 > 0 {
+            let fault = SessionFault::LoadBeside { kernel: kernel.entry };
+            return Err(Error::Session { op: "loading a kernel", fault });
+        }
+        self.modules.function(kernel, ptx_dir)
     }
 
     /// Notes that a grid stays on the GPU from now on.

@@ -91,7 +91,7 @@ impl Resident {
         let (stream, copies) = (device.another()?, device.another()?);
         let gpu = stream.gpu();
         gpu.bind()?;
-        let function = gpu.modules.function(setup.kernel, setup.ptx_dir)?;
+        let function = gpu.function(setup.kernel, setup.ptx_dir)?;
         let (blocks, smem_bytes) = (setup.layout.consumers, setup.plan.smem_bytes);
         let fit = resident_blocks(&stream, function, setup.kernel.block_dim, smem_bytes)?;
         if blocks > fit {

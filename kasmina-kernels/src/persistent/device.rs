@@ -41,6 +41,12 @@ impl Words for Mapped {
         // SAFETY: as above.
         unsafe { ptx::st_release_sys_u64(self.0 + u64::from(word) * 8, value) }
     }
+    /// Without the fence of a release, which waits until the bus has taken what was written.
+    #[inline(always)]
+    fn store_alone(&self, word: u32, value: u64) {
+        // SAFETY: as above.
+        unsafe { ptx::st_relaxed_sys_u64(self.0 + u64::from(word) * 8, value) }
+    }
 }
 
 /// A unit of work as the block sees it.
@@ -105,7 +111,11 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
             }
             ptx::bar_sync_all();
             if grid.thread == 0 {
-                protocol::complete(&words, &params.layout, slot as u16, sequence);
+                if unit.rows > 0 {
+                    protocol::complete(&words, &params.layout, slot as u16, sequence);
+                } else {
+                    protocol::acknowledge(&words, &params.layout, slot as u16, sequence);
+                }
                 sequence = ptx::atom_add_relaxed_gpu_u64(params.counter, 1);
             }
         }
@@ -280,7 +290,7 @@ pub(super) unsafe fn echo(params: &EchoParams) {
         ptx::nounroll();
         let number = words.load(0);
         if number != seen {
-            words.store(LINE, number);
+            words.store_alone(LINE, number);
             seen = number;
             since = ptx::globaltimer();
             if number == params.last {

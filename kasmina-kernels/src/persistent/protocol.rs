@@ -32,6 +32,10 @@ pub trait Words {
     fn load_pair(&self, word: u32) -> [u64; 2];
     /// Stores the word after everything written so far.
     fn store(&self, word: u32, value: u64);
+    /// Stores a word that announces nothing else.
+    fn store_alone(&self, word: u32, value: u64) {
+        self.store(word, value);
+    }
 }
 
 /// Where in the ring's memory everything lies.
@@ -241,6 +245,12 @@ pub fn poll(words: &impl Words, layout: &Layout, sequence: u64) -> Option<Descri
 #[inline(always)]
 pub fn complete(words: &impl Words, layout: &Layout, slot: u16, sequence: u64) {
     words.store(layout.completion(slot as u32), sequence + 1);
+}
+
+/// As [`complete`], for a unit without a result.
+#[inline(always)]
+pub fn acknowledge(words: &impl Words, layout: &Layout, slot: u16, sequence: u64) {
+    words.store_alone(layout.completion(slot as u32), sequence + 1);
 }
 
 /// Whether the unit is done, or a later one of the same slot.

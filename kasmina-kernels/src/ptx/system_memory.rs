@@ -49,6 +49,19 @@ pub unsafe fn st_release_sys_u64(address: u64, value: u64) {
     }
 }
 
+/// Stores 64 bits as one, in no order with other memory.
+///
+/// # Safety
+/// `address` is a global address of 8 writable bytes, 8-aligned.
+#[inline(always)]
+pub unsafe fn st_relaxed_sys_u64(address: u64, value: u64) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.relaxed.sys.global.u64 [{}], {};", in(reg64) address, in(reg64) value,
+             options(nostack));
+    }
+}
+
 /// Loads 16 bytes that the host or another grid may have written, past the L1 cache.
 ///
 /// # Safety
