@@ -26,6 +26,7 @@ pub struct KernelConfig {
     hopper_split_k: Option<u32>,
     f32_products: F32Products,
     enable_tma: bool,
+    enable_persistent_kernels: bool,
     ptx_dir: Option<PathBuf>,
 }
 
@@ -37,6 +38,7 @@ impl Default for KernelConfig {
             hopper_split_k: None,
             f32_products: F32Products::Six,
             enable_tma: true,
+            enable_persistent_kernels: true,
             ptx_dir: None,
         }
     }
@@ -107,6 +109,14 @@ impl KernelConfig {
         self
     }
 
+    /// Whether [`should_use_persistent`](crate::should_use_persistent) may advise resident kernels;
+    /// it may by default.
+    #[must_use]
+    pub const fn enable_persistent_kernels(mut self, enable: bool) -> Self {
+        self.enable_persistent_kernels = enable;
+        self
+    }
+
     /// Loads PTX from this folder, laid out as `<tier>/<module>.ptx`, instead of the modules that
     /// are built in.
     #[must_use]
@@ -148,6 +158,12 @@ impl KernelConfig {
     #[must_use]
     pub const fn tma_enabled(&self) -> bool {
         self.enable_tma
+    }
+
+    /// Whether resident kernels may be advised.
+    #[must_use]
+    pub const fn persistent_kernels_enabled(&self) -> bool {
+        self.enable_persistent_kernels
     }
 
     /// The folder that overrides the built-in PTX, if one does.

@@ -1,9 +1,11 @@
 //! What can go wrong, with the values involved and the remedy in each message.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
+use kasmina_kernels::persistent::{MAX_LAYERS, MAX_WIDTH, PlanFault};
 
 use crate::device::DeviceId;
 use crate::shape::Shape;
@@ -271,12 +273,144 @@ pub enum Error {
         source: std::io::Error,
     },
 
+    /// A stream session cannot begin, or has ended.
+    #[error("{op}: {fault}")]
+    Session {
+        /// The operation.
+        op: &'static str,
+        /// Why.
+        fault: SessionFault,
+    },
+
+    /// A stream session has no room for another batch.
+    #[error(
+        "{op}: {in_flight} parts of batches are in flight or unread, and {capacity} is what this \
+         logical stream may have; wait for a ticket, use `submit_blocking`, or open the session \
+         with a larger `depth`"
+    )]
+    QueueFull {
+        /// The operation.
+        op: &'static str,
+        /// Parts that hold a slot now.
+        in_flight: usize,
+        /// Parts that may.
+        capacity: usize,
+    },
+
+    /// Something did not happen in the time it was given.
+    #[error("{op}: nothing happened for {after:?}; the ticket stays valid, wait again")]
+    Timeout {
+        /// The operation.
+        op: &'static str,
+        /// The time it was given.
+        after: Duration,
+    },
+
     /// A pointer from elsewhere cannot become a tensor.
     #[error("foreign pointer refused: {reason}")]
     ForeignPointer {
         /// Why.
         reason: ForeignPointerFault,
     },
+}
+
+/// Why a stream session cannot begin, or has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SessionFault {
+    /// `CUDA_LAUNCH_BLOCKING=1`: the launch of a resident kernel would never return.
+    #[error(
+        "CUDA_LAUNCH_BLOCKING=1 would never let the launch of a resident kernel return; unset it, \
+         or allow the fallback or `bounded`"
+    )]
+    LaunchBlocking,
+    /// The device lacks what a resident kernel needs.
+    #[error("the device has no {lacks}; allow the fallback")]
+    Device {
+        /// What it lacks.
+        lacks: &'static str,
+    },
+    /// The blocks cannot all be resident at the same time.
+    #[error("{blocks} blocks are to be resident and {fit} fit; ask for fewer `blocks`")]
+    NoRoom {
+        /// Blocks that were asked for.
+        blocks: u32,
+        /// Blocks that the occupancy of the kernel lets the GPU hold.
+        fit: u32,
+    },
+    /// The blocks did not begin in time: other work holds the GPU, or another process shares it.
+    #[error(
+        "the resident kernel did not begin within {within:?}; other work holds the GPU, or it is \
+         shared in time slices: wait for that work, or allow the fallback"
+    )]
+    NotStarted {
+        /// The time it was given.
+        within: Duration,
+    },
+    /// The stack of layers cannot stay resident.
+    #[error("{}; allow the fallback, or use `forward`", plan_message(.0))]
+    Stack(PlanFault),
+    /// The resident kernel ended because the process stood still for longer than the lease.
+    #[error(
+        "the process stood still for longer than the lease of {lease:?}, so the resident kernel \
+         ended; open another session, with a longer `lease` if that happens"
+    )]
+    LeaseExpired {
+        /// The lease.
+        lease: Duration,
+    },
+    /// The resident kernel failed, and with it the GPU's context.
+    #[error("the resident kernel failed with {name} ({code}); restart the process")]
+    Kernel {
+        /// The driver's code.
+        code: u32,
+        /// Its name.
+        name: &'static str,
+    },
+    /// A kernel would have to be loaded beside a resident one, for which the driver would wait.
+    #[error(
+        "{kernel} is not loaded, and the driver loads nothing while a session's kernel is \
+         resident; `warmup` the layer before the session is opened, or close the session"
+    )]
+    LoadBeside {
+        /// The kernel.
+        kernel: &'static str,
+    },
+    /// The session was closed.
+    #[error("the session was closed; open another")]
+    Closed,
+    /// The session did not end in time. Its memory is kept for as long as the process lives.
+    #[error("work was still in flight after {after:?}; it is lost, and the memory is kept")]
+    NotDrained {
+        /// The time it was given.
+        after: Duration,
+    },
+    /// There are as many logical streams as the session may have.
+    #[error("the session has its {limit} logical streams; drop one, or ask for more `num_streams`")]
+    Streams {
+        /// How many it may have.
+        limit: usize,
+    },
+    /// The ticket's result has been taken.
+    #[error("the ticket's result has been taken; a ticket gives it once")]
+    Spent,
+}
+
+fn plan_message(fault: &PlanFault) -> String {
+    match *fault {
+        PlanFault::Layers(got) => {
+            format!("a stack of {got} layers was given, 1 to {MAX_LAYERS} can stay resident")
+        }
+        PlanFault::Width(got) => {
+            format!("a layer has {got} inputs or outputs, 1 to {MAX_WIDTH} can stay resident")
+        }
+        PlanFault::Chain { layer, expected, got } => {
+            format!("layer {layer} has {got} inputs and the one before it {expected} outputs")
+        }
+        PlanFault::SharedMemory { needed, limit } => {
+            format!("activations need {needed} bytes of shared memory, a block has {limit}")
+        }
+    }
 }
 
 /// Why a tier cannot serve a call.

@@ -8,13 +8,17 @@ mod buffer;
 mod context;
 mod launch;
 mod module_cache;
+mod pinned;
 mod pool;
+mod resident;
 mod stream;
 mod tensor_map;
 
 pub(crate) use buffer::Buffer;
 pub(crate) use context::Gpu;
 pub(crate) use launch::Launch;
+pub(crate) use pinned::{PinnedSlot, PinnedWords};
+pub(crate) use resident::{Resident, Setup, check_device};
 pub(crate) use stream::Stream;
 
 use kasmina_driver::RawError;

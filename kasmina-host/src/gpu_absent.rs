@@ -4,8 +4,12 @@
 use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use kasmina_kernels::abi::{Kernel, KernelParams, TensorMap, Tier};
+use kasmina_kernels::persistent::protocol::Layout;
+use kasmina_kernels::persistent::{PersistentParams, StackPlan};
 
 use crate::device::{Capability, MemoryStats};
 use crate::error::{Error, Obstacle, Result};
@@ -126,5 +130,93 @@ impl Launch<'_> {
 
     pub(crate) fn run<P: KernelParams>(&self, _: &'static Kernel<P>, _: u32, _: &P) -> Result<()> {
         match *self.stream {}
+    }
+}
+
+/// Pinned memory, of which there is none.
+pub(crate) struct PinnedWords {
+    never: Infallible,
+}
+
+impl PinnedWords {
+    pub(crate) fn new(stream: &Stream, _: usize) -> Result<Self> {
+        match *stream {}
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        match self.never {}
+    }
+
+    pub(crate) fn words(&self) -> &[AtomicU64] {
+        match self.never {}
+    }
+}
+
+pub(crate) struct PinnedSlot {
+    never: Infallible,
+}
+
+impl PinnedSlot {
+    pub(crate) fn new(
+        stream: &Stream,
+        _: u16,
+        _: usize,
+        _: usize,
+    ) -> Result<(Vec<Self>, [u64; 2])> {
+        match *stream {}
+    }
+
+    pub(crate) fn index(&self) -> u16 {
+        match self.never {}
+    }
+
+    pub(crate) fn write(&mut self, _: &[u8]) {
+        match self.never {}
+    }
+
+    pub(crate) fn read(&self, _: &mut [u8]) {
+        match self.never {}
+    }
+}
+
+pub(crate) fn check_device(stream: &Stream, _: &'static str) -> Result<()> {
+    match *stream {}
+}
+
+pub(crate) struct Setup<'a> {
+    pub(crate) kernel: &'static Kernel<PersistentParams>,
+    pub(crate) ptx_dir: Option<&'a Path>,
+    pub(crate) plan: &'a StackPlan,
+    pub(crate) layout: Layout,
+    pub(crate) words: u64,
+    pub(crate) slots: [u64; 2],
+    pub(crate) slot_bytes: [u32; 2],
+    pub(crate) lease: Duration,
+    pub(crate) packed: &'a [u8],
+}
+
+pub(crate) struct Resident {
+    never: Infallible,
+}
+
+impl Resident {
+    pub(crate) fn new(stream: &Stream, _: &Setup<'_>, _: &'static str) -> Result<Self> {
+        match *stream {}
+    }
+
+    pub(crate) fn upload(&self, _: u32, _: &[u8]) -> Result<()> {
+        match self.never {}
+    }
+
+    pub(crate) fn launch(&mut self, _: u64, _: u64) -> Result<()> {
+        match self.never {}
+    }
+
+    pub(crate) fn is_running(&self) -> Result<bool> {
+        match self.never {}
+    }
+
+    pub(crate) fn wait_for_end(&mut self, _: Duration) -> Result<bool> {
+        match self.never {}
     }
 }

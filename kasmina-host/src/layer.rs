@@ -18,6 +18,7 @@ use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::gemm::{Forward, Operand, Pass, choose_forward_tier};
+use crate::persistent::{StreamConfig, StreamSession};
 use crate::shape::Shape;
 use crate::tensor::{Tensor, zeroed};
 
@@ -342,6 +343,19 @@ impl KasminaLayer {
         let mut y = Tensor::zeros(&self.device, [batch, self.config.out_features])?;
         self.run(linear, &x, &mut y)?;
         self.device.synchronize()
+    }
+
+    /// A session in which this layer stays resident and answers small batches without a launch. It
+    /// has a copy of the parameters: the layer may be used, changed and dropped meanwhile.
+    ///
+    /// # Errors
+    /// As [`StreamSession::of_stack`].
+    pub fn persistent<T: Element>(&self, config: StreamConfig) -> Result<StreamSession<T>> {
+        StreamSession::of_stack(&[self], config)
+    }
+
+    pub(crate) const fn kernel_config(&self) -> &KernelConfig {
+        &self.config.kernel_config
     }
 
     /// Elements per row of the input.

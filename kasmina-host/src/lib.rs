@@ -9,6 +9,7 @@
 //! | `tensor`, `shape`, `element` | what they run on |
 //! | `reduce` | statistics of whole tensors and of their segments |
 //! | `layer` | what they are used through |
+//! | `persistent` | layers that stay resident for streams of small batches |
 //! | `config` | how kernels are chosen |
 //! | `error` | what can go wrong |
 //! | `cpu` | the CPU tier |
@@ -25,6 +26,7 @@ pub mod gemm;
 #[cfg_attr(not(feature = "cuda"), path = "gpu_absent.rs")]
 mod gpu;
 mod layer;
+mod persistent;
 mod reduce;
 mod shape;
 mod stream;
@@ -34,11 +36,16 @@ mod tensor_map;
 pub use config::KernelConfig;
 pub use device::{Capability, Device, DeviceId, MemoryStats};
 pub use element::Element;
-pub use error::{Error, ForeignPointerFault, Obstacle, Result};
+pub use error::{Error, ForeignPointerFault, Obstacle, Result, SessionFault};
 pub use kasmina_kernels::abi::{DType, Tier};
 pub use kasmina_kernels::activation::Activation;
 pub use kasmina_kernels::gemm::{F32Products, WeightLayout};
+pub use kasmina_kernels::persistent::PlanFault;
 pub use layer::{KasminaLayer, LinearConfig, LinearGradients};
+pub use persistent::{
+    PersistentTrial, Pipelined, StreamConfig, StreamPath, StreamSession, StreamStats, Ticket,
+    should_use_persistent,
+};
 pub use reduce::{
     NanPolicy, PendingReduction, PendingSummaries, PendingSummary, ReducerConfig, Reduction,
     Segments, Summary, TelemetryReducer,

@@ -5,6 +5,7 @@ use core::marker::PhantomData;
 
 use crate::gemm::hopper::{self, split, weight_gradient};
 use crate::gemm::{backward, portable};
+use crate::persistent;
 use crate::reduce;
 
 /// A family of kernels that share their hardware requirements.
@@ -149,7 +150,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 19] = [
+    const FIRST: [&Module; 25] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -169,6 +170,12 @@ pub static MODULES: &[&Module] = &{
         &reduce::HOPPER_F32,
         &reduce::HOPPER_F16,
         &reduce::HOPPER_BF16,
+        &persistent::PORTABLE_F32,
+        &persistent::PORTABLE_F16,
+        &persistent::PORTABLE_BF16,
+        &persistent::PORTABLE_ECHO,
+        &persistent::HOPPER_F16,
+        &persistent::HOPPER_BF16,
     ];
     const HOPPER: usize = FIRST.len() + hopper::KERNELS.len();
     const SPLIT: usize = HOPPER + weight_gradient::KERNELS.len();

@@ -8,6 +8,7 @@
 //! | [`activation`] | the activation functions and the form the tensor-core epilogue evaluates |
 //! | [`elementary`] | exponential and error function in f32, for host and device |
 //! | [`gemm`] | `Y = act(X·W + b)`: shapes, parameters, one file of kernels per tier |
+//! | [`persistent`] | layers that stay resident: ring protocol, plan, packed weights, kernels |
 //! | [`pipeline`] | the full/empty ring between producer and consumers |
 //! | [`tile_scheduler`] | which output tile a block computes, in which order |
 //! | [`reduce`] | statistics of all elements: chunks, parameters, arithmetic, kernels |
@@ -23,6 +24,7 @@ pub mod abi;
 pub mod activation;
 pub mod elementary;
 pub mod gemm;
+pub mod persistent;
 pub mod pipeline;
 #[cfg(target_arch = "nvptx64")]
 pub mod ptx;

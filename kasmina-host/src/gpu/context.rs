@@ -1,19 +1,21 @@
 //! One GPU of this process: its primary context and what is kept for it.
 
+use std::path::Path;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use cust::context::Context;
 use cust::device::{Device, DeviceAttribute};
 use cust::error::CudaResult;
-use kasmina_driver::cust_raw::CUdevice_attribute;
+use kasmina_driver::cust_raw::{CUdevice_attribute, CUfunction};
 use kasmina_driver::{DriverVersion, Unavailable};
-use kasmina_kernels::abi::{MODULES, TensorMap, Tier};
+use kasmina_kernels::abi::{Kernel, KernelParams, MODULES, TensorMap, Tier};
 
 use super::module_cache::{ModuleCache, required_driver};
+use super::pinned::Release;
 use super::{Stream, driver, failed, tensor_map};
 use crate::device::Capability;
-use crate::error::{Error, Obstacle, Result};
+use crate::error::{Error, Obstacle, Result, SessionFault};
 use crate::tensor_map::{TensorMapCache, TensorMapKey};
 
 /// One GPU. It is opened once and kept for the life of the process, as the CUDA runtime does with
@@ -25,11 +27,13 @@ pub(crate) struct Gpu {
     context: Context,
     /// By position in `Tier::ALL`.
     obstacles: [Option<Obstacle>; Tier::ALL.len()],
-    pub(super) modules: ModuleCache,
+    modules: ModuleCache,
     tensor_maps: Mutex<TensorMapCache>,
     default_stream: Mutex<Weak<Stream>>,
     /// For giving memory back when one of them runs out.
     streams: Mutex<Vec<Weak<Stream>>>,
+    /// Grids that stay, and what is to be freed once there is none.
+    resident: Mutex<(u32, Vec<Release>)>,
 }
 
 static OPEN: Mutex<Vec<&'static Gpu>> = Mutex::new(Vec::new());
@@ -60,6 +64,7 @@ impl Gpu {
             tensor_maps: Mutex::new(TensorMapCache::new()),
             default_stream: Mutex::new(Weak::new()),
             streams: Mutex::new(Vec::new()),
+            resident: Mutex::new((0, Vec::new())),
         }));
         open.push(gpu);
         Ok(gpu)
@@ -101,6 +106,70 @@ impl Gpu {
         // SAFETY: both pointers are valid for writing one `usize` during the call.
         let asked = unsafe { driver!(cuMemGetInfo_v2(&raw mut free, &raw mut total)) };
         asked.ok().map(|()| free as u64)
+    }
+
+    /// Gives memory back to the driver, or keeps it for later while a grid stays on the GPU: the
+    /// driver waits for every kernel before it frees.
+    pub(super) fn release(&self, memory: Release) {
+        let mut resident = lock(&self.resident);
+        if resident.0 > 0 {
+            resident.1.push(memory);
+        } else {
+            self.free(memory);
+        }
+    }
+
+    fn free(&self, memory: Release) {
+        let freed = self.bind().and_then(|()| {
+            // SAFETY: the memory came from the driver and is given back once, by its owner, who
+            // no longer uses it.
+            match memory {
+                Release::Device(address) => unsafe { driver!(cuMemFree_v2(address)) },
+                Release::Host(address) => unsafe {
+                    driver!(cuMemFreeHost(ptr::with_exposed_provenance_mut(address)))
+                },
+            }
+            .map_err(failed)
+        });
+        if let Err(error) = freed {
+            tracing::warn!(%error, "memory could not be given back");
+        }
+    }
+
+    /// The function of a kernel, loaded on first use. The driver loads nothing while a kernel runs
+    /// that does not end, so beside a grid that stays only what is loaded can be had. The context
+    /// is current.
+    pub(super) fn function<P: KernelParams>(
+        &self,
+        kernel: &'static Kernel<P>,
+        ptx_dir: Option<&Path>,
+    ) -> Result<CUfunction> {
+        if self.modules.has(kernel, ptx_dir) {
+            return self.modules.function(kernel, ptx_dir);
+        }
+        // Held while loading, so that no grid begins to stay meanwhile.
+        let resident = lock(&self.resident);
+        if resident.0 > 0 {
+            let fault = SessionFault::LoadBeside { kernel: kernel.entry };
+            return Err(Error::Session { op: "loading a kernel", fault });
+        }
+        self.modules.function(kernel, ptx_dir)
+    }
+
+    /// Notes that a grid stays on the GPU from now on.
+    pub(super) fn stay(&self) {
+        lock(&self.resident).0 += 1;
+    }
+
+    /// Notes that a grid has ended; with the last of them, memory that waited for it is freed.
+    pub(super) fn leave(&self) {
+        let mut resident = lock(&self.resident);
+        resident.0 -= 1;
+        if resident.0 == 0 {
+            for memory in std::mem::take(&mut resident.1) {
+                self.free(memory);
+            }
+        }
     }
 
     /// The tensor maps of these keys, encoded on first use.

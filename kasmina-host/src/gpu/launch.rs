@@ -24,7 +24,7 @@ impl Launch<'_> {
     pub(crate) fn prepare<P: KernelParams>(&self, kernel: &'static Kernel<P>) -> Result<()> {
         let gpu = self.stream.gpu();
         gpu.bind()?;
-        gpu.modules.function(kernel, self.ptx_dir).map(drop)
+        gpu.function(kernel, self.ptx_dir).map(drop)
     }
 
     /// Enqueues `blocks` blocks of `kernel`, loading its module on first use.
@@ -39,7 +39,7 @@ impl Launch<'_> {
     ) -> Result<()> {
         let gpu = self.stream.gpu();
         gpu.bind()?;
-        let function = gpu.modules.function(kernel, self.ptx_dir)?;
+        let function = gpu.function(kernel, self.ptx_dir)?;
         let mut arguments = [ptr::from_ref(params).cast_mut().cast()];
         // SAFETY: the function takes one `P` by value (`Kernel` ties the two), which the driver
         // copies during the call; block size and shared memory are those it was compiled for; the

@@ -88,6 +88,15 @@ impl ModuleCache {
         Ok(function)
     }
 
+    /// Whether [`function`](Self::function) would load nothing.
+    pub(super) fn has<P: KernelParams>(
+        &self,
+        kernel: &'static Kernel<P>,
+        ptx_dir: Option<&Path>,
+    ) -> bool {
+        self.find(ptr::from_ref(kernel).addr(), ptx_dir).is_some()
+    }
+
     fn find(&self, kernel: usize, ptx_dir: Option<&Path>) -> Option<CUfunction> {
         let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
         functions

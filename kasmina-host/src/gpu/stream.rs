@@ -8,6 +8,7 @@ use kasmina_driver::RawError;
 use kasmina_driver::cust_raw::{CUevent, CUstream};
 
 use super::context::lock;
+use super::pinned::Release;
 use super::pool::{FreeLists, SizeClass};
 use super::{Buffer, Gpu, OUT_OF_MEMORY, driver, failed, failed_after};
 use crate::device::{DeviceId, MemoryStats};
@@ -176,14 +177,11 @@ impl Stream {
             lock(&self.free_blocks).undrain(blocks);
             return Err(error);
         }
-        let mut outcome = Ok(());
         for (_, address) in blocks {
-            // SAFETY: the block came from the driver, is in no list any more, and everything that
-            // used it has run.
-            let freed = unsafe { driver!(cuMemFree_v2(address)) };
-            outcome = outcome.and(freed.map_err(|error| self.failed(error)));
+            // In no list any more, and everything that used it has run.
+            self.gpu.release(Release::Device(address));
         }
-        outcome
+        Ok(())
     }
 }
 

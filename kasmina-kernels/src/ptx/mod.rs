@@ -14,11 +14,14 @@ mod grid_memory;
 mod math;
 mod mbarrier;
 #[cfg(kasmina_tier = "hopper")]
+pub(crate) mod mma;
+#[cfg(kasmina_tier = "hopper")]
 mod packed;
 mod registers;
 pub mod simt;
 mod smem;
 mod special;
+mod system_memory;
 mod tma;
 mod warp;
 #[cfg(kasmina_tier = "hopper")]
@@ -40,5 +43,6 @@ pub use registers::*;
 pub use simt::*;
 pub use smem::*;
 pub use special::*;
+pub use system_memory::*;
 pub use tma::*;
 pub use warp::*;

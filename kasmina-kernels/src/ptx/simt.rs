@@ -64,6 +64,68 @@ pub unsafe fn ld_shared_u32(address: u32) -> u32 {
     value
 }
 
+/// Loads 16 bytes.
+///
+/// # Safety
+/// `address` is 16-aligned and inside the block's shared memory; no other thread writes these
+/// bytes without a barrier between.
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_shared_v4_u32(address: u32) -> [u32; 4] {
+    let (a, b, c, d): (u32, u32, u32, u32);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.shared.v4.u32 {{{}, {}, {}, {}}}, [{}];", out(reg32) a, out(reg32) b,
+             out(reg32) c, out(reg32) d, in(reg32) address, options(readonly, nostack));
+    }
+    [a, b, c, d]
+}
+
+/// Stores 16 bytes.
+///
+/// # Safety
+/// `address` is 16-aligned and inside the block's shared memory; no other thread accesses these
+/// bytes without a barrier between.
+#[inline(always)]
+pub unsafe fn st_shared_v4_u32(address: u32, values: [u32; 4]) {
+    let [a, b, c, d] = values;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.shared.v4.u32 [{}], {{{}, {}, {}, {}}};", in(reg32) address,
+             in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
+    }
+}
+
+/// Stores 16 bits.
+///
+/// # Safety
+/// `address` is 2-aligned and inside the block's shared memory; no other thread accesses it
+/// without a barrier between.
+#[inline(always)]
+pub unsafe fn st_shared_u16(address: u32, value: u16) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.shared.u16 [{}], {};", in(reg32) address, in(reg16) value, options(nostack));
+    }
+}
+
+/// Loads 16 bits.
+///
+/// # Safety
+/// `address` is 2-aligned and inside the block's shared memory; no other thread writes it without
+/// a barrier between.
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_shared_u16(address: u32) -> u16 {
+    let value: u16;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.shared.u16 {}, [{}];", out(reg16) value, in(reg32) address,
+             options(readonly, nostack));
+    }
+    value
+}
+
 /// Loads 16 bytes through the read-only path, where it stands: the compiler does not move it to
 /// the place of use, so that a prefetch stays one.
 ///

@@ -1,0 +1,369 @@
+//! Resident sessions beside a launch per batch and beside a CUDA graph, and above the floor that
+//! the bus sets.
+//!
+//! `benches/results/README.md` says how it is measured.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use half::bf16;
+use kasmina::{
+    Activation, DType, Device, KasminaLayer, LinearConfig, StreamConfig, StreamPath, StreamSession,
+    Tensor,
+};
+use measure::cuda::Clock;
+use measure::random::Normals;
+use measure::record::{Provenance, append};
+use serde::Serialize;
+use streaming::echo::Echo;
+use streaming::latency::{Latency, measure};
+
+/// What of `measure` this bench needs.
+mod measure {
+    #[path = "../measure/capture.rs"]
+    pub(crate) mod capture;
+    #[path = "../measure/cuda.rs"]
+    pub(crate) mod cuda;
+    #[path = "../measure/random.rs"]
+    pub(crate) mod random;
+    #[path = "../measure/record.rs"]
+    pub(crate) mod record;
+    #[path = "../measure/statistics.rs"]
+    pub(crate) mod statistics;
+}
+mod streaming;
+
+const USAGE: &str = "usage: persistent [option VALUE]...
+
+  --samples N      answers of each contender; default 20000
+  --blocks N       blocks of the resident grid; default the session's
+  --part-rows N    rows of the parts that batches are cut into; default as few as occupy the grid
+  --only NAME      only cases whose name contains this
+  --json FILE      appends the results as JSON lines";
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// Batches in flight when throughput is measured, and batches per sample.
+const DEPTH: usize = 64;
+const BATCHES: usize = 20_000;
+
+fn main() -> anyhow::Result<ExitCode> {
+    let Some(options) = Options::parse(std::env::args().skip(1))? else {
+        println!("{USAGE}");
+        return Ok(ExitCode::SUCCESS);
+    };
+    // A stream of its own can be captured into a graph.
+    let device = match Device::cuda(0).and_then(|device| device.on_new_stream()) {
+        Ok(device) => device,
+        Err(error) => {
+            println!("nothing to measure: {error}");
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
+    println!("{}, {} tier", device.name(), device.tier());
+    println!("\n| case | contender | p50 µs | p99 | p99.9 | mean |\n|---|---|---|---|---|---|");
+    let bench = Bench { provenance: Provenance::new(&device), device, options };
+    bench.floor()?;
+    bench.stack("linear 32x256x256", &[256, 256], 32)?;
+    for batch in [1, 8] {
+        bench.stack(&format!("mlp 256-256-256-64 batch {batch}"), &[256, 256, 256, 64], batch)?;
+    }
+    bench.throughput(32)?;
+    bench.throughput(1)?;
+    bench.beside()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+struct Options {
+    samples: usize,
+    blocks: Option<u32>,
+    part_rows: Option<u32>,
+    only: Option<String>,
+    json: Option<PathBuf>,
+}
+
+impl Options {
+    /// `None` if help is asked for.
+    fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Option<Self>> {
+        let mut options =
+            Self { samples: 20_000, blocks: None, part_rows: None, only: None, json: None };
+        while let Some(option) = arguments.next() {
+            match option.as_str() {
+                "--help" | "-h" => return Ok(None),
+                // cargo bench passes it.
+                "--bench" => continue,
+                _ => {}
+            }
+            let value = arguments.next().with_context(|| format!("{option} needs a value"))?;
+            let number =
+                || value.parse::<u32>().with_context(|| format!("{option} {value}\n{USAGE}"));
+            match option.as_str() {
+                "--samples" => options.samples = number()?.max(1) as usize,
+                "--blocks" => options.blocks = Some(number()?),
+                "--part-rows" => options.part_rows = Some(number()?),
+                "--only" => options.only = Some(value),
+                "--json" => options.json = Some(value.into()),
+                _ => bail!("{option} is not known\n{USAGE}"),
+            }
+        }
+        Ok(Some(options))
+    }
+
+    fn config(&self) -> StreamConfig {
+        let config = StreamConfig::default().fallback(false);
+        let config = self.blocks.map_or(config.clone(), |blocks| config.blocks(blocks));
+        self.part_rows.map_or(config.clone(), |rows| config.part_rows(rows))
+    }
+
+    fn selects(&self, case: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| case.contains(only.as_str()))
+    }
+}
+
+/// One line of `benches/results`.
+#[derive(Serialize)]
+struct Record<'a> {
+    #[serde(flatten)]
+    provenance: &'a Provenance,
+    case: &'a str,
+    contender: &'a str,
+    blocks: Option<u32>,
+    part_rows: Option<u32>,
+    #[serde(flatten)]
+    latency: Latency,
+}
+
+struct Bench {
+    device: Device,
+    provenance: Provenance,
+    options: Options,
+}
+
+impl Bench {
+    fn report(&self, case: &str, contenders: &[&str], latencies: &[Latency]) -> anyhow::Result<()> {
+        for (&contender, &latency) in contenders.iter().zip(latencies) {
+            let Latency { p50_us, p99_us, p999_us, mean_us, .. } = latency;
+            println!(
+                "| {case} | {contender} | {p50_us:.2} | {p99_us:.2} | {p999_us:.2} | {mean_us:.2} |"
+            );
+            if let Some(file) = &self.options.json {
+                let Options { blocks, part_rows, .. } = self.options;
+                let provenance = &self.provenance;
+                append(&Record { provenance, case, contender, blocks, part_rows, latency }, file)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn layers(&self, widths: &[usize]) -> anyhow::Result<Vec<KasminaLayer>> {
+        let layers = widths.windows(2).zip(1..).map(|(pair, seed)| {
+            let config = LinearConfig::new(pair[0], pair[1]).activation(Activation::Relu);
+            config.dtype(DType::BF16).seed(seed).build(&self.device)
+        });
+        Ok(layers.collect::<Result<_, _>>()?)
+    }
+
+    fn session(
+        &self,
+        layers: &[KasminaLayer],
+        config: StreamConfig,
+    ) -> anyhow::Result<StreamSession<bf16>> {
+        let layers: Vec<&KasminaLayer> = layers.iter().collect();
+        let session = StreamSession::of_stack(&layers, config)?;
+        ensure!(session.path() == StreamPath::Resident, "no kernel can stay resident");
+        Ok(session)
+    }
+
+    /// An answer without work, above that of a single thread.
+    fn floor(&self) -> anyhow::Result<()> {
+        let case = "no-op";
+        if !self.options.selects(case) {
+            return Ok(());
+        }
+        let layers = self.layers(&[256, 256])?;
+        // Dropped after the session, as unloading waits for every kernel.
+        let mut echo = Echo::new()?;
+        let session = self.session(&layers, self.options.config())?;
+        echo.start()?;
+        let latencies = measure(
+            self.options.samples,
+            &mut [
+                ("ping-pong of one thread", &mut || echo.ping()),
+                ("resident", &mut || Ok(session.ping(TIMEOUT).map(drop)?)),
+            ],
+        )?;
+        echo.stop();
+        self.report(case, &["ping-pong of one thread", "resident"], &latencies)?;
+        println!("\nresident / floor = {:.2}\n", latencies[1].p50_us / latencies[0].p50_us);
+        Ok(())
+    }
+
+    /// One batch at a time.
+    fn stack(&self, case: &str, widths: &[usize], batch: usize) -> anyhow::Result<()> {
+        if !self.options.selects(case) {
+            return Ok(());
+        }
+        let layers = self.layers(widths)?;
+        let input = Normals::new().take::<bf16>(batch * widths[0], 1.0);
+        let x = Tensor::from_slice(&self.device, &input, [batch, widths[0]])?;
+        let mut ys = layers
+            .iter()
+            .map(|layer| Tensor::<bf16>::zeros(&self.device, [batch, layer.out_features()]))
+            .collect::<Result<Vec<_>, _>>()?;
+        // Whatever first calls set up, before a grid stays.
+        forward(&layers, &x, &mut ys)?;
+        self.device.synchronize()?;
+        let clock = Clock::new(&self.device)?;
+        let graph = clock.capture(|| forward(&layers, &x, &mut ys))?;
+        clock.launch(&graph)?;
+        self.device.synchronize()?;
+
+        let session = self.session(&layers, self.options.config())?;
+        let mut output = vec![bf16::ZERO; batch * widths[widths.len() - 1]];
+        let mut device_y =
+            Tensor::<bf16>::zeros(&self.device, [batch, layers[layers.len() - 1].out_features()])?;
+        let names = [
+            "resident",
+            "resident, tensors",
+            "launch + sync",
+            "graph + sync",
+            "copy in, launch, copy out",
+        ];
+        let mut second = layers
+            .iter()
+            .map(|layer| Tensor::<bf16>::zeros(&self.device, [batch, layer.out_features()]))
+            .collect::<Result<Vec<_>, _>>()?;
+        let latencies = measure(
+            self.options.samples,
+            &mut [
+                (names[0], &mut || {
+                    let mut ticket = session.submit(&input)?;
+                    Ok(session.wait_into(&mut ticket, &mut output, TIMEOUT)?)
+                }),
+                (names[1], &mut || {
+                    let mut ticket = session.submit_tensors(&x, &mut device_y)?;
+                    Ok(session.wait_tensors(&mut ticket, TIMEOUT)?)
+                }),
+                (names[2], &mut || {
+                    forward(&layers, &x, &mut ys)?;
+                    Ok(self.device.synchronize()?)
+                }),
+                (names[3], &mut || {
+                    clock.launch(&graph)?;
+                    clock.synchronize()
+                }),
+                (names[4], &mut || {
+                    let x = Tensor::from_slice(&self.device, &input, [batch, widths[0]])?;
+                    forward(&layers, &x, &mut second)?;
+                    second[second.len() - 1].to_vec()?;
+                    Ok(())
+                }),
+            ],
+        )?;
+        self.report(case, &names, &latencies)?;
+        println!();
+        Ok(())
+    }
+
+    /// Many batches in flight.
+    fn throughput(&self, batch: usize) -> anyhow::Result<()> {
+        let case = format!("depth {DEPTH}, linear {batch}x256x256");
+        if !self.options.selects(&case) {
+            return Ok(());
+        }
+        let layers = self.layers(&[256, 256])?;
+        let session = self.session(&layers, self.options.config().depth(DEPTH))?;
+        let input = Normals::new().take::<bf16>(batch * 256, 1.0);
+        let mut output = vec![bf16::ZERO; batch * 256];
+        let mut rates = Vec::new();
+        for _ in 0..5 {
+            let mut tickets = std::collections::VecDeque::with_capacity(DEPTH);
+            let start = Instant::now();
+            for _ in 0..BATCHES {
+                if tickets.len() == DEPTH
+                    && let Some(mut oldest) = tickets.pop_front()
+                {
+                    session.wait_into(&mut oldest, &mut output, TIMEOUT)?;
+                }
+                tickets.push_back(session.submit(&input)?);
+            }
+            for mut ticket in tickets {
+                session.wait_into(&mut ticket, &mut output, TIMEOUT)?;
+            }
+            rates.push(start.elapsed().as_secs_f64() * 1e6 / BATCHES as f64);
+        }
+        rates.sort_by(f64::total_cmp);
+        let each = rates[rates.len() / 2];
+        println!("| {case} | one producer, µs per batch | {each:.3} | | | |");
+        let statistics = session.statistics();
+        println!("\n{statistics:?}\n");
+        Ok(())
+    }
+
+    /// What an idle session costs other work, and other work a session.
+    fn beside(&self) -> anyhow::Result<()> {
+        let case = "beside forward 4096x4096x4096";
+        if !self.options.selects(case) {
+            return Ok(());
+        }
+        let large = LinearConfig::new(4096, 4096).dtype(DType::BF16).build(&self.device)?;
+        let x = Tensor::from_slice(
+            &self.device,
+            &Normals::new().take::<bf16>(4096 * 4096, 1.0),
+            [4096, 4096],
+        )?;
+        let mut y = Tensor::<bf16>::zeros(&self.device, [4096, 4096])?;
+        let clock = Clock::new(&self.device)?;
+        let mut time = || -> anyhow::Result<f64> {
+            let mut times = Vec::new();
+            for _ in 0..50 {
+                times.push(clock.time(|| Ok(large.forward_into(&x, &mut y)?))?);
+            }
+            times.sort_by(f64::total_cmp);
+            Ok(times[times.len() / 2])
+        };
+        let alone = time()?;
+        let layers = self.layers(&[256, 256])?;
+        let session = self.session(&layers, self.options.config())?;
+        let idle = time()?;
+        let input = Normals::new().take::<bf16>(32 * 256, 1.0);
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let (busy, answers) = std::thread::scope(|scope| {
+            let answers = scope.spawn(|| {
+                let mut answers = 0u64;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    session.submit_and_wait(&input, TIMEOUT)?;
+                    answers += 1;
+                }
+                anyhow::Ok(answers)
+            });
+            let busy = time();
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            let answers = answers.join().expect("the producer does not panic");
+            anyhow::Ok((busy?, answers?))
+        })?;
+        let p50 = session.statistics().p50;
+        println!(
+            "\nforward 4096³ alone {alone:.1} µs, beside an idle session {idle:.1} ({:.2}), beside \
+             a busy one {busy:.1} ({:.2}), whose {answers} answers took {p50:?} at the median",
+            idle / alone,
+            busy / alone
+        );
+        Ok(())
+    }
+}
+
+/// One layer after the other, from `x` into `ys`.
+fn forward(
+    layers: &[KasminaLayer],
+    x: &Tensor<bf16>,
+    ys: &mut [Tensor<bf16>],
+) -> anyhow::Result<()> {
+    let mut x = x.clone();
+    for (layer, y) in layers.iter().zip(ys) {
+        layer.forward_into(&x, y)?;
+        x = y.clone();
+    }
+    Ok(())
+}

@@ -1,0 +1,4 @@
+//! What the bench of resident sessions measures with.
+
+pub(crate) mod echo;
+pub(crate) mod latency;

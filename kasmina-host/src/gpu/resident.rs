@@ -1,0 +1,254 @@
+//! A grid that stays: what it needs of the device, its launch and its end.
+
+use std::mem::ManuallyDrop;
+use std::path::Path;
+use std::ptr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kasmina_driver::cust_raw::{CUdevice_attribute as Attribute, CUfunction};
+use kasmina_driver::{CUlaunchAttribute, CUlaunchConfig, RawError};
+use kasmina_kernels::abi::Kernel;
+use kasmina_kernels::persistent::protocol::Layout;
+use kasmina_kernels::persistent::{LayerPlan, MAX_LAYERS, PersistentParams, StackPlan};
+
+use super::{Buffer, Stream, driver, failed};
+use crate::error::{Error, Result, SessionFault};
+use crate::tensor::Region;
+
+/// `CUDA_ERROR_NOT_READY`.
+const NOT_READY: u32 = 600;
+/// Where in device memory the plans lie; the counter lies before them.
+const PLANS_AT: usize = 128;
+
+/// A launched or launchable resident grid with its device memory.
+pub(crate) struct Resident {
+    /// The grid's own stream, which it occupies.
+    stream: ManuallyDrop<Arc<Stream>>,
+    /// For copies beside the grid.
+    copies: ManuallyDrop<Arc<Stream>>,
+    /// Counter and plans, of `stream`.
+    control: ManuallyDrop<Buffer>,
+    /// Packed weights of even and of odd versions, of `copies`.
+    weights: [ManuallyDrop<Buffer>; 2],
+    function: usize,
+    blocks: u32,
+    threads: u32,
+    smem_bytes: u32,
+    params: PersistentParams,
+    launched: bool,
+    /// Whether the grid may still run although it was told to end.
+    lost: bool,
+}
+
+/// What a grid is made of.
+pub(crate) struct Setup<'a> {
+    pub(crate) kernel: &'static Kernel<PersistentParams>,
+    pub(crate) ptx_dir: Option<&'a Path>,
+    pub(crate) plan: &'a StackPlan,
+    pub(crate) layout: Layout,
+    /// Device addresses of the ring's words, the input slots and the output slots.
+    pub(crate) words: u64,
+    pub(crate) slots: [u64; 2],
+    pub(crate) slot_bytes: [u32; 2],
+    pub(crate) lease: Duration,
+    pub(crate) packed: &'a [u8],
+}
+
+/// Whether a device of this stream can keep a grid at all.
+pub(crate) fn check_device(stream: &Stream, op: &'static str) -> Result<()> {
+    let refused = |fault| Err(Error::Session { op, fault });
+    if std::env::var_os("CUDA_LAUNCH_BLOCKING").is_some_and(|value| value == "1") {
+        return refused(SessionFault::LaunchBlocking);
+    }
+    let gpu = stream.gpu();
+    gpu.bind()?;
+    for (attribute, name, wanted) in [
+        (Attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY, "mapped host memory", true),
+        (Attribute::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, "unified addressing", true),
+        (Attribute::CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH, "cooperative launches", true),
+        (
+            Attribute::CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT,
+            "kernels without a time limit, which a display sets",
+            false,
+        ),
+    ] {
+        let mut value = 0;
+        let device = gpu.ordinal().cast_signed();
+        // SAFETY: the pointer is valid for writing one `int`. A device's handle is its ordinal.
+        unsafe { driver!(cuDeviceGetAttribute(&raw mut value, attribute, device)) }
+            .map_err(failed)?;
+        if (value != 0) != wanted {
+            return refused(SessionFault::Device { lacks: name });
+        }
+    }
+    Ok(())
+}
+
+impl Resident {
+    /// Allocates and loads everything; enqueues nothing that stays.
+    pub(crate) fn new(device: &Stream, setup: &Setup<'_>, op: &'static str) -> Result<Self> {
+        let (stream, copies) = (device.another()?, device.another()?);
+        let gpu = stream.gpu();
+        gpu.bind()?;
+        let function = gpu.function(setup.kernel, setup.ptx_dir)?;
+        let (blocks, smem_bytes) = (setup.layout.consumers, setup.plan.smem_bytes);
+        let fit = resident_blocks(&stream, function, setup.kernel.block_dim, smem_bytes)?;
+        if blocks > fit {
+            let fault = SessionFault::NoRoom { blocks, fit };
+            return Err(Error::Session { op, fault });
+        }
+        let plan_bytes = MAX_LAYERS * size_of::<LayerPlan>();
+        let control = stream.allocate(PLANS_AT + plan_bytes)?;
+        let packed = setup.plan.packed_bytes as usize;
+        let weights = [copies.allocate(packed)?, copies.allocate(packed)?];
+        let params = PersistentParams {
+            words: setup.words,
+            inputs: setup.slots[0],
+            outputs: setup.slots[1],
+            weights: [weights[0].address(), weights[1].address()],
+            plans: control.address() + PLANS_AT as u64,
+            counter: control.address(),
+            limit: u64::MAX,
+            lease_ns: u64::try_from(setup.lease.as_nanos()).unwrap_or(u64::MAX),
+            layout: setup.layout,
+            input_slot_bytes: setup.slot_bytes[0],
+            output_slot_bytes: setup.slot_bytes[1],
+            row_bytes: setup.plan.row_bytes,
+            layers: setup.plan.layers().len() as u32,
+        };
+        let resident = Self {
+            stream: ManuallyDrop::new(stream),
+            copies: ManuallyDrop::new(copies),
+            control: ManuallyDrop::new(control),
+            weights: weights.map(ManuallyDrop::new),
+            function: function.expose_provenance(),
+            blocks,
+            threads: setup.kernel.block_dim,
+            smem_bytes,
+            params,
+            launched: false,
+            lost: false,
+        };
+        let mut plans = vec![0u8; plan_bytes];
+        for (place, plan) in plans.chunks_exact_mut(size_of::<LayerPlan>()).zip(setup.plan.layers())
+        {
+            place.copy_from_slice(bytemuck::cast_slice(&plan.words()));
+        }
+        resident.control.write(region(PLANS_AT, plan_bytes), &plans)?;
+        resident.upload(0, setup.packed)?;
+        Ok(resident)
+    }
+
+    /// Puts packed weights where those of `version` lie, beside the running grid.
+    pub(crate) fn upload(&self, version: u32, packed: &[u8]) -> Result<()> {
+        self.weights[version as usize % 2].write(region(0, packed.len()), packed)
+    }
+
+    /// Launches the grid for the sequences from `first` up to `limit`. It does not run now.
+    pub(crate) fn launch(&mut self, first: u64, limit: u64) -> Result<()> {
+        let gpu = self.stream.gpu();
+        gpu.bind()?;
+        self.control.write(region(0, size_of::<u64>()), &first.to_le_bytes())?;
+        self.params.limit = limit;
+        let mut arguments = [ptr::from_mut(&mut self.params).cast()];
+        let mut cooperative = CUlaunchAttribute::cooperative(true);
+        let (grid, block) = ([self.blocks, 1, 1], [self.threads, 1, 1]);
+        let mut config = CUlaunchConfig::new(grid, block, self.smem_bytes, self.stream.raw());
+        config.attributes = &raw mut cooperative;
+        config.attribute_count = 1;
+        let function: CUfunction = ptr::with_exposed_provenance_mut(self.function);
+        if !self.launched {
+            gpu.stay();
+            self.launched = true;
+        }
+        // SAFETY: the function takes one `PersistentParams` by value, which the driver copies; what
+        // it names lives until the grid has ended: buffers here, pinned memory in the session,
+        // which drops this first.
+        unsafe {
+            driver!(cuLaunchKernelEx(
+                &raw const config,
+                function,
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            ))
+        }
+        .map_err(failed)
+    }
+
+    /// Whether the grid runs; an error if it failed.
+    pub(crate) fn is_running(&self) -> Result<bool> {
+        self.stream.gpu().bind()?;
+        // SAFETY: the stream lives as long as `self`.
+        match unsafe { driver!(cuStreamQuery(self.stream.raw())) } {
+            Ok(()) => Ok(false),
+            Err(RawError { code: NOT_READY, .. }) => Ok(true),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// Waits until the grid, which was told to end, has ended; gives up after `timeout`.
+    pub(crate) fn wait_for_end(&mut self, timeout: Duration) -> Result<bool> {
+        let start = Instant::now();
+        loop {
+            match self.is_running() {
+                Ok(true) if start.elapsed() < timeout => {
+                    std::thread::sleep(Duration::from_micros(50));
+                }
+                Ok(running) => {
+                    self.lost = running;
+                    return Ok(!running);
+                }
+                // A failed grid does not run.
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        if self.lost {
+            // The grid may still use all of it, and freeing any of it would wait for the grid.
+            tracing::error!("a resident grid did not end: its memory is kept");
+            return;
+        }
+        if self.launched {
+            self.stream.gpu().leave();
+        }
+        // SAFETY: each is dropped once, buffers before their streams.
+        unsafe {
+            ManuallyDrop::drop(&mut self.control);
+            for weights in &mut self.weights {
+                ManuallyDrop::drop(weights);
+            }
+            ManuallyDrop::drop(&mut self.copies);
+            ManuallyDrop::drop(&mut self.stream);
+        }
+    }
+}
+
+const fn region(offset: usize, bytes: usize) -> Region {
+    Region { offset, rows: 1, row_bytes: bytes, row_stride: bytes }
+}
+
+/// Blocks of this size that the GPU runs at the same time when nothing else does.
+fn resident_blocks(
+    stream: &Stream,
+    function: CUfunction,
+    threads: u32,
+    smem_bytes: u32,
+) -> Result<u32> {
+    let mut blocks = 0;
+    // SAFETY: the pointer is valid for writing one `int`; the function was found in this context.
+    unsafe {
+        driver!(cuOccupancyMaxActiveBlocksPerMultiprocessor(
+            &raw mut blocks,
+            function,
+            threads.cast_signed(),
+            smem_bytes as usize,
+        ))
+    }
+    .map_err(failed)?;
+    Ok(blocks.unsigned_abs() * stream.gpu().capability().sm_count)
+}

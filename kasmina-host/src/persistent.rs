@@ -1,0 +1,456 @@
+//! Layers that stay resident and answer a stream of small batches without a launch.
+//!
+//! The way of a batch: cut into parts → a slot and a sequence for each, under one lock → payload
+//! into the slot → descriptor into the ring. A block of the resident grid, or a thread, takes the
+//! sequence, computes and stores the slot's completion word, which the waiting thread polls. The
+//! ring's rules are in `kasmina_kernels::persistent::protocol`.
+#![forbid(unsafe_code)]
+
+mod config;
+mod decision;
+mod ring;
+mod shared;
+mod stack;
+mod statistics;
+mod ticket;
+mod workers;
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use kasmina_kernels::abi::Tier;
+use kasmina_kernels::persistent::PART_ROWS;
+
+pub use config::StreamConfig;
+pub use decision::{PersistentTrial, should_use_persistent};
+pub use statistics::StreamStats;
+pub use ticket::{Pipelined, Ticket};
+
+use crate::element::Element;
+use crate::error::{Error, Result};
+use crate::layer::KasminaLayer;
+use crate::shape::Shape;
+use crate::tensor::{Tensor, zeroed};
+use ring::Request;
+use shared::Shared;
+use statistics::quantile;
+
+const OP: &str = "KasminaLayer::persistent";
+/// Rows of the largest batch that any session takes.
+const MAX_BATCH: usize = 256;
+
+/// What serves a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StreamPath {
+    /// A kernel that stays on the GPU.
+    Resident,
+    /// A forward pass for each batch, launched by a thread: the fallback.
+    LaunchPerBatch,
+    /// Threads of the CPU tier.
+    Threads,
+}
+
+/// A layer, or a stack of layers, that stays resident.
+///
+/// Batches of 1 to 256 rows go in from host memory with [`submit`](Self::submit), or from tensors
+/// with [`submit_tensors`](Self::submit_tensors); results are taken from tickets. Batches of one
+/// logical stream begin in the order in which they were submitted, and logical streams share the
+/// slots evenly. A clone is another handle of the same logical stream;
+/// [`new_stream`](Self::new_stream) gives one of another. Both can be used from any thread.
+///
+/// While a session is open, its kernel holds its blocks' multiprocessors, and the driver cannot
+/// free memory, which waits for every kernel: the library keeps what it frees until the last
+/// session ends, but another library's `cudaFree` waits. Nor does the driver load kernels: one that
+/// is used for the first time is refused with
+/// [`SessionFault::LoadBeside`](crate::SessionFault::LoadBeside), so
+/// [`warmup`](KasminaLayer::warmup) layers before a session is opened.
+///
+/// Dropping the last handle and ticket lets what is in flight finish, for no longer than the
+/// config's `drain_timeout`, and ends the kernel.
+///
+/// ```
+/// use kasmina_host::{Device, LinearConfig, StreamConfig};
+/// use std::time::Duration;
+///
+/// let layer = LinearConfig::new(4, 2).build(&Device::cpu())?;
+/// let stream = layer.persistent::<f32>(StreamConfig::default())?;
+/// let mut ticket = stream.submit(&[1.0, 2.0, 3.0, 4.0])?;
+/// let y = stream.wait(&mut ticket, Duration::from_secs(5))?;
+/// assert_eq!(y.len(), 2);
+/// # Ok::<(), kasmina_host::Error>(())
+/// ```
+pub struct StreamSession<T: Element> {
+    stream: Arc<LogicalStream<T>>,
+}
+
+struct LogicalStream<T: Element> {
+    shared: Arc<Shared<T>>,
+    index: usize,
+}
+
+impl<T: Element> Drop for LogicalStream<T> {
+    fn drop(&mut self) {
+        self.shared.ring.close_stream(self.index);
+    }
+}
+
+impl<T: Element> Clone for StreamSession<T> {
+    fn clone(&self) -> Self {
+        Self { stream: Arc::clone(&self.stream) }
+    }
+}
+
+impl<T: Element> StreamSession<T> {
+    /// A session of layers, each of which takes the output of the one before: `Y` is what their
+    /// `forward`s would give one after the other, up to the order in which f32 sums are added.
+    ///
+    /// It has a copy of the parameters. On the hopper tier f16 and bf16 use tensor cores; f32, and
+    /// other GPUs, are served by the portable tier.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if a layer has another element type than `T`, [`Error::DeviceMismatch`],
+    /// [`Error::Unsupported`] if a tier is forced that has no such kernel, [`Error::OutOfMemory`],
+    /// [`Error::Driver`], those of loading a kernel, and [`Error::Session`]: always if the layers
+    /// do not fit each other; without `fallback` also if the device, its load or the layers' size
+    /// do not let a kernel stay.
+    pub fn of_stack(layers: &[&KasminaLayer], config: StreamConfig) -> Result<Self> {
+        let shared = Arc::new(Shared::open(layers, config)?);
+        let index = shared.ring.open_stream(OP)?;
+        Ok(Self { stream: Arc::new(LogicalStream { shared, index }) })
+    }
+
+    /// A handle on another logical stream of the session.
+    ///
+    /// # Errors
+    /// [`Error::Session`] if the session has as many as its config allows.
+    pub fn new_stream(&self) -> Result<Self> {
+        let index = self.shared().ring.open_stream("StreamSession::new_stream")?;
+        let shared = Arc::clone(&self.stream.shared);
+        Ok(Self { stream: Arc::new(LogicalStream { shared, index }) })
+    }
+
+    fn shared(&self) -> &Shared<T> {
+        &self.stream.shared
+    }
+
+    /// Submits rows of `in_features` values each, which are copied.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless there are 1 to `max_batch` whole rows, [`Error::QueueFull`] if there
+    /// is no room now, [`Error::Session`] if the session has ended.
+    pub fn submit(&self, batch: &[T]) -> Result<Ticket<T>> {
+        let op = "StreamSession::submit";
+        let columns = self.shared().in_features;
+        let rows = batch.len() / columns;
+        self.check_rows(op, rows, batch.len() == rows * columns, batch.len())?;
+        let submitted = Instant::now();
+        let (mut parts, version) = self.shared().ring.reserve(self.request(op, rows))?;
+        let mut rest = batch;
+        for part in &mut parts {
+            let (own, after) = rest.split_at(part.rows * columns);
+            part.slot.write(own);
+            self.shared().ring.publish(part, version, None);
+            rest = after;
+        }
+        Ok(self.ticket(parts, rows, submitted, None))
+    }
+
+    /// As [`submit`](Self::submit), waiting while there is no room.
+    ///
+    /// # Errors
+    /// As [`submit`](Self::submit), and [`Error::Timeout`] in place of [`Error::QueueFull`].
+    pub fn submit_blocking(&self, batch: &[T], timeout: Duration) -> Result<Ticket<T>> {
+        let op = "StreamSession::submit_blocking";
+        let mut start = None;
+        loop {
+            match self.submit(batch) {
+                Err(Error::QueueFull { .. }) => {}
+                outcome => return outcome,
+            }
+            let elapsed = start.get_or_insert_with(Instant::now).elapsed();
+            if elapsed >= timeout {
+                return Err(Error::Timeout { op, after: timeout });
+            }
+            self.shared().begin_bounded_work()?;
+            if elapsed < Duration::from_millis(1) {
+                std::thread::yield_now();
+            } else {
+                self.shared().check_health();
+                std::thread::sleep(Duration::from_micros(20));
+            }
+        }
+    }
+
+    /// Submits the rows of `x`, on the session's device, whose result is to go to `y`. The resident
+    /// kernel uses both where they are; everything enqueued on their streams is waited for first.
+    /// Take the ticket with [`wait_tensors`](Self::wait_tensors); until then neither may be used.
+    ///
+    /// # Errors
+    /// As [`submit`](Self::submit); [`Error::DeviceMismatch`]; [`Error::Strided`] if rows have gaps
+    /// between them; [`Error::Overlap`]; [`Error::Driver`].
+    pub fn submit_tensors(&self, x: &Tensor<T>, y: &mut Tensor<T>) -> Result<Ticket<T>> {
+        let op = "StreamSession::submit_tensors";
+        let shared = self.shared();
+        let (rows, columns) = (x.shape().rows(), shared.in_features);
+        self.check_rows(op, rows, x.shape().columns() == columns, x.len())?;
+        let (expected, got) = (x.shape().with_columns(shared.out_features), *y.shape());
+        if got != expected {
+            return Err(Error::Shape { op, operand: "y", expected, got });
+        }
+        for (operand, tensor) in [("x", x), ("y", &*y)] {
+            let (expected, got) = (shared.device.id(), tensor.device().id());
+            if got != expected {
+                return Err(Error::DeviceMismatch { op, operand, expected, got });
+            }
+            let (columns, row_stride) = (tensor.shape().columns(), tensor.row_stride());
+            if rows > 1 && row_stride != columns {
+                return Err(Error::Strided { op, operand, columns, row_stride });
+            }
+        }
+        if x.overlaps(y) {
+            return Err(Error::Overlap { op, operand: "x" });
+        }
+        let submitted = Instant::now();
+        if shared.path() != StreamPath::Resident {
+            // Threads take their payloads from the slots.
+            let mut ticket = self.submit(&x.to_vec()?)?;
+            ticket.tensors = Some([x.clone(), y.clone()]);
+            return Ok(ticket);
+        }
+        x.device().synchronize()?;
+        y.device().synchronize()?;
+        let (parts, version) = shared.ring.reserve(self.request(op, rows))?;
+        let size = size_of::<T>() as u64;
+        let mut addresses = [x.as_device_ptr(), y.as_device_ptr()];
+        // Kept by the ticket before a kernel can know of them.
+        let ticket = self.ticket(parts, rows, submitted, Some([x.clone(), y.clone()]));
+        for part in &ticket.parts {
+            shared.ring.publish(part, version, Some(addresses));
+            addresses[0] += (part.rows * columns) as u64 * size;
+            addresses[1] += (part.rows * shared.out_features) as u64 * size;
+        }
+        Ok(ticket)
+    }
+
+    /// Waits for a batch and takes its result, `out_features` values for each row.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`], after which the ticket can be waited for again; [`Error::Session`] if
+    /// the session failed, or the result was taken before.
+    pub fn wait(&self, ticket: &mut Ticket<T>, timeout: Duration) -> Result<Vec<T>> {
+        ticket.wait_until_complete("StreamSession::wait", timeout)?;
+        let mut values = zeroed(ticket.rows * self.shared().out_features)?;
+        ticket.take(&mut values);
+        Ok(values)
+    }
+
+    /// As [`wait`](Self::wait), into memory that exists.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait), and [`Error::Shape`] if `values` has another length than the
+    /// result.
+    pub fn wait_into(
+        &self,
+        ticket: &mut Ticket<T>,
+        values: &mut [T],
+        timeout: Duration,
+    ) -> Result<()> {
+        let op = "StreamSession::wait_into";
+        let expected = ticket.rows * self.shared().out_features;
+        if values.len() != expected {
+            let (expected, got) = ([expected].into(), [values.len()].into());
+            return Err(Error::Shape { op, operand: "values", expected, got });
+        }
+        ticket.wait_until_complete(op, timeout)?;
+        ticket.take(values);
+        Ok(())
+    }
+
+    /// Waits for a batch of [`submit_tensors`](Self::submit_tensors), whose result then is in its
+    /// tensor.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait); [`Error::Driver`].
+    pub fn wait_tensors(&self, ticket: &mut Ticket<T>, timeout: Duration) -> Result<()> {
+        ticket.wait_until_complete("StreamSession::wait_tensors", timeout)?;
+        match ticket.tensors.take() {
+            Some([_, mut y]) if self.path() != StreamPath::Resident => {
+                let mut values = zeroed(y.len())?;
+                ticket.take(&mut values);
+                y.copy_from_slice(&values)
+            }
+            _ => {
+                ticket.finish();
+                Ok(())
+            }
+        }
+    }
+
+    /// The result of a batch if it has been computed.
+    ///
+    /// # Errors
+    /// [`Error::Session`] as [`wait`](Self::wait).
+    pub fn try_poll(&self, ticket: &mut Ticket<T>) -> Result<Option<Vec<T>>> {
+        let op = "StreamSession::try_poll";
+        ticket.check_unspent(op)?;
+        if !ticket.is_complete() {
+            self.shared().begin_bounded_work()?;
+            if ticket.submitted.elapsed() > Duration::from_millis(1) {
+                self.shared().check_health();
+            }
+            return match self.shared().ring.fault() {
+                Some(fault) if fault != crate::error::SessionFault::Closed => {
+                    Err(Error::Session { op, fault })
+                }
+                _ => Ok(None),
+            };
+        }
+        let mut values = zeroed(ticket.rows * self.shared().out_features)?;
+        ticket.take(&mut values);
+        Ok(Some(values))
+    }
+
+    /// [`submit_blocking`](Self::submit_blocking) and [`wait`](Self::wait) in one.
+    ///
+    /// # Errors
+    /// As these.
+    pub fn submit_and_wait(&self, batch: &[T], timeout: Duration) -> Result<Vec<T>> {
+        let mut ticket = self.submit_blocking(batch, timeout)?;
+        self.wait(&mut ticket, timeout)
+    }
+
+    /// How long an answer without any work takes.
+    ///
+    /// # Errors
+    /// As [`submit`](Self::submit) and [`wait`](Self::wait).
+    pub fn ping(&self, timeout: Duration) -> Result<Duration> {
+        let op = "StreamSession::ping";
+        let start = Instant::now();
+        let (parts, version) = self.shared().ring.reserve(self.request(op, 0))?;
+        let mut ticket = self.ticket(parts, 0, start, None);
+        self.shared().ring.publish(&ticket.parts[0], version, None);
+        ticket.wait_until_complete(op, timeout)?;
+        let elapsed = start.elapsed();
+        ticket.finish();
+        Ok(elapsed)
+    }
+
+    /// The results of a sequence of batches, in its order, with up to `depth` of them in flight.
+    /// `timeout` is for each.
+    pub fn pipelined<B: AsRef<[T]>, I: IntoIterator<Item = B>>(
+        &self,
+        batches: I,
+        depth: usize,
+        timeout: Duration,
+    ) -> Pipelined<'_, T, I::IntoIter> {
+        Pipelined {
+            session: self,
+            batches: batches.into_iter(),
+            in_flight: VecDeque::new(),
+            depth: depth.max(1),
+            timeout,
+        }
+    }
+
+    /// Makes batches submitted from now on use the present parameters of these layers, which have
+    /// the shapes of those that the session was opened with. Batches in flight finish with the
+    /// ones before. At most two sets of parameters are in use, so a third waits for the first.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a layer differs in shape or activation, [`Error::DType`], [`Error::DeviceMismatch`],
+    /// [`Error::Timeout`] if batches of the first set are still in flight after that time,
+    /// [`Error::Session`], [`Error::Driver`].
+    pub fn update(&self, layers: &[&KasminaLayer], timeout: Duration) -> Result<()> {
+        self.shared().update(layers, timeout)
+    }
+
+    /// What the session has done so far.
+    #[must_use]
+    pub fn statistics(&self) -> StreamStats {
+        let shared = self.shared();
+        let histogram = shared.histogram();
+        let counts = histogram.counts();
+        let completed: u64 = counts.iter().sum();
+        StreamStats {
+            submitted: shared.submitted.load(Ordering::Relaxed),
+            completed,
+            depth: shared.ring.depth(),
+            capacity: shared.ring.capacity(),
+            p50: quantile(&counts, 0.5),
+            p99: quantile(&counts, 0.99),
+            p999: quantile(&counts, 0.999),
+            items_per_second: completed as f64 / histogram.age().as_secs_f64(),
+        }
+    }
+
+    /// Forgets the times counted so far.
+    pub fn reset_statistics(&self) {
+        self.shared().reset_statistics();
+    }
+
+    /// What serves the session.
+    #[must_use]
+    pub fn path(&self) -> StreamPath {
+        self.shared().path()
+    }
+
+    /// The tier that computes.
+    #[must_use]
+    pub fn tier(&self) -> Tier {
+        self.shared().tier
+    }
+
+    /// Refuses new batches, waits for those in flight and ends the kernel. Results that were
+    /// computed can still be taken.
+    ///
+    /// # Errors
+    /// [`Error::Session`] if work was still in flight after `timeout` and was stopped;
+    /// [`Error::Driver`] if the kernel had failed.
+    pub fn close(&self, timeout: Duration) -> Result<()> {
+        self.shared().close(timeout)
+    }
+
+    fn request(&self, op: &'static str, rows: usize) -> Request {
+        let config = &self.shared().config;
+        let part_rows = config.part_rows.map(|rows| rows.clamp(8, PART_ROWS).next_multiple_of(8));
+        Request { op, rows, part_rows, stream: self.stream.index }
+    }
+
+    fn check_rows(&self, op: &'static str, rows: usize, whole: bool, len: usize) -> Result<()> {
+        let shared = self.shared();
+        let most = shared.config.max_batch.clamp(1, MAX_BATCH);
+        if whole && rows >= 1 && rows <= most {
+            return Ok(());
+        }
+        let expected = Shape::from([rows.clamp(1, most), shared.in_features]);
+        let got = if whole { Shape::from([rows, shared.in_features]) } else { [len].into() };
+        Err(Error::Shape { op, operand: "batch", expected, got })
+    }
+
+    fn ticket(
+        &self,
+        parts: Vec<ring::Part<T>>,
+        rows: usize,
+        submitted: Instant,
+        tensors: Option<[Tensor<T>; 2]>,
+    ) -> Ticket<T> {
+        self.shared().submitted.fetch_add(1, Ordering::Relaxed);
+        let stream = Arc::clone(&self.stream);
+        Ticket { stream, parts, completed: 0, rows, submitted, spent: false, tensors }
+    }
+}
+
+impl<T: Element> fmt::Debug for StreamSession<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StreamSession")
+            .field("dtype", &T::DTYPE)
+            .field("tier", &self.tier())
+            .field("path", &self.path())
+            .field("stream", &self.stream.index)
+            .finish_non_exhaustive()
+    }
+}

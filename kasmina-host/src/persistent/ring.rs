@@ -1,0 +1,326 @@
+//! The host's half of the ring: which slots and sequences are in use, and by whom.
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kasmina_kernels::persistent::protocol::{
+    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Status, Words,
+};
+
+use crate::element::Element;
+use crate::error::{Error, Result, SessionFault};
+use crate::gpu::{PinnedSlot, PinnedWords};
+
+/// The ring's words, wherever the consumers can see them.
+pub(super) enum RingWords {
+    Host(Box<[AtomicU64]>),
+    Pinned(PinnedWords),
+}
+
+impl RingWords {
+    fn words(&self) -> &[AtomicU64] {
+        match self {
+            Self::Host(words) => words,
+            Self::Pinned(words) => words.words(),
+        }
+    }
+}
+
+impl Words for RingWords {
+    fn load(&self, word: u32) -> u64 {
+        self.words()[word as usize].load(Ordering::Acquire)
+    }
+    fn load_pair(&self, word: u32) -> [u64; 2] {
+        [self.load(word), self.load(word + 1)]
+    }
+    fn store(&self, word: u32, value: u64) {
+        self.words()[word as usize].store(value, Ordering::Release);
+    }
+}
+
+/// Room for one payload. There is one value for each slot.
+pub(super) enum Slot<T> {
+    Host { index: u16, memory: Arc<[Mutex<HostPayload<T>>]> },
+    Pinned(PinnedSlot),
+}
+
+/// A payload in ordinary memory, for consumers that are threads.
+pub(super) struct HostPayload<T> {
+    pub(super) input: Vec<T>,
+    pub(super) output: Vec<T>,
+}
+
+impl<T: Element> Slot<T> {
+    pub(super) const fn index(&self) -> u16 {
+        match self {
+            Self::Host { index, .. } => *index,
+            Self::Pinned(slot) => slot.index(),
+        }
+    }
+
+    pub(super) fn write(&mut self, values: &[T]) {
+        match self {
+            Self::Host { index, memory } => {
+                let mut payload = lock(&memory[usize::from(*index)]);
+                payload.input.clear();
+                payload.input.extend_from_slice(values);
+            }
+            Self::Pinned(slot) => slot.write(bytemuck::cast_slice(values)),
+        }
+    }
+
+    pub(super) fn read(&self, values: &mut [T]) {
+        match self {
+            Self::Host { index, memory } => {
+                values.copy_from_slice(&lock(&memory[usize::from(*index)]).output);
+            }
+            Self::Pinned(slot) => slot.read(bytemuck::cast_slice_mut(values)),
+        }
+    }
+}
+
+/// A unit of work that was submitted, with the slot it holds.
+pub(super) struct Part<T> {
+    pub(super) slot: Slot<T>,
+    pub(super) sequence: u64,
+    pub(super) rows: usize,
+}
+
+/// What one batch needs of the ring.
+#[derive(Clone, Copy)]
+pub(super) struct Request {
+    pub(super) op: &'static str,
+    pub(super) rows: usize,
+    /// Rows of each part; `None` to spread the batch over the consumers that have nothing to do.
+    pub(super) part_rows: Option<u32>,
+    /// The logical stream.
+    pub(super) stream: usize,
+}
+
+pub(super) struct Ring<T> {
+    pub(super) layout: Layout,
+    words: RingWords,
+    /// The most parts that may hold a slot.
+    capacity: usize,
+    state: Mutex<State<T>>,
+}
+
+struct State<T> {
+    next_sequence: u64,
+    free: Vec<Slot<T>>,
+    /// For each position the slot and sequence of its last descriptor.
+    occupants: Box<[Option<(u16, u64)>]>,
+    /// Parts whose tickets were dropped before they completed.
+    abandoned: Vec<(usize, Part<T>)>,
+    /// For each logical stream, whether there is one and how many slots it holds.
+    streams: Vec<Option<usize>>,
+    version: u32,
+    /// The first sequence of that version.
+    version_since: u64,
+    fault: Option<SessionFault>,
+}
+
+impl<T: Element> Ring<T> {
+    pub(super) fn new(
+        layout: Layout,
+        words: RingWords,
+        slots: Vec<Slot<T>>,
+        num_streams: usize,
+    ) -> Self {
+        words.store(COMMAND, Command::Run.encode());
+        let state = State {
+            next_sequence: 0,
+            occupants: vec![None; layout.positions() as usize].into(),
+            abandoned: Vec::new(),
+            streams: vec![None; num_streams],
+            version: 0,
+            version_since: 0,
+            fault: None,
+            free: slots,
+        };
+        let capacity = state.free.len();
+        Self { layout, words, capacity, state: Mutex::new(state) }
+    }
+
+    pub(super) const fn words(&self) -> &RingWords {
+        &self.words
+    }
+
+    pub(super) const fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Slots that are held.
+    pub(super) fn depth(&self) -> usize {
+        self.capacity - lock(&self.state).free.len()
+    }
+
+    /// The sequence after the last one that was given out.
+    pub(super) fn submitted(&self) -> u64 {
+        lock(&self.state).next_sequence
+    }
+
+    pub(super) fn command(&self, command: Command) {
+        self.words.store(COMMAND, command.encode());
+    }
+
+    pub(super) fn beat(&self, number: u64) {
+        self.words.store(HEARTBEAT, number);
+    }
+
+    /// What the consumers say of themselves.
+    pub(super) fn statuses(&self) -> impl Iterator<Item = Status> + '_ {
+        (0..self.layout.consumers)
+            .map(|consumer| Status::decode(self.words.load(self.layout.status(consumer))))
+    }
+
+    /// Refuses everything from now on, for the first reason that is given.
+    pub(super) fn fail(&self, fault: SessionFault) {
+        lock(&self.state).fault.get_or_insert(fault);
+    }
+
+    pub(super) fn fault(&self) -> Option<SessionFault> {
+        lock(&self.state).fault
+    }
+
+    /// A new logical stream.
+    pub(super) fn open_stream(&self, op: &'static str) -> Result<usize> {
+        let mut state = lock(&self.state);
+        let limit = state.streams.len();
+        let free = state.streams.iter().position(Option::is_none);
+        let fault = SessionFault::Streams { limit };
+        let stream = free.ok_or(Error::Session { op, fault })?;
+        state.streams[stream] = Some(0);
+        Ok(stream)
+    }
+
+    /// Ends a logical stream. Slots it still holds come back as those of no stream.
+    pub(super) fn close_stream(&self, stream: usize) {
+        lock(&self.state).streams[stream] = None;
+    }
+
+    /// Slots and sequences for a batch, and the version of the weights it is to use.
+    pub(super) fn reserve(&self, request: Request) -> Result<(Vec<Part<T>>, u32)> {
+        let Request { op, rows, stream, .. } = request;
+        let mut state = lock(&self.state);
+        if let Some(fault) = state.fault {
+            return Err(Error::Session { op, fault });
+        }
+        self.reap(&mut state);
+        let held = self.capacity - state.free.len();
+        let part_rows = request.part_rows.unwrap_or_else(|| {
+            let idle = self.layout.consumers.saturating_sub(held as u32);
+            kasmina_kernels::persistent::part_rows(rows as u32, idle)
+        }) as usize;
+        // A batch without rows is one part that asks for an answer.
+        let parts = rows.div_ceil(part_rows).max(1);
+        // As many slots for each logical stream, and no fewer than one batch may need.
+        let streams = state.streams.iter().flatten().count().max(1);
+        let share = (self.capacity / streams).max(parts);
+        let own = state.streams[stream].unwrap_or(0);
+        let next = state.next_sequence;
+        let vacant = (next..next + parts as u64).all(|sequence| self.is_vacant(&state, sequence));
+        if own + parts > share || parts > state.free.len() || !vacant {
+            return Err(Error::QueueFull { op, in_flight: own, capacity: share });
+        }
+        state.next_sequence += parts as u64;
+        if let Some(own) = &mut state.streams[stream] {
+            *own += parts;
+        }
+        let first = state.free.len() - parts;
+        let slots: Vec<Slot<T>> = state.free.drain(first..).collect();
+        let mut taken = Vec::with_capacity(parts);
+        for (part, slot) in slots.into_iter().enumerate() {
+            let sequence = next + part as u64;
+            let position = (sequence % u64::from(self.layout.positions())) as usize;
+            state.occupants[position] = Some((slot.index(), sequence));
+            taken.push(Part { slot, sequence, rows: part_rows.min(rows - part * part_rows) });
+        }
+        Ok((taken, state.version))
+    }
+
+    /// Whether the descriptor at the position of `sequence` has been done with.
+    fn is_vacant(&self, state: &State<T>, sequence: u64) -> bool {
+        let position = (sequence % u64::from(self.layout.positions())) as usize;
+        state.occupants[position].is_none_or(|(slot, sequence)| {
+            protocol::is_complete(&self.words, &self.layout, slot, sequence)
+        })
+    }
+
+    /// Commits a part whose payload has been written.
+    pub(super) fn publish(&self, part: &Part<T>, version: u32, addresses: Option<[u64; 2]>) {
+        let slot = part.slot.index();
+        if let Some(addresses) = addresses {
+            protocol::store_addresses(&self.words, &self.layout, slot, addresses);
+        }
+        let descriptor = Descriptor {
+            rows: part.rows as u16,
+            slot,
+            version: version & (u32::MAX >> 1),
+            by_address: addresses.is_some(),
+        };
+        protocol::publish(&self.words, &self.layout, part.sequence, descriptor);
+    }
+
+    pub(super) fn is_complete(&self, part: &Part<T>) -> bool {
+        protocol::is_complete(&self.words, &self.layout, part.slot.index(), part.sequence)
+    }
+
+    /// Takes back the slots of parts that have completed and been read.
+    pub(super) fn give_back(&self, stream: usize, parts: &mut Vec<Part<T>>) {
+        let mut state = lock(&self.state);
+        if let Some(own) = &mut state.streams[stream] {
+            *own = own.saturating_sub(parts.len());
+        }
+        state.free.extend(parts.drain(..).map(|part| part.slot));
+    }
+
+    /// Takes back the slots of parts that nobody will read, once they have completed.
+    pub(super) fn abandon(&self, stream: usize, parts: &mut Vec<Part<T>>) {
+        let mut state = lock(&self.state);
+        state.abandoned.extend(parts.drain(..).map(|part| (stream, part)));
+        self.reap(&mut state);
+    }
+
+    fn reap(&self, state: &mut State<T>) {
+        let mut next = 0;
+        while next < state.abandoned.len() {
+            if self.is_complete(&state.abandoned[next].1) {
+                let (stream, part) = state.abandoned.swap_remove(next);
+                if let Some(own) = &mut state.streams[stream] {
+                    *own = own.saturating_sub(1);
+                }
+                state.free.push(part.slot);
+            } else {
+                next += 1;
+            }
+        }
+    }
+
+    /// Whether no descriptor of a version before the present one is still to be done, so that the
+    /// next version may take the place of the one before.
+    pub(super) fn may_update(&self) -> bool {
+        let state = lock(&self.state);
+        state.occupants.iter().flatten().all(|&(slot, sequence)| {
+            sequence >= state.version_since
+                || protocol::is_complete(&self.words, &self.layout, slot, sequence)
+        })
+    }
+
+    pub(super) fn version(&self) -> u32 {
+        lock(&self.state).version
+    }
+
+    /// Makes batches from now on use this version.
+    pub(super) fn set_version(&self, version: u32) {
+        let mut state = lock(&self.state);
+        state.version = version;
+        state.version_since = state.next_sequence;
+    }
+}
+
+/// Nothing these locks guard is left half-changed by a panic, so poison is no reason to stop.
+pub(super) fn lock<U>(mutex: &Mutex<U>) -> MutexGuard<'_, U> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
