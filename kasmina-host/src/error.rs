@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use kasmina_kernels::abi::{DType, Tier};
+use kasmina_kernels::conv1d::Conv1dFault;
 
 use crate::device::DeviceId;
 use crate::shape::Shape;
@@ -183,6 +184,15 @@ pub enum Error {
         limit: u64,
     },
 
+    /// There is no such convolution.
+    #[error("{op}: {fault}")]
+    Convolution {
+        /// The operation.
+        op: &'static str,
+        /// Why not, with the remedy.
+        fault: Conv1dFault,
+    },
+
     /// The tier that was asked for cannot serve this call.
     #[error(
         "{op}: tier {tier} cannot serve this call: {reason}; leave the tier open to get the \
@@ -308,6 +318,9 @@ pub enum Obstacle {
     /// The tier has no kernel of the tile that `KernelConfig::hopper_tile` forces.
     #[error("it has no kernel of {}×{} output tiles, which the KernelConfig forces", .0[0], .0[1])]
     Tile([u32; 2]),
+    /// The tier has no kernel for this operation.
+    #[error("it has no kernel for this operation")]
+    Operation,
     /// `KernelConfig::enable_tma(false)` rules it out.
     #[error("it is built on TMA, which the KernelConfig turns off")]
     TmaDisabled,

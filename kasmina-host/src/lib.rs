@@ -4,6 +4,7 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`conv1d`] | one-dimensional convolution and its gradients as functions of their operands |
 //! | [`gemm`] | the linear layer's forward pass as a function of its operands |
 //! | `device`, `stream` | where things run, and in which order |
 //! | `tensor`, `shape`, `element` | what they run on |
@@ -17,6 +18,7 @@
 #![cfg_attr(not(feature = "cuda"), allow(dead_code))]
 
 mod config;
+pub mod conv1d;
 mod cpu;
 mod device;
 mod element;
@@ -37,6 +39,7 @@ pub use element::Element;
 pub use error::{Error, ForeignPointerFault, Obstacle, Result};
 pub use kasmina_kernels::abi::{DType, Tier};
 pub use kasmina_kernels::activation::Activation;
+pub use kasmina_kernels::conv1d::{Conv1dFault, FilterLayout, Padding, SequenceLayout};
 pub use kasmina_kernels::gemm::WeightLayout;
 pub use layer::{KasminaLayer, LinearConfig};
 pub use reduce::{

@@ -76,6 +76,9 @@ pub(crate) enum Operation {
     Fill = 1,
     GemmForward = 2,
     Reduce = 3,
+    Conv1dForward = 10,
+    Conv1dBackward = 11,
+    ActivationGrad = 12,
 }
 
 impl Operation {
@@ -85,6 +88,9 @@ impl Operation {
             1 => Some(Self::Fill),
             2 => Some(Self::GemmForward),
             3 => Some(Self::Reduce),
+            10 => Some(Self::Conv1dForward),
+            11 => Some(Self::Conv1dBackward),
+            12 => Some(Self::ActivationGrad),
             _ => None,
         }
     }
@@ -94,6 +100,9 @@ impl Operation {
             Self::Fill => "fill",
             Self::GemmForward => "gemm forward",
             Self::Reduce => "reduce",
+            Self::Conv1dForward => "conv1d forward",
+            Self::Conv1dBackward => "conv1d backward",
+            Self::ActivationGrad => "activation gradient",
         }
     }
 }
@@ -104,7 +113,14 @@ mod tests {
 
     #[test]
     fn operations_keep_their_numbers() {
-        for operation in [Operation::Fill, Operation::GemmForward, Operation::Reduce] {
+        for operation in [
+            Operation::Fill,
+            Operation::GemmForward,
+            Operation::Reduce,
+            Operation::Conv1dForward,
+            Operation::Conv1dBackward,
+            Operation::ActivationGrad,
+        ] {
             assert_eq!(Operation::from_number(operation as u8), Some(operation));
         }
         assert_eq!(Operation::from_number(0), None);
