@@ -3,6 +3,7 @@
 use core::fmt;
 use core::marker::PhantomData;
 
+use crate::conv1d::hopper as conv1d;
 use crate::gemm::{hopper, portable};
 use crate::reduce;
 
@@ -148,7 +149,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 9] = [
+    const FIRST: [&Module; 11] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -158,14 +159,23 @@ pub static MODULES: &[&Module] = &{
         &reduce::HOPPER_F32,
         &reduce::HOPPER_F16,
         &reduce::HOPPER_BF16,
+        &conv1d::pack::MODULE,
+        &conv1d::wgrad::sum::MODULE,
     ];
-    let mut modules = [FIRST[0]; FIRST.len() + hopper::KERNELS.len()];
+    const GEMM: usize = FIRST.len();
+    const GATHER: usize = GEMM + hopper::KERNELS.len();
+    const WGRAD: usize = GATHER + conv1d::gather::KERNELS.len();
+    let mut modules = [FIRST[0]; WGRAD + conv1d::wgrad::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
-        modules[row] = if row < FIRST.len() {
+        modules[row] = if row < GEMM {
             FIRST[row]
+        } else if row < GATHER {
+            hopper::KERNELS[row - GEMM].kernel.module
+        } else if row < WGRAD {
+            conv1d::gather::KERNELS[row - GATHER].kernel.module
         } else {
-            hopper::KERNELS[row - FIRST.len()].kernel.module
+            conv1d::wgrad::KERNELS[row - WGRAD].kernel.module
         };
         row += 1;
     }

@@ -14,6 +14,8 @@
 //! ([`SequenceLayout`]), and so has the filter ([`FilterLayout`]). f16 and bf16 accumulate in f32
 //! and are rounded once.
 
+pub mod hopper;
+
 use core::fmt;
 
 use crate::tile_scheduler::div;

@@ -29,7 +29,7 @@ use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
-mod device;
+pub(crate) mod device;
 
 /// Depth of one pipeline stage: 128 bytes of a 16-bit type, the span of the widest swizzle.
 pub const BLOCK_K: u32 = 64;
@@ -53,24 +53,24 @@ pub struct Tile {
 }
 
 impl Tile {
-    const fn num_consumers(self) -> u32 {
+    pub(crate) const fn num_consumers(self) -> u32 {
         self.block_m / CONSUMER_M
     }
 
     /// Slabs a consumer fills in turn: a second where a tile has more than one.
-    const fn slab_buffers(self) -> u32 {
+    pub(crate) const fn slab_buffers(self) -> u32 {
         if self.block_n > SLAB_N { 2 } else { 1 }
     }
 
-    const fn block_dim(self) -> u32 {
+    pub(crate) const fn block_dim(self) -> u32 {
         WARPGROUP * (1 + self.num_consumers())
     }
 
-    const fn x_stage_bytes(self) -> u32 {
+    pub(crate) const fn x_stage_bytes(self) -> u32 {
         self.block_m * BLOCK_K * 2
     }
 
-    const fn w_stage_bytes(self) -> u32 {
+    pub(crate) const fn w_stage_bytes(self) -> u32 {
         self.block_n * BLOCK_K * 2
     }
 
@@ -91,7 +91,7 @@ impl Tile {
         self.bias_offset() + self.num_consumers() * self.block_n * 4
     }
 
-    const fn smem_bytes(self) -> u32 {
+    pub(crate) const fn smem_bytes(self) -> u32 {
         self.barrier_offset() + RingBarriers::bytes(self.num_stages)
     }
 

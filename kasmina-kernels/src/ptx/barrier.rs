@@ -27,3 +27,13 @@ pub unsafe fn bar_sync_all() {
     // SAFETY: the caller's contract.
     unsafe { asm!("bar.sync 0;", options(nostack)) }
 }
+
+/// `bar.warp.sync`: waits for the whole warp, and orders its memory accesses.
+///
+/// # Safety
+/// Every lane of the warp executes it.
+#[inline(always)]
+pub unsafe fn bar_warp_sync() {
+    // SAFETY: the caller's contract.
+    unsafe { asm!("bar.warp.sync 0xffffffff;", options(nostack)) }
+}
