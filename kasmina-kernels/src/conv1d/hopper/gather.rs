@@ -282,25 +282,25 @@ macro_rules! kernels {
 }
 
 kernels! {
-    conv1d_bf16_nlc_nlc_128x256x64: BF16 "bf16", Nlc to Nlc, K x K, 128 x 256, 4 stages, 1 per multiprocessor;
+    conv1d_bf16_nlc_nlc_128x256x64: BF16 "bf16", Nlc to Nlc, K x K, 128 x 256, 3 stages, 1 per multiprocessor;
     conv1d_bf16_nlc_nlc_128x128x64: BF16 "bf16", Nlc to Nlc, K x K, 128 x 128, 6 stages, 1 per multiprocessor;
     conv1d_bf16_nlc_nlc_128x64x64: BF16 "bf16", Nlc to Nlc, K x K, 128 x 64, 3 stages, 2 per multiprocessor;
-    conv1d_bf16_ncl_nlc_128x256x64: BF16 "bf16", Ncl to Nlc, MN x K, 128 x 256, 4 stages, 1 per multiprocessor;
+    conv1d_bf16_ncl_nlc_128x256x64: BF16 "bf16", Ncl to Nlc, MN x K, 128 x 256, 3 stages, 1 per multiprocessor;
     conv1d_bf16_ncl_nlc_128x64x64: BF16 "bf16", Ncl to Nlc, MN x K, 128 x 64, 3 stages, 2 per multiprocessor;
-    conv1d_bf16_ncl_ncl_128x256x64: BF16 "bf16", Ncl to Ncl, K x MN, 128 x 256, 4 stages, 1 per multiprocessor;
+    conv1d_bf16_ncl_ncl_128x256x64: BF16 "bf16", Ncl to Ncl, K x MN, 128 x 256, 3 stages, 1 per multiprocessor;
     conv1d_bf16_ncl_ncl_64x256x64: BF16 "bf16", Ncl to Ncl, K x MN, 64 x 256, 5 stages, 1 per multiprocessor;
     conv1d_bf16_ncl_ncl_64x128x64: BF16 "bf16", Ncl to Ncl, K x MN, 64 x 128, 3 stages, 2 per multiprocessor;
-    conv1d_bf16_nlc_ncl_128x256x64: BF16 "bf16", Nlc to Ncl, K x K, 128 x 256, 4 stages, 1 per multiprocessor;
+    conv1d_bf16_nlc_ncl_128x256x64: BF16 "bf16", Nlc to Ncl, K x K, 128 x 256, 3 stages, 1 per multiprocessor;
     conv1d_bf16_nlc_ncl_64x128x64: BF16 "bf16", Nlc to Ncl, K x K, 64 x 128, 3 stages, 2 per multiprocessor;
-    conv1d_f16_nlc_nlc_128x256x64: F16 "f16", Nlc to Nlc, K x K, 128 x 256, 4 stages, 1 per multiprocessor;
+    conv1d_f16_nlc_nlc_128x256x64: F16 "f16", Nlc to Nlc, K x K, 128 x 256, 3 stages, 1 per multiprocessor;
     conv1d_f16_nlc_nlc_128x128x64: F16 "f16", Nlc to Nlc, K x K, 128 x 128, 6 stages, 1 per multiprocessor;
     conv1d_f16_nlc_nlc_128x64x64: F16 "f16", Nlc to Nlc, K x K, 128 x 64, 3 stages, 2 per multiprocessor;
-    conv1d_f16_ncl_nlc_128x256x64: F16 "f16", Ncl to Nlc, MN x K, 128 x 256, 4 stages, 1 per multiprocessor;
+    conv1d_f16_ncl_nlc_128x256x64: F16 "f16", Ncl to Nlc, MN x K, 128 x 256, 3 stages, 1 per multiprocessor;
     conv1d_f16_ncl_nlc_128x64x64: F16 "f16", Ncl to Nlc, MN x K, 128 x 64, 3 stages, 2 per multiprocessor;
-    conv1d_f16_ncl_ncl_128x256x64: F16 "f16", Ncl to Ncl, K x MN, 128 x 256, 4 stages, 1 per multiprocessor;
+    conv1d_f16_ncl_ncl_128x256x64: F16 "f16", Ncl to Ncl, K x MN, 128 x 256, 3 stages, 1 per multiprocessor;
     conv1d_f16_ncl_ncl_64x256x64: F16 "f16", Ncl to Ncl, K x MN, 64 x 256, 5 stages, 1 per multiprocessor;
     conv1d_f16_ncl_ncl_64x128x64: F16 "f16", Ncl to Ncl, K x MN, 64 x 128, 3 stages, 2 per multiprocessor;
-    conv1d_f16_nlc_ncl_128x256x64: F16 "f16", Nlc to Ncl, K x K, 128 x 256, 4 stages, 1 per multiprocessor;
+    conv1d_f16_nlc_ncl_128x256x64: F16 "f16", Nlc to Ncl, K x K, 128 x 256, 3 stages, 1 per multiprocessor;
     conv1d_f16_nlc_ncl_64x128x64: F16 "f16", Nlc to Ncl, K x K, 64 x 128, 3 stages, 2 per multiprocessor;
 }
 

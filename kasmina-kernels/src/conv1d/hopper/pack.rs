@@ -2,8 +2,8 @@
 //! whose columns are the channels that are summed over. Rows are a multiple of 16 bytes apart; what
 //! lies beyond `columns` is never read.
 //!
-//! A block copies 32 × 32 elements of every tap through shared memory, so that both sides are
-//! accessed in runs.
+//! A block copies 32 × 32 elements of a tap through shared memory, so that both sides are accessed
+//! in runs; the blocks of neighbouring taps, which read the same lines, are neighbours.
 
 use crate::abi::{DType, Kernel, KernelParams, Module, module};
 use crate::conv1d::{Conv1dShape, FilterLayout};
@@ -14,7 +14,7 @@ mod device;
 
 /// Rows and columns that a block copies.
 pub const TILE: u32 = 32;
-/// Threads: each copies four elements of a tap.
+/// Threads: each copies four elements.
 const THREADS: u32 = 256;
 /// One more column, against bank conflicts.
 const SMEM_BYTES: u32 = TILE * (TILE + 1) * 4;
@@ -110,6 +110,7 @@ impl PackParams {
         self.groups as u64
             * self.rows.div_ceil(TILE) as u64
             * self.columns.div_ceil(TILE) as u64
+            * self.taps as u64
     }
 
     /// Elements of the packed filter.
@@ -118,16 +119,18 @@ impl PackParams {
         self.packed_stride * self.rows as u64 * self.groups as u64 * self.taps as u64
     }
 
-    /// Group, first row and first column of a block.
+    /// Group, first row, first column and tap of a block.
     #[must_use]
     #[inline(always)]
-    pub const fn place(&self, block: u32) -> [u32; 3] {
+    pub const fn place(&self, block: u32) -> [u32; 4] {
+        let tile = div(block, self.taps);
+        let tap = block.wrapping_sub(tile.wrapping_mul(self.taps));
         let (tiles_r, tiles_c) = (self.rows.div_ceil(TILE), self.columns.div_ceil(TILE));
-        let row_tile = div(block, tiles_c);
+        let row_tile = div(tile, tiles_c);
         let group = div(row_tile, tiles_r);
         let row = row_tile.wrapping_sub(group.wrapping_mul(tiles_r));
-        let column = block.wrapping_sub(row_tile.wrapping_mul(tiles_c));
-        [group, row.wrapping_mul(TILE), column.wrapping_mul(TILE)]
+        let column = tile.wrapping_sub(row_tile.wrapping_mul(tiles_c));
+        [group, row.wrapping_mul(TILE), column.wrapping_mul(TILE), tap]
     }
 }
 
@@ -179,8 +182,8 @@ mod tests {
             let places: HashSet<_> =
                 (0..params.blocks() as u32).map(|block| params.place(block)).collect();
             assert_eq!(places.len() as u64, params.blocks());
-            for [group, row, column] in places {
-                assert!(group < 2 && row < params.rows && column < params.columns);
+            for [group, row, column, tap] in places {
+                assert!(group < 2 && row < params.rows && column < params.columns && tap < 3);
             }
         }
     }

@@ -13,7 +13,7 @@
 //!
 //! ```text
 //! producer      one thread: TMA of dz and x, as in `gemm::hopper`
-//! warps 1, 2    bias: add up the rows of dz that they find in the stage (first column of tiles)
+//! warps 1, 2    bias: add up the rows of dz that they find in the stage; tiles of a row take turns
 //! consumers     wgmma over the part's steps ─ sums to the workspace
 //! ```
 //!

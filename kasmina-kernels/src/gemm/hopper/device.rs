@@ -18,6 +18,8 @@ pub(crate) const fn needs_registers(tile: Tile) -> bool {
 pub(crate) trait Element {
     fn pack(high: f32, low: f32) -> u32;
     fn widen(bits: u16) -> f32;
+    /// The two elements of a pair, the one in the lower half first.
+    fn widen_pair(bits: u32) -> (f32, f32);
 }
 
 pub(crate) struct BF16;
@@ -30,6 +32,10 @@ impl Element for BF16 {
     fn widen(bits: u16) -> f32 {
         ptx::cvt_f32_bf16(bits)
     }
+    #[inline(always)]
+    fn widen_pair(bits: u32) -> (f32, f32) {
+        (f32::from_bits(bits << 16), f32::from_bits(bits & 0xFFFF_0000))
+    }
 }
 
 pub(crate) struct F16;
@@ -41,6 +47,10 @@ impl Element for F16 {
     #[inline(always)]
     fn widen(bits: u16) -> f32 {
         ptx::cvt_f32_f16(bits)
+    }
+    #[inline(always)]
+    fn widen_pair(bits: u32) -> (f32, f32) {
+        (Self::widen(bits as u16), Self::widen((bits >> 16) as u16))
     }
 }
 
@@ -295,11 +305,11 @@ impl Epilogue {
     #[inline(always)]
     pub(crate) unsafe fn begin_slab(self) {
         if self.thread == 0 {
-            // The store that last read this buffer, one or two stores ago, has finished reading.
-            if self.tile.slab_buffers() == 2 {
-                ptx::cp_async_bulk_wait_group_read::<1>();
-            } else {
-                ptx::cp_async_bulk_wait_group_read::<0>();
+            // The store that last read this buffer, as many stores ago, has finished reading.
+            match self.tile.slab_buffers() {
+                1 => ptx::cp_async_bulk_wait_group_read::<0>(),
+                2 => ptx::cp_async_bulk_wait_group_read::<1>(),
+                _ => ptx::cp_async_bulk_wait_group_read::<3>(),
             }
         }
         // SAFETY: the whole warpgroup, by the caller's contract.

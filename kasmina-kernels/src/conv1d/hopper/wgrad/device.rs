@@ -169,18 +169,17 @@ impl Source {
 /// Eight 16-bit elements added to eight sums.
 #[inline(always)]
 fn add<E: Element>(sums: [f32; 8], elements: [f32; 4]) -> [f32; 8] {
-    let [a, b, c, d] = elements.map(f32::to_bits);
-    let low = |pair: u32| E::widen(pair as u16);
-    let high = |pair: u32| E::widen((pair >> 16) as u16);
+    let [(a, b), (c, d), (e, f), (g, h)] =
+        elements.map(|pair| E::widen_pair(pair.to_bits()));
     [
-        sums[0] + low(a),
-        sums[1] + high(a),
-        sums[2] + low(b),
-        sums[3] + high(b),
-        sums[4] + low(c),
-        sums[5] + high(c),
-        sums[6] + low(d),
-        sums[7] + high(d),
+        sums[0] + a,
+        sums[1] + b,
+        sums[2] + c,
+        sums[3] + d,
+        sums[4] + e,
+        sums[5] + f,
+        sums[6] + g,
+        sums[7] + h,
     ]
 }
 
@@ -190,8 +189,8 @@ fn total(s: [f32; 8]) -> f32 {
     ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
 }
 
-/// Releases every stage together with the consumers, and adds up the rows of dz in the stages of
-/// the first column of tiles.
+/// Releases every stage together with the consumers, and adds up the rows of dz that are this
+/// tile's to add.
 ///
 /// K-major, a thread adds a row of 64 positions, or two of 128 rows. MN-major, it adds eight
 /// channels at every eighth position of its warp's slab, or, of one slab, of its warp's half.
@@ -216,7 +215,10 @@ pub(super) unsafe fn sum_rows<E: Element>(
         while step < end {
             let segment = split.segment(part, step, end);
             step += segment.count;
-            let wanted = bias_partials != 0 && walk.place(segment.tile).column == 0;
+            let wanted = bias_partials != 0;
+            // Of the tiles of a row, which load the same rows of dz, each sums every so many steps.
+            let column = walk.place(segment.tile).column;
+            let mut turn = segment.first - div(segment.first, walk.tiles_n) * walk.tiles_n;
             let (mut near, mut far) = ([0.0f32; 8], [0.0f32; 8]);
             let mut left = segment.count;
             while left > 0 {
@@ -224,7 +226,7 @@ pub(super) unsafe fn sum_rows<E: Element>(
                 // SAFETY: the stage has landed and stays until this warp has released it.
                 unsafe {
                     block.ring.wait_full(ring);
-                    if wanted {
+                    if wanted && turn == column {
                         let mut index = 0;
                         while index < 8 {
                             match dz_major {
@@ -259,6 +261,10 @@ pub(super) unsafe fn sum_rows<E: Element>(
                 }
                 ring = ring.next(tile.num_stages);
                 left -= 1;
+                turn += 1;
+                if turn == walk.tiles_n {
+                    turn = 0;
+                }
             }
             if wanted {
                 let slot = bias_partials + segment.slot as u64 * (BIAS_SLOT as u64 * 4);

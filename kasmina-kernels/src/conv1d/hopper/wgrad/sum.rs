@@ -120,7 +120,7 @@ impl SumParams {
             group_out: shape.group_out(),
             group_in: shape.group_in(),
             taps_are_neighbours: matches!(layout, FilterLayout::OutInTap) as u32,
-            lanes: lanes(&split),
+            lanes: lanes(&split, shape.filter_elements()),
             accumulate: 0,
             reserved: 0,
         }
@@ -167,6 +167,16 @@ impl SumParams {
         }
     }
 
+    /// The first slot of the tiles of a row, and how many follow each other.
+    #[must_use]
+    #[inline(always)]
+    pub const fn bias_slots(&self, row: TilePlace) -> (u32, u32) {
+        let first = self.walk.tile(row);
+        let (slot, _) = self.split.slots(first);
+        let (last, count) = self.split.slots(first.wrapping_add(self.walk.tiles_n - 1));
+        (slot, last.wrapping_sub(slot).wrapping_add(count))
+    }
+
     /// The first tile of the row that holds an output channel, and the row in it.
     #[must_use]
     #[inline(always)]
@@ -178,11 +188,12 @@ impl SumParams {
     }
 }
 
-/// Threads that share an element: so many that none adds more than about sixteen parts.
-const fn lanes(split: &Split) -> u32 {
+/// Threads that share an element: so many that few parts are left to each, while there are not
+/// more threads than the multiprocessors hold.
+const fn lanes(split: &Split, elements: u64) -> u32 {
     let parts = split.k_blocks.div_ceil(split.per_part) + 1;
     let mut lanes = 1;
-    while lanes < MAX_LANES && parts > 4 * lanes {
+    while lanes < MAX_LANES && parts > 4 * lanes && elements * (lanes as u64) < 1 << 17 {
         lanes *= 2;
     }
     lanes
@@ -240,8 +251,11 @@ mod tests {
 
     #[test]
     fn many_parts_are_shared_by_several_threads() {
-        let lanes_of = |tiles, k_blocks| lanes(&Split::new(tiles, k_blocks, 132).expect("few"));
+        let lanes_of = |tiles, k_blocks| {
+            lanes(&Split::new(tiles, k_blocks, 132).expect("few"), 1 << 12)
+        };
         assert_eq!(lanes_of(1, 8192), 8);
         assert_eq!(lanes_of(96, 128), 1);
+        assert_eq!(lanes(&Split::new(1, 8192, 132).expect("few"), 1 << 20), 1);
     }
 }

@@ -22,18 +22,22 @@ impl Column {
         let mut sum = 0.0f32;
         let mut index = start;
         let at = |index: u32| self.first + index as u64 * self.stride;
-        // SAFETY: below `count`, by the caller's contract. Four loads are in flight at a time.
+        // SAFETY: below `count`, by the caller's contract. Eight loads are in flight at a time.
         unsafe {
-            while index + 3 * step < self.count {
-                let a = ptx::ld_global_u32(at(index));
-                let b = ptx::ld_global_u32(at(index + step));
-                let c = ptx::ld_global_u32(at(index + 2 * step));
-                let d = ptx::ld_global_u32(at(index + 3 * step));
-                sum += f32::from_bits(a);
-                sum += f32::from_bits(b);
-                sum += f32::from_bits(c);
-                sum += f32::from_bits(d);
-                index += 4 * step;
+            while index + 7 * step < self.count {
+                let bits = [
+                    ptx::ld_global_u32(at(index)),
+                    ptx::ld_global_u32(at(index + step)),
+                    ptx::ld_global_u32(at(index + 2 * step)),
+                    ptx::ld_global_u32(at(index + 3 * step)),
+                    ptx::ld_global_u32(at(index + 4 * step)),
+                    ptx::ld_global_u32(at(index + 5 * step)),
+                    ptx::ld_global_u32(at(index + 6 * step)),
+                    ptx::ld_global_u32(at(index + 7 * step)),
+                ];
+                let [a, b, c, d, e, f, g, h] = bits.map(f32::from_bits);
+                sum += ((a + b) + (c + d)) + ((e + f) + (g + h));
+                index += 8 * step;
             }
             while index < self.count {
                 sum += f32::from_bits(ptx::ld_global_u32(at(index)));
@@ -72,10 +76,10 @@ unsafe fn sum<T: Type>(params: SumParams) {
     } else if number - filter < params.out_channels && params.db != 0 {
         let channel = number - filter;
         let (place, row) = params.row(channel);
-        let (slot, count) = params.split.slots(params.walk.tile(place));
+        let (slot, count) = params.bias_slots(place);
         let stride = BIAS_SLOT as u64 * 4;
         let first = params.bias_partials + slot as u64 * stride + row as u64 * 4;
-        // SAFETY: the slots of the first tile of the channel's row; of 64 rows there are two sums.
+        // SAFETY: the slots of the tiles of the channel's row; of 64 rows there are two sums.
         unsafe {
             value = Column { first, stride, count }.sum(lane, params.lanes);
             if params.block_m == 64 {
