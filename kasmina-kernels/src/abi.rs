@@ -3,6 +3,7 @@
 use core::fmt;
 use core::marker::PhantomData;
 
+use crate::conv1d;
 use crate::gemm::{hopper, portable};
 use crate::reduce;
 
@@ -148,7 +149,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 9] = [
+    const FIRST: [&Module; 12] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -158,6 +159,9 @@ pub static MODULES: &[&Module] = &{
         &reduce::HOPPER_F32,
         &reduce::HOPPER_F16,
         &reduce::HOPPER_BF16,
+        &conv1d::portable::F32,
+        &conv1d::portable::F16,
+        &conv1d::portable::BF16,
     ];
     let mut modules = [FIRST[0]; FIRST.len() + hopper::KERNELS.len()];
     let mut row = 0;

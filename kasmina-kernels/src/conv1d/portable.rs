@@ -332,7 +332,9 @@ impl WgradPlan {
         let (mut span, mut pitch, mut channels);
         loop {
             let positions = 1u64 << log2_depth;
-            span = if flat { positions } else {
+            span = if flat {
+                positions
+            } else {
                 (positions - 1) * step + (taps as u64 - 1) * tap_step + 1
             };
             // Lane by lane the columns of a channel follow each other by taps; this makes the next
@@ -364,8 +366,8 @@ impl WgradPlan {
         let row_tiles = rows.div_ceil(tile.rows());
         let channel_tiles = depth.div_ceil(channels);
         let tap_tiles = shape.kernel_size.div_ceil(taps);
-        let tiles = row_tiles as u64 * channel_tiles as u64 * tap_tiles as u64
-            * shape.groups as u64;
+        let tiles =
+            row_tiles as u64 * channel_tiles as u64 * tap_tiles as u64 * shape.groups as u64;
         // Two waves of two blocks per multiprocessor.
         let wanted = (4 * sm_count as u64).div_ceil(tiles);
         let mut splits = if wanted < stages as u64 { wanted } else { stages as u64 };
@@ -656,9 +658,9 @@ portable_kernels! {
 }
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
-pub(in crate::conv1d) mod direct;
+mod direct;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
-mod gather;
+pub(in crate::conv1d) mod gather;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 mod wgrad;
 

@@ -30,7 +30,8 @@ fn element_at(
     let fast = if channels_first { channels } else { length };
     let slow = within.checked_div(u64::from(fast))?;
     let rest = (within - slow * u64::from(fast)) as u32;
-    let (channel, position) = if channels_first { (rest, slow as u32) } else { (slow as u32, rest) };
+    let (channel, position) =
+        if channels_first { (rest, slow as u32) } else { (slow as u32, rest) };
     Some((sequence as u32, channel, position))
 }
 

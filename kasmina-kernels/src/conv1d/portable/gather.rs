@@ -2,9 +2,11 @@
 
 use super::*;
 use crate::activation::Activation;
+use crate::conv1d::Gather;
 use crate::conv1d::unroll::unroll;
 use crate::gemm::portable::device::Element;
 use crate::ptx;
+use crate::tile_scheduler::div;
 
 /// A thread's results: eight rows of eight columns.
 type Sums = [[f32; 8]; 8];
@@ -274,7 +276,7 @@ unsafe fn multiply_stage<const UNIT: bool>(
 
 /// The activation of eight results, chosen once for all of them.
 #[inline(always)]
-pub(super) fn activate(activation: Activation, values: [f32; 8]) -> [f32; 8] {
+pub(in crate::conv1d) fn activate(activation: Activation, values: [f32; 8]) -> [f32; 8] {
     macro_rules! each {
         ($($variant:ident)+) => {
             match activation {
@@ -367,7 +369,7 @@ unsafe fn store<E: Element>(params: &GatherParams, block: &Block, sums: &Sums, s
 /// # Safety
 /// They exist and are writable.
 #[inline(always)]
-pub(super) unsafe fn store_channels<E: Element>(
+pub(in crate::conv1d) unsafe fn store_channels<E: Element>(
     address: u64,
     stride: u64,
     bits: [u32; 8],

@@ -82,11 +82,8 @@ fn first_of(params: &WgradParams, stage: u32) -> (u32, u32) {
 unsafe fn load_x<E: Element>(params: &WgradParams, block: &Block, stage: u32, smem: u32) {
     let (shape, plan, x) = (&params.shape, &params.plan, &params.x);
     let along_channels = x.channel == 1;
-    let (fast, slow) = if along_channels {
-        (block.channels, plan.span)
-    } else {
-        (plan.span, block.channels)
-    };
+    let (fast, slow) =
+        if along_channels { (block.channels, plan.span) } else { (plan.span, block.channels) };
     let first_channel = block.group * shape.group_in() + block.first_channel;
     let tap_offset = (block.first_tap * shape.dilation).wrapping_sub(shape.padding_left);
     let (batch, position) = if plan.flat == 0 { first_of(params, stage) } else { (0, 0) };
@@ -296,8 +293,7 @@ pub(super) unsafe fn wgrad<E: Element>(params: &WgradParams) {
 /// As the entries': the partial sums are written, the gradients writable.
 #[inline(always)]
 pub(super) unsafe fn finish<E: Element>(params: &WgradFinalParams) {
-    let index =
-        u64::from(ptx::block_index()) * u64::from(THREADS) + u64::from(ptx::thread_index());
+    let index = u64::from(ptx::block_index()) * u64::from(THREADS) + u64::from(ptx::thread_index());
     let per_split = params.filter_elements + u64::from(params.out_channels);
     let is_filter = index < params.filter_elements;
     let base = if is_filter { params.dw.address } else { params.db };
@@ -336,7 +332,13 @@ pub(super) unsafe fn finish<E: Element>(params: &WgradFinalParams) {
     // SAFETY: an existing element of the gradient, of this thread's own.
     unsafe {
         if params.accumulate != 0 {
-            sum += E::widen(E::load(address));
+            // Not through the read-only path, as this kernel writes there.
+            let before = if E::SIZE == 4 {
+                ptx::ld_global_u32(address)
+            } else {
+                u32::from(ptx::ld_global_u16(address))
+            };
+            sum += E::widen(before);
         }
         E::store(address, E::round(sum));
     }
