@@ -19,6 +19,8 @@ use core::fmt;
 use crate::tile_scheduler::div;
 
 pub mod depthwise;
+#[cfg(target_arch = "nvptx64")]
+mod parked;
 pub mod portable;
 #[cfg(target_arch = "nvptx64")]
 mod unroll;

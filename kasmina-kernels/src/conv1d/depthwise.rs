@@ -8,8 +8,8 @@
 //! # Positions contiguous (NCL)
 //! A thread makes eight neighbouring results from three aligned vectors of eight elements. Where the
 //! first tap falls in the first of them is the same for all threads, and is a constant of the code:
-//! there are eight copies of it. Each thread loads the first vector of four such windows before it
-//! computes the first; the other two are those of its neighbours, and so in the L1 cache. Threads
+//! there are eight copies of it. The first vectors of the next four such windows are always on
+//! their way; the other two are those of the thread's neighbours, and so in the L1 cache. Threads
 //! of a block share rows if these are short.
 //!
 //! # Channels contiguous (NLC)

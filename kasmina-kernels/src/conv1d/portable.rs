@@ -49,9 +49,15 @@ pub const THREADS: u32 = 256;
 const WARP_ROWS: u32 = 8;
 /// Columns of a warp: eight per lane.
 const WARP_COLUMNS: u32 = 256;
-/// f32 values of shared memory per block; 48 KiB is what every GPU grants unasked.
-const SMEM_VALUES: u32 = 12_288;
-const SMEM_BYTES: u32 = SMEM_VALUES * 4;
+/// Shared memory per block: what every GPU grants unasked.
+const SMEM_BYTES: u32 = 48 * 1024;
+/// Where a few numbers of the block wait, behind everything else.
+const PARKED: u32 = SMEM_BYTES - 64;
+/// Where the sums for the bias gradient wait, one for each row of a block.
+#[cfg(target_arch = "nvptx64")]
+const BIAS_SUMS: u32 = PARKED - 64 * 4;
+/// f32 values of a stage, with room for a gap between its two operands.
+const SMEM_VALUES: u32 = (PARKED - 64 * 4) / 4 - 4;
 /// Keeps rows of w on different banks when they are stored.
 const ROW_PAD: u32 = 4;
 
@@ -227,6 +233,22 @@ pub struct Strided {
     pub position: u64,
 }
 
+#[cfg(target_arch = "nvptx64")]
+impl Strided {
+    /// The same numbers as if new: what follows from them is found where it is used, and occupies
+    /// no registers elsewhere.
+    #[inline(always)]
+    fn opaque(&self) -> Self {
+        use crate::ptx::opaque_u64;
+        Self {
+            address: opaque_u64(self.address),
+            batch: opaque_u64(self.batch),
+            channel: opaque_u64(self.channel),
+            position: opaque_u64(self.position),
+        }
+    }
+}
+
 /// Where a filter is: its device address, and elements from output channel to output channel, from
 /// input channel to input channel and from tap to tap.
 #[repr(C)]
@@ -240,6 +262,21 @@ pub struct StridedFilter {
     pub input: u64,
     /// Elements between taps.
     pub tap: u64,
+}
+
+#[cfg(target_arch = "nvptx64")]
+impl StridedFilter {
+    /// As that of [`Strided`].
+    #[inline(always)]
+    fn opaque(&self) -> Self {
+        use crate::ptx::opaque_u64;
+        Self {
+            address: opaque_u64(self.address),
+            out: opaque_u64(self.out),
+            input: opaque_u64(self.input),
+            tap: opaque_u64(self.tap),
+        }
+    }
 }
 
 /// What the gather and direct kernels take.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::activation::Activation;
-use crate::conv1d::portable::gather::{activate, store_channels};
+use crate::conv1d::portable::gather::{finish, store_channels};
 use crate::conv1d::unroll::unroll;
 use crate::gemm::portable::device::Element;
 use crate::ptx;
@@ -10,6 +10,12 @@ use crate::tile_scheduler::div;
 
 /// Eight elements, of which 16-bit types use the first half.
 type Raw = [u32; 8];
+
+/// How many blocks are to share a multiprocessor, for elements of `size` bytes: as many as leave
+/// enough registers.
+const fn blocks_per_multiprocessor(size: u32) -> u32 {
+    if size == 4 { 2 } else { 3 }
+}
 
 /// Number `index` of eight elements, as f32.
 #[inline(always)]
@@ -93,56 +99,63 @@ fn convolve<E: Element, const SHIFT: usize>(
     sums
 }
 
-/// A thread's part of a row, with the shift as a constant.
+/// A thread's part of a row: every `1 << log2_row_threads`th vector from `first` on.
 ///
 /// # Safety
 /// As [`ncl`]; `input` and `output` are the row's addresses.
 #[inline(always)]
-unsafe fn row<E: Element, const SHIFT: usize>(
+unsafe fn row<E: Element>(
     params: &DepthwiseParams,
     [input, output]: [u64; 2],
     taps: &[f32; 8],
     bias: f32,
-    thread: u32,
+    first: u32,
 ) {
     let (in_vectors, out_vectors) = (params.in_length / RUN, params.out_length / RUN);
     let ahead = (params.first >> 3) as u32;
+    let shift = params.first as u32 & 7;
+    // The window ends before the third vector for few taps.
+    let needs_third = shift + params.taps > 9;
     let activation = Activation::from_code(params.activation);
     let threads = 1 << params.log2_row_threads;
-    let mut first = thread;
-    while first < out_vectors {
+    // The first vectors of this window and of the next three.
+    let mut coming = [[0; 8]; 4];
+    unroll!(v: u32 in [0 1 2 3] {
+        let vector = (first + v * threads).wrapping_add(ahead);
+        // SAFETY: the caller's contract.
+        coming[v as usize] = unsafe { load_vector::<E>(input, vector, in_vectors) };
+    });
+    let mut vector = first;
+    while vector < out_vectors {
         ptx::nounroll();
-        let mut own = [[0; 8]; 4];
-        unroll!(v: u32 in [0 1 2 3] {
-            let vector = (first + v * threads).wrapping_add(ahead);
-            // SAFETY: the caller's contract.
-            own[v as usize] = unsafe { load_vector::<E>(input, vector, in_vectors) };
+        let own = coming[0];
+        unroll!(v: usize in [0 1 2] {
+            coming[v] = coming[v + 1];
         });
-        unroll!(v: u32 in [0 1 2 3] {
-            let vector = first + v * threads;
-            if vector < out_vectors {
-                let next = vector.wrapping_add(ahead).wrapping_add(1);
-                // SAFETY: the caller's contract.
-                let (second, third) = unsafe {
-                    let second = load_vector::<E>(input, next, in_vectors);
-                    // The window ends before the third vector for few taps.
-                    let needed = SHIFT as u32 + params.taps > 9;
-                    let third = if needed {
-                        load_vector::<E>(input, next.wrapping_add(1), in_vectors)
-                    } else {
-                        [0; 8]
-                    };
-                    (second, third)
-                };
-                let window = [&own[v as usize], &second, &third];
-                let sums = convolve::<E, SHIFT>(params, window, taps, bias);
-                let bits = activate(activation, sums).map(E::round);
-                let at = output + u64::from(vector) * u64::from(RUN * E::SIZE);
-                // SAFETY: an existing vector, of this thread's own.
-                unsafe { store_channels::<E>(at, u64::from(E::SIZE), bits, 8) };
-            }
-        });
-        first += 4 * threads;
+        let next = vector.wrapping_add(ahead).wrapping_add(1);
+        // SAFETY: the caller's contract.
+        let (second, third) = unsafe {
+            let later = (vector + 4 * threads).wrapping_add(ahead);
+            coming[3] = load_vector::<E>(input, later, in_vectors);
+            let second = load_vector::<E>(input, next, in_vectors);
+            let after = if needs_third { next.wrapping_add(1) } else { u32::MAX };
+            (second, load_vector::<E>(input, after, in_vectors))
+        };
+        let window = [&own, &second, &third];
+        macro_rules! by_shift {
+            ($($shift:literal)+) => {
+                match shift {
+                    $($shift => convolve::<E, $shift>(params, window, taps, bias),)+
+                    _ => convolve::<E, 0>(params, window, taps, bias),
+                }
+            };
+        }
+        let sums = by_shift!(1 2 3 4 5 6 7);
+        let bits = finish::<E>(activation, sums);
+        let at = output + u64::from(vector) * u64::from(RUN * E::SIZE);
+        // SAFETY: an existing vector, of this thread's own.
+        unsafe { store_channels::<E>(at, u64::from(E::SIZE), bits, 8) };
+        vector += threads;
     }
 }
 
@@ -157,8 +170,9 @@ pub(in crate::conv1d) unsafe fn ncl<E: Element>(params: &DepthwiseParams) {
     unsafe {
         core::arch::asm!(
             "// kasmina: .maxntid {threads}, 1, 1",
-            "// kasmina: .minnctapersm 3",
+            "// kasmina: .minnctapersm {blocks}",
             threads = const THREADS,
+            blocks = const blocks_per_multiprocessor(E::SIZE),
             options(nomem, nostack, preserves_flags),
         );
     }
@@ -179,24 +193,19 @@ pub(in crate::conv1d) unsafe fn ncl<E: Element>(params: &DepthwiseParams) {
     // SAFETY: the channel exists; rows as the strides say.
     unsafe {
         let (taps, bias) = load_taps::<E>(params, channel as u32);
-        macro_rules! by_shift {
-            ($($shift:literal)+) => {
-                match params.first & 7 {
-                    $($shift => row::<E, $shift>(params, [input, output], &taps, bias, thread),)+
-                    _ => row::<E, 0>(params, [input, output], &taps, bias, thread),
-                }
-            };
-        }
-        by_shift!(1 2 3 4 5 6 7);
+        row::<E>(params, [input, output], &taps, bias, thread);
     }
 }
 
-/// Two neighbouring channels of one position as f32; zeros where there is none.
+/// Two neighbouring channels of one position, of which 16-bit types use the first word.
+type Pair = [u32; 2];
+
+/// Loads a pair; zeros where there is none.
 ///
 /// # Safety
 /// The tensor is readable, pairs are aligned, and nothing writes it while the kernel runs.
 #[inline(always)]
-unsafe fn load_pair<E: Element>(base: u64, stride: u64, position: u32, length: u32) -> [u32; 2] {
+unsafe fn load_pair<E: Element>(base: u64, stride: u64, position: u32, length: u32) -> Pair {
     // As unsigned, a position before the first is beyond the last.
     if position >= length {
         return [0; 2];
@@ -204,12 +213,17 @@ unsafe fn load_pair<E: Element>(base: u64, stride: u64, position: u32, length: u
     let at = base + u64::from(position) * stride;
     // SAFETY: an existing position.
     unsafe {
-        if E::SIZE == 4 {
-            ptx::ld_global_nc_v2_u32(at)
-        } else {
-            let pair = ptx::ld_global_nc_u32(at);
-            [pair & 0xFFFF, pair >> 16]
-        }
+        if E::SIZE == 4 { ptx::ld_global_nc_v2_u32(at) } else { [ptx::ld_global_nc_u32(at), 0] }
+    }
+}
+
+/// A pair as f32.
+#[inline(always)]
+fn widened_pair<E: Element>([a, b]: Pair) -> [f32; 2] {
+    if E::SIZE == 4 {
+        [E::widen(a), E::widen(b)]
+    } else {
+        [E::widen(a & 0xFFFF), E::widen(a >> 16)]
     }
 }
 
@@ -224,8 +238,9 @@ pub(in crate::conv1d) unsafe fn nlc<E: Element>(params: &DepthwiseParams) {
     unsafe {
         core::arch::asm!(
             "// kasmina: .maxntid {threads}, 1, 1",
-            "// kasmina: .minnctapersm 3",
+            "// kasmina: .minnctapersm {blocks}",
             threads = const THREADS,
+            blocks = const 2,
             options(nomem, nostack, preserves_flags),
         );
     }
@@ -263,7 +278,7 @@ pub(in crate::conv1d) unsafe fn nlc<E: Element>(params: &DepthwiseParams) {
         let pair = unsafe {
             load_pair::<E>(input, in_stride, at.wrapping_add(i), params.in_length)
         };
-        window[8 + i as usize] = [E::widen(pair[0]), E::widen(pair[1])];
+        window[8 + i as usize] = widened_pair::<E>(pair);
     });
     let mut ahead = [[0; 2]; 8];
     macro_rules! fetch {
@@ -283,25 +298,31 @@ pub(in crate::conv1d) unsafe fn nlc<E: Element>(params: &DepthwiseParams) {
         ptx::nounroll();
         unroll!(i: usize in [0 1 2 3 4 5 6 7] {
             window[i] = window[i + 8];
-            window[i + 8] = [E::widen(ahead[i][0]), E::widen(ahead[i][1])];
+            window[i + 8] = widened_pair::<E>(ahead[i]);
         });
         at = at.wrapping_add(8);
         fetch!();
-        let (mut a, mut b) = ([bias_a; 8], [bias_b; 8]);
-        unroll!(t: usize in [0 1 2 3 4 5 6 7] {
-            // Not a product with a zero: that would carry an infinity of a neighbour over.
-            if (t as u32) < params.taps {
-                unroll!(i: usize in [0 1 2 3 4 5 6 7] {
-                    a[i] = ptx::fma_rn_f32(window[i + t][0], taps_a[t], a[i]);
-                    b[i] = ptx::fma_rn_f32(window[i + t][1], taps_b[t], b[i]);
+        // One channel after the other, which takes fewer registers than both at once.
+        macro_rules! channel {
+            ($channel:literal, $taps:ident, $bias:ident) => {{
+                let mut sums = [$bias; 8];
+                unroll!(t: usize in [0 1 2 3 4 5 6 7] {
+                    // Not a product with a zero: that would carry an infinity of a neighbour over.
+                    if (t as u32) < params.taps {
+                        unroll!(i: usize in [0 1 2 3 4 5 6 7] {
+                            let value = window[i + t][$channel];
+                            sums[i] = ptx::fma_rn_f32(value, $taps[t], sums[i]);
+                        });
+                    }
                 });
-            }
-        });
-        let (a, b) = (activate(activation, a), activate(activation, b));
+                finish::<E>(activation, sums)
+            }};
+        }
+        let (a, b) = (channel!(0, taps_a, bias_a), channel!(1, taps_b, bias_b));
         unroll!(i: u32 in [0 1 2 3 4 5 6 7] {
             if position + i < end {
                 let to = output + u64::from(position + i) * out_stride;
-                let (a, b) = (E::round(a[i as usize]), E::round(b[i as usize]));
+                let (a, b) = (a[i as usize], b[i as usize]);
                 // SAFETY: an existing position, aligned pairs, of this thread's own.
                 unsafe {
                     if E::SIZE == 4 {

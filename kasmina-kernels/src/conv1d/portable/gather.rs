@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::activation::Activation;
-use crate::conv1d::Gather;
+use crate::conv1d::parked::Parked;
 use crate::conv1d::unroll::unroll;
 use crate::gemm::portable::device::Element;
 use crate::ptx;
@@ -11,26 +11,17 @@ use crate::tile_scheduler::div;
 /// A thread's results: eight rows of eight columns.
 type Sums = [[f32; 8]; 8];
 
-/// What a block works on.
-struct Block {
-    walk: Gather,
-    /// Sequence, 0 if flat.
-    batch: u32,
-    group: u32,
-    /// First row in the group.
-    first_row: u32,
-    /// First column of the tile, in positions of the walk.
-    first_column: u32,
-    /// Rows and depth of a group.
-    rows: u32,
-    depth: u32,
-    /// Positions of the tensor that is gathered from.
-    in_length: u32,
-}
+/// What a block works on; the numbers wait in shared memory.
+#[derive(Clone, Copy)]
+struct Block(Parked);
 
 impl Block {
+    /// Finds out and parks it at `at`.
+    ///
+    /// # Safety
+    /// As [`Parked::put`]; a barrier must follow.
     #[inline(always)]
-    fn new(params: &GatherParams) -> Self {
+    unsafe fn park(params: &GatherParams, at: u32) {
         let (shape, plan) = (&params.shape, &params.plan);
         let mut rest = ptx::block_index();
         let mut take = |count: u32| {
@@ -49,33 +40,122 @@ impl Block {
         } else {
             (shape.group_in(), shape.group_out(), shape.out_length)
         };
-        Self {
-            walk: if params.dgrad == 0 {
-                shape.forward_gather()
-            } else {
-                shape.dgrad_gather(residue)
-            },
+        let walk =
+            if params.dgrad == 0 { shape.forward_gather() } else { shape.dgrad_gather(residue) };
+        // Loops that are known to run once keep the sums in place. So a walk without taps has one,
+        // over a tensor without positions.
+        let (taps, in_length) = if walk.taps == 0 { (1, 0) } else { (walk.taps, in_length) };
+        let values = [
+            walk.out_first,
+            walk.out_step,
+            walk.out_count,
+            walk.in_first as u32,
+            taps,
+            walk.first_tap,
+            walk.tap_stride as u32,
             batch,
             group,
-            first_row: row_tile * plan.tile.rows(),
-            first_column: column_tile * plan.tile.columns(),
+            row_tile * plan.tile.rows(),
+            column_tile * plan.tile.columns(),
             rows,
             depth,
             in_length,
-        }
+            walk.in_step,
+            walk.tap_step,
+        ];
+        // SAFETY: the caller's contract.
+        unsafe { Parked::put(at, values) };
+    }
+
+    #[inline(always)]
+    fn out_first(self) -> u32 {
+        self.0.get(0)
+    }
+    #[inline(always)]
+    fn out_step(self) -> u32 {
+        self.0.get(1)
+    }
+    #[inline(always)]
+    fn out_count(self) -> u32 {
+        self.0.get(2)
+    }
+    #[inline(always)]
+    fn in_first(self) -> u32 {
+        self.0.get(3)
+    }
+    /// Taps of the walk, at least 1.
+    #[inline(always)]
+    fn taps(self) -> u32 {
+        self.0.get(4)
+    }
+    #[inline(always)]
+    fn first_tap(self) -> u32 {
+        self.0.get(5)
+    }
+    #[inline(always)]
+    fn tap_stride(self) -> u32 {
+        self.0.get(6)
+    }
+    /// Sequence, 0 if flat.
+    #[inline(always)]
+    fn batch(self) -> u32 {
+        self.0.get(7)
+    }
+    #[inline(always)]
+    fn group(self) -> u32 {
+        self.0.get(8)
+    }
+    /// First row in the group.
+    #[inline(always)]
+    fn first_row(self) -> u32 {
+        self.0.get(9)
+    }
+    /// First column of the tile, in positions of the walk.
+    #[inline(always)]
+    fn first_column(self) -> u32 {
+        self.0.get(10)
+    }
+    /// Rows of a group.
+    #[inline(always)]
+    fn rows(self) -> u32 {
+        self.0.get(11)
+    }
+    /// Depth of a group.
+    #[inline(always)]
+    fn depth(self) -> u32 {
+        self.0.get(12)
+    }
+    /// Positions of the tensor that is gathered from, 0 for a walk without taps.
+    #[inline(always)]
+    fn in_length(self) -> u32 {
+        self.0.get(13)
+    }
+    #[inline(always)]
+    fn in_step(self) -> u32 {
+        self.0.get(14)
+    }
+    #[inline(always)]
+    fn tap_step(self) -> u32 {
+        self.0.get(15)
     }
 
     /// Sequence and position in the walk of a column of the tile, if there is one.
     #[inline(always)]
-    fn column(&self, params: &GatherParams, column: u32) -> Option<(u32, u32)> {
-        let at = self.first_column + column;
-        let count = self.walk.out_count;
+    fn column(self, params: &GatherParams, column: u32) -> Option<(u32, u32)> {
+        let at = self.first_column() + column;
+        let count = self.out_count();
         if params.plan.flat == 0 {
-            return (at < count).then_some((self.batch, at));
+            return (at < count).then_some((self.batch(), at));
         }
         let batch = div(at, count);
         (batch < params.shape.batch).then_some((batch, at - batch * count))
     }
+}
+
+/// Depth of a stage.
+#[inline(always)]
+fn depth_of(params: &GatherParams) -> u32 {
+    1 << ptx::opaque_u32(params.plan.log2_depth)
 }
 
 /// Where a stage starts.
@@ -95,28 +175,30 @@ struct Stage {
 /// # Safety
 /// The tensor is readable, and no thread reads the stage before the next barrier.
 #[inline(always)]
-unsafe fn load_input<E: Element>(params: &GatherParams, block: &Block, stage: Stage, smem: u32) {
-    let (plan, input) = (&params.plan, &params.input);
-    let walk = &block.walk;
+unsafe fn load_input<E: Element>(params: &GatherParams, block: Block, stage: Stage, smem: u32) {
+    let (input, flat) = (params.input.opaque(), params.plan.flat);
+    let (span, depth) = (ptx::opaque_u32(params.plan.span), depth_of(params));
     let size = u64::from(E::SIZE);
-    let depth = 1 << plan.log2_depth;
-    let channel = u64::from(block.group * block.depth + stage.channel);
-    let from_tap = walk.in_first.wrapping_add((stage.tap * walk.tap_step) as i32);
+    let channel = u64::from(block.group() * block.depth() + stage.channel);
+    let from_tap = block.in_first().wrapping_add(stage.tap * block.tap_step());
+    let (in_step, in_length) = (block.in_step(), block.in_length());
+    // Of a tile that is not flat.
+    let first = from_tap.wrapping_add(block.first_column() * in_step);
+    let batch = block.batch();
     let by_vector = input.channel == 1
         && (input.address | (input.batch * size) | (input.position * size) | (channel * size)) % 16
             == 0;
-    let mut entry = ptx::thread_index();
-    while entry < plan.span {
-        let (batch, position, exists) = if plan.flat == 0 {
-            let ahead = block.first_column * walk.in_step + entry;
-            (block.batch, from_tap.wrapping_add(ahead as i32) as u32, true)
+    let mut entry = ptx::opaque_u32(ptx::thread_index());
+    while entry < span {
+        let (batch, position, exists) = if flat == 0 {
+            (batch, first.wrapping_add(entry), true)
         } else {
             let (batch, q) = block.column(params, entry).unwrap_or((u32::MAX, 0));
-            let position = from_tap.wrapping_add((q * walk.in_step) as i32) as u32;
+            let position = from_tap.wrapping_add(q * in_step);
             (batch, position, batch != u32::MAX)
         };
         // As unsigned, a position before the first is beyond the last.
-        let exists = exists && position < block.in_length;
+        let exists = exists && position < in_length;
         let element = u64::from(batch) * input.batch
             + channel * input.channel
             + u64::from(position) * input.position;
@@ -155,7 +237,7 @@ unsafe fn load_input<E: Element>(params: &GatherParams, block: &Block, stage: St
             }
             unroll!(i: u32 in [0 1 2 3 4 5 6 7] {
                 if first + i < depth {
-                    let at = smem + ((first + i) * plan.span + entry) * 4;
+                    let at = smem + ((first + i) * span + entry) * 4;
                     // SAFETY: inside the stage, a place of this thread's own.
                     unsafe { ptx::st_shared_f32(at, values[i as usize]) };
                 }
@@ -171,18 +253,22 @@ unsafe fn load_input<E: Element>(params: &GatherParams, block: &Block, stage: St
 /// # Safety
 /// The filter is readable, and no thread reads the stage before the next barrier.
 #[inline(always)]
-unsafe fn load_filter<E: Element>(params: &GatherParams, block: &Block, stage: Stage, smem: u32) {
-    let (plan, filter) = (&params.plan, &params.filter);
-    let (log2_depth, log2_rows) = (plan.log2_depth, plan.tile.log2_rows());
-    let rows = plan.tile.rows();
+unsafe fn load_filter<E: Element>(params: &GatherParams, block: Block, stage: Stage, smem: u32) {
+    let filter = params.filter.opaque();
+    let log2_depth = ptx::opaque_u32(params.plan.log2_depth);
+    let log2_rows = ptx::opaque_u32(params.plan.tile.log2_rows());
+    let (rows, stage_taps) = (1 << log2_rows, ptx::opaque_u32(params.plan.taps));
     // Rows are output channels forward and input channels backward.
     let (row_stride, depth_stride) =
         if params.dgrad == 0 { (filter.out, filter.input) } else { (filter.input, filter.out) };
-    let first = u64::from(block.group * params.shape.group_out()) * filter.out
-        + u64::from(block.first_row) * row_stride
+    let first = u64::from(block.group() * params.shape.group_out()) * filter.out
+        + u64::from(block.first_row()) * row_stride
         + u64::from(stage.channel) * depth_stride;
     let total = stage.taps << (log2_depth + log2_rows);
-    let mut index = ptx::thread_index();
+    let (first_tap, tap_stride) = (block.first_tap(), block.tap_stride());
+    // Rows that exist. Zeros where there are no positions, for an infinite tap times zero is NaN.
+    let rows_left = if block.in_length() == 0 { 0 } else { block.rows() - block.first_row() };
+    let mut index = ptx::opaque_u32(ptx::thread_index());
     while index < total {
         ptx::nounroll();
         let mut values = [0.0; 4];
@@ -197,14 +283,14 @@ unsafe fn load_filter<E: Element>(params: &GatherParams, block: &Block, stage: S
                 (index & (rows - 1), (index >> log2_rows) & ((1 << log2_depth) - 1))
             };
             let tap = index >> (log2_depth + log2_rows);
-            let walk_tap = (stage.tap + tap) as i32;
-            let filter_tap = block.walk.first_tap as i32 + walk_tap * block.walk.tap_stride;
-            at[i as usize] = smem + ((channel * plan.taps + tap) * (rows + ROW_PAD) + row) * 4;
-            if index < total && block.first_row + row < block.rows && channel < stage.channels {
+            let filter_tap =
+                first_tap.wrapping_add((stage.tap + tap).wrapping_mul(tap_stride));
+            at[i as usize] = smem + ((channel * stage_taps + tap) * (rows + ROW_PAD) + row) * 4;
+            if index < total && row < rows_left && channel < stage.channels {
                 let element = first
                     + u64::from(row) * row_stride
                     + u64::from(channel) * depth_stride
-                    + u64::from(filter_tap as u32) * filter.tap;
+                    + u64::from(filter_tap) * filter.tap;
                 // SAFETY: an existing tap of an existing pair of channels.
                 let bits = unsafe { E::load(filter.address + element * u64::from(E::SIZE)) };
                 values[i as usize] = E::widen(bits);
@@ -253,14 +339,15 @@ unsafe fn multiply_stage<const UNIT: bool>(
     [x, tap_bytes, step]: [u32; 3],
     w: u32,
 ) {
-    let row_bytes = (plan.tile.rows() + ROW_PAD) * 4;
+    let row_bytes = (ptx::opaque_u32(plan.tile.rows()) + ROW_PAD) * 4;
+    let (span, taps) = (ptx::opaque_u32(plan.span), ptx::opaque_u32(plan.taps));
     let mut channel = 0;
-    while channel < stage.channels {
+    loop {
         ptx::nounroll();
-        let mut x = x + channel * plan.span * 4;
-        let mut w = w + channel * plan.taps * row_bytes;
+        let mut x = x + channel * span * 4;
+        let mut w = w + channel * taps * row_bytes;
         let mut tap = 0;
-        while tap < stage.taps {
+        loop {
             ptx::nounroll();
             // A constant step becomes the immediates of the loads.
             let step = if UNIT { 128 } else { step };
@@ -269,22 +356,34 @@ unsafe fn multiply_stage<const UNIT: bool>(
             x += tap_bytes;
             w += row_bytes;
             tap += 1;
+            if tap >= stage.taps {
+                break;
+            }
         }
         channel += 1;
+        if channel >= stage.channels {
+            break;
+        }
     }
 }
 
-/// The activation of eight results, chosen once for all of them.
+/// The activation of eight results, chosen once for all of them, and their bits once rounded.
 #[inline(always)]
-pub(in crate::conv1d) fn activate(activation: Activation, values: [f32; 8]) -> [f32; 8] {
+pub(in crate::conv1d) fn finish<E: Element>(activation: Activation, values: [f32; 8]) -> [u32; 8] {
+    let mut bits = [0; 8];
     macro_rules! each {
         ($($variant:ident)+) => {
             match activation {
-                $(Activation::$variant => values.map(|v| Activation::$variant.apply(v)),)+
+                $(Activation::$variant => {
+                    unroll!(i: usize in [0 1 2 3 4 5 6 7] {
+                        bits[i] = E::round(Activation::$variant.apply(values[i]));
+                    });
+                })+
             }
         };
     }
-    each!(None Relu Gelu GeluTanh Silu)
+    each!(None Relu Gelu GeluTanh Silu);
+    bits
 }
 
 /// Bias, activation, rounding and the stores of a thread's results.
@@ -296,14 +395,15 @@ pub(in crate::conv1d) fn activate(activation: Activation, values: [f32; 8]) -> [
 /// The output is writable, the bias 0 or readable; a barrier has passed since shared memory was
 /// last read.
 #[inline(always)]
-unsafe fn store<E: Element>(params: &GatherParams, block: &Block, sums: &Sums, smem: u32) {
-    let output = &params.output;
+unsafe fn store<E: Element>(params: &GatherParams, block: Block, sums: &Sums, smem: u32) {
+    let output = params.output.opaque();
     let size = u64::from(E::SIZE);
-    let (first, column) = params.plan.tile.thread(ptx::thread_index());
-    let row = block.first_row + first;
-    let rows = block.rows.saturating_sub(row);
-    let channel = u64::from(block.group * block.rows + row);
-    let own = smem + ptx::thread_index() * 4;
+    let thread = ptx::opaque_u32(ptx::thread_index());
+    let (first, column) = params.plan.tile.thread(thread);
+    let row = block.first_row() + first;
+    let rows = block.rows().saturating_sub(row);
+    let channel = u64::from(block.group() * block.rows() + row);
+    let own = smem + thread * 4;
     let mut bias = [0.0; 8];
     unroll!(i: u32 in [0 1 2 3 4 5 6 7] {
         if params.bias != 0 && i < rows {
@@ -346,9 +446,9 @@ unsafe fn store<E: Element>(params: &GatherParams, block: &Block, sums: &Sums, s
                     ptx::ld_shared_f32(own + (j * 8 + i) * THREADS * 4)
                 } + bias[i as usize];
             });
-            let bits = activate(activation, values).map(E::round);
+            let bits = finish::<E>(activation, values);
             if let Some((batch, q)) = block.column(params, column + (half * 4 + j) * 32) {
-                let position = block.walk.out_first + q * block.walk.out_step;
+                let position = block.out_first() + q * block.out_step();
                 let element = u64::from(batch) * output.batch
                     + channel * output.channel
                     + u64::from(position) * output.position;
@@ -414,52 +514,62 @@ pub(super) unsafe fn gather<E: Element>(params: &GatherParams) {
             options(nomem, nostack, preserves_flags),
         );
     }
-    let block = Block::new(params);
     let plan = &params.plan;
     let smem = ptx::dynamic_smem();
-    let w_smem = smem + ((plan.span << plan.log2_depth) * 4).next_multiple_of(16);
-    let (row, column) = plan.tile.thread(ptx::thread_index());
-    // In a flat tile every column's position is stored next to the one before.
-    let step = if plan.flat == 0 { block.walk.in_step } else { 1 };
-    let x_at = smem + column * step * 4;
-    let w_at = w_smem + row * 4;
-    let mut sums: Sums = [[0.0; 8]; 8];
-    let mut channel = 0;
-    while channel < block.depth {
-        ptx::nounroll();
-        let mut tap = 0;
-        while tap < block.walk.taps {
-            ptx::nounroll();
-            let left = (block.depth - channel, block.walk.taps - tap);
-            let depth = 1 << plan.log2_depth;
-            let stage = Stage {
-                channel,
-                tap,
-                channels: if left.0 < depth { left.0 } else { depth },
-                taps: if left.1 < plan.taps { left.1 } else { plan.taps },
-            };
-            // SAFETY: a stage is written between two barriers and read between the next two. The
-            // loops depend on the block alone, so all threads meet at each barrier.
-            unsafe {
-                ptx::bar_sync::<0, THREADS>();
-                load_input::<E>(params, &block, stage, smem);
-                load_filter::<E>(params, &block, stage, w_smem);
-                ptx::bar_sync::<0, THREADS>();
-                let tap_bytes = block.walk.tap_step * 4;
-                if step == 1 {
-                    multiply_stage::<true>(&mut sums, plan, stage, [x_at, tap_bytes, 128], w_at);
-                } else {
-                    let x = [x_at, tap_bytes, step * 128];
-                    multiply_stage::<false>(&mut sums, plan, stage, x, w_at);
-                }
-            }
-            tap += plan.taps;
+    // SAFETY: one thread parks, before the barrier that all threads meet.
+    let block = unsafe {
+        if ptx::thread_index() == 0 {
+            Block::park(params, smem + PARKED);
         }
-        channel += 1 << plan.log2_depth;
+        ptx::bar_sync::<0, THREADS>();
+        Block(Parked::at(smem + PARKED))
+    };
+    let mut sums: Sums = [[0.0; 8]; 8];
+    let (mut channel, mut tap) = (0, 0);
+    loop {
+        ptx::nounroll();
+        let left = (block.depth() - channel, block.taps() - tap);
+        let depth = depth_of(params);
+        let stage = Stage {
+            channel,
+            tap,
+            channels: if left.0 < depth { left.0 } else { depth },
+            taps: if left.1 < plan.taps { left.1 } else { plan.taps },
+        };
+        // SAFETY: a stage is written between two barriers and read between the next two. The
+        // loops depend on the block alone, so all threads meet at each barrier.
+        unsafe {
+            let w_smem = smem + (ptx::opaque_u32(plan.span) * depth * 4).next_multiple_of(16);
+            ptx::bar_sync::<0, THREADS>();
+            load_input::<E>(params, block, stage, smem);
+            load_filter::<E>(params, block, stage, w_smem);
+            ptx::bar_sync::<0, THREADS>();
+            let (row, column) = plan.tile.thread(ptx::opaque_u32(ptx::thread_index()));
+            let w_at = w_smem + row * 4;
+            // In a flat tile every column's position is stored next to the one before.
+            let step = if plan.flat == 0 { block.in_step() } else { 1 };
+            let x_at = smem + column * step * 4;
+            let tap_bytes = block.tap_step() * 4;
+            if step == 1 {
+                multiply_stage::<true>(&mut sums, plan, stage, [x_at, tap_bytes, 128], w_at);
+            } else {
+                let x = [x_at, tap_bytes, step * 128];
+                multiply_stage::<false>(&mut sums, plan, stage, x, w_at);
+            }
+        }
+        tap += plan.taps;
+        if tap >= block.taps() {
+            tap = 0;
+            channel += depth_of(params);
+        }
+        if channel >= block.depth() {
+            break;
+        }
     }
-    // SAFETY: the barrier follows the last reads of shared memory.
+    // SAFETY: the barrier follows the last reads of the stages; what is parked lies behind the
+    // 32 KiB that results go through.
     unsafe {
         ptx::bar_sync::<0, THREADS>();
-        store::<E>(params, &block, &sums, smem);
+        store::<E>(params, block, &sums, smem);
     }
 }

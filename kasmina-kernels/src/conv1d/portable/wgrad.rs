@@ -1,6 +1,7 @@
 //! The gradients of filter and bias: partial sums over splits of batch × length, then their totals.
 
 use super::*;
+use crate::conv1d::parked::Parked;
 use crate::conv1d::unroll::unroll;
 use crate::gemm::portable::device::Element;
 use crate::ptx;
@@ -9,23 +10,17 @@ use crate::tile_scheduler::div;
 /// A thread's sums: eight output channels of eight pairs of input channel and tap.
 type Sums = [[f32; 8]; 8];
 
-/// What a block works on.
-struct Block {
-    group: u32,
-    split: u32,
-    /// First output channel in the group.
-    first_row: u32,
-    /// First input channel in the group, and how many exist.
-    first_channel: u32,
-    channels: u32,
-    /// First tap, and how many exist.
-    first_tap: u32,
-    taps: u32,
-}
+/// What a block works on; the numbers wait in shared memory.
+#[derive(Clone, Copy)]
+struct Block(Parked);
 
 impl Block {
+    /// Finds out and parks it at `at`.
+    ///
+    /// # Safety
+    /// As [`Parked::put`]; a barrier must follow.
     #[inline(always)]
-    fn new(params: &WgradParams) -> Self {
+    unsafe fn park(params: &WgradParams, at: u32) {
         let (shape, plan) = (&params.shape, &params.plan);
         let mut rest = ptx::block_index();
         let mut take = |count: u32| {
@@ -39,15 +34,44 @@ impl Block {
         let first_tap = take(plan.tap_tiles) * plan.taps;
         let group = take(shape.groups);
         let left = (shape.group_in() - first_channel, shape.kernel_size - first_tap);
-        Self {
-            group,
-            split: rest,
-            first_row,
-            first_channel,
-            channels: if left.0 < plan.channels { left.0 } else { plan.channels },
-            first_tap,
-            taps: if left.1 < plan.taps { left.1 } else { plan.taps },
-        }
+        let channels = if left.0 < plan.channels { left.0 } else { plan.channels };
+        let taps = if left.1 < plan.taps { left.1 } else { plan.taps };
+        let values = [group, rest, first_row, first_channel, channels, first_tap, taps];
+        // SAFETY: the caller's contract.
+        unsafe { Parked::put(at, values) };
+    }
+
+    #[inline(always)]
+    fn group(self) -> u32 {
+        self.0.get(0)
+    }
+    #[inline(always)]
+    fn split(self) -> u32 {
+        self.0.get(1)
+    }
+    /// First output channel in the group.
+    #[inline(always)]
+    fn first_row(self) -> u32 {
+        self.0.get(2)
+    }
+    /// First input channel in the group.
+    #[inline(always)]
+    fn first_channel(self) -> u32 {
+        self.0.get(3)
+    }
+    /// How many of them there are.
+    #[inline(always)]
+    fn channels(self) -> u32 {
+        self.0.get(4)
+    }
+    #[inline(always)]
+    fn first_tap(self) -> u32 {
+        self.0.get(5)
+    }
+    /// How many of them there are.
+    #[inline(always)]
+    fn taps(self) -> u32 {
+        self.0.get(6)
     }
 }
 
@@ -61,15 +85,17 @@ fn place(params: &WgradParams, stage: u32, at: u32) -> Option<(u32, u32)> {
         return (position < shape.out_length).then_some((batch, position));
     }
     let number = (stage << plan.log2_depth) + at;
-    let batch = div(number, shape.out_length);
-    (batch < shape.batch).then_some((batch, number - batch * shape.out_length))
+    let length = ptx::opaque_u32(shape.out_length);
+    let batch = div(number, length);
+    (batch < shape.batch).then_some((batch, number - batch * length))
 }
 
 /// Sequence and first output position of a stage that is not flat.
 #[inline(always)]
 fn first_of(params: &WgradParams, stage: u32) -> (u32, u32) {
     let plan = &params.plan;
-    let per_row = (params.shape.out_length + ((1 << plan.log2_depth) - 1)) >> plan.log2_depth;
+    let length = ptx::opaque_u32(params.shape.out_length);
+    let per_row = (length + ((1 << plan.log2_depth) - 1)) >> plan.log2_depth;
     let batch = div(stage, per_row);
     (batch, (stage - batch * per_row) << plan.log2_depth)
 }
@@ -79,18 +105,22 @@ fn first_of(params: &WgradParams, stage: u32) -> (u32, u32) {
 /// # Safety
 /// The tensor is readable, and no thread reads the stage before the next barrier.
 #[inline(always)]
-unsafe fn load_x<E: Element>(params: &WgradParams, block: &Block, stage: u32, smem: u32) {
-    let (shape, plan, x) = (&params.shape, &params.plan, &params.x);
+unsafe fn load_x<E: Element>(params: &WgradParams, block: Block, stage: u32, smem: u32) {
+    let (shape, x) = (&params.shape, params.x.opaque());
+    let (span, pitch) = (ptx::opaque_u32(params.plan.span), ptx::opaque_u32(params.plan.pitch));
+    let flat = params.plan.flat;
+    let (stride, in_length) = (ptx::opaque_u32(shape.stride), ptx::opaque_u32(shape.in_length));
     let along_channels = x.channel == 1;
     let (fast, slow) =
-        if along_channels { (block.channels, plan.span) } else { (plan.span, block.channels) };
-    let first_channel = block.group * shape.group_in() + block.first_channel;
-    let tap_offset = (block.first_tap * shape.dilation).wrapping_sub(shape.padding_left);
-    let (batch, position) = if plan.flat == 0 { first_of(params, stage) } else { (0, 0) };
-    let first = tap_offset.wrapping_add(position * shape.stride);
+        if along_channels { (block.channels(), span) } else { (span, block.channels()) };
+    let first_channel = block.group() * shape.group_in() + block.first_channel();
+    let tap_offset = (block.first_tap() * shape.dilation).wrapping_sub(shape.padding_left);
+    let (batch, position) = if flat == 0 { first_of(params, stage) } else { (0, 0) };
+    let first = tap_offset.wrapping_add(position * stride);
     let (skip_slow, skip_fast) = (div(THREADS, fast), THREADS - div(THREADS, fast) * fast);
-    let mut s = div(ptx::thread_index(), fast);
-    let mut f = ptx::thread_index() - s * fast;
+    let thread = ptx::opaque_u32(ptx::thread_index());
+    let mut s = div(thread, fast);
+    let mut f = thread - s * fast;
     while s < slow {
         ptx::nounroll();
         let mut bits = [0; 4];
@@ -98,23 +128,23 @@ unsafe fn load_x<E: Element>(params: &WgradParams, block: &Block, stage: u32, sm
         unroll!(i: usize in [0 1 2 3] {
             if s < slow {
                 let (channel, entry) = if along_channels { (f, s) } else { (s, f) };
-                let (batch, from) = if plan.flat == 0 {
+                let (batch, from) = if flat == 0 {
                     (batch, first.wrapping_add(entry))
                 } else {
                     match place(params, stage, entry) {
-                        Some((batch, l)) => (batch, tap_offset.wrapping_add(l * shape.stride)),
+                        Some((batch, l)) => (batch, tap_offset.wrapping_add(l * stride)),
                         None => (0, u32::MAX),
                     }
                 };
                 // As unsigned, a position before the first is beyond the last.
-                if from < shape.in_length {
+                if from < in_length {
                     let element = u64::from(batch) * x.batch
                         + u64::from(first_channel + channel) * x.channel
                         + u64::from(from) * x.position;
                     // SAFETY: an existing position of an existing channel.
                     bits[i] = unsafe { E::load(x.address + element * u64::from(E::SIZE)) };
                 }
-                at[i] = smem + (channel * plan.pitch + entry) * 4;
+                at[i] = smem + (channel * pitch + entry) * 4;
                 s += skip_slow;
                 f += skip_fast;
                 if f >= fast {
@@ -137,12 +167,16 @@ unsafe fn load_x<E: Element>(params: &WgradParams, block: &Block, stage: u32, sm
 /// # Safety
 /// The tensor is readable, and no thread reads the stage before the next barrier.
 #[inline(always)]
-unsafe fn load_dz<E: Element>(params: &WgradParams, block: &Block, stage: u32, smem: u32) {
-    let (shape, plan, dz) = (&params.shape, &params.plan, &params.dz);
-    let rows = plan.tile.rows();
-    let (log2_rows, log2_depth) = (plan.tile.log2_rows(), plan.log2_depth);
+unsafe fn load_dz<E: Element>(params: &WgradParams, block: Block, stage: u32, smem: u32) {
+    let (shape, dz) = (&params.shape, params.dz.opaque());
+    let log2_rows = ptx::opaque_u32(params.plan.tile.log2_rows());
+    let log2_depth = ptx::opaque_u32(params.plan.log2_depth);
+    let rows = 1 << log2_rows;
     let total = 1 << (log2_rows + log2_depth);
-    let mut index = ptx::thread_index();
+    // Rows that exist.
+    let rows_left = shape.group_out() - block.first_row();
+    let first_channel = block.group() * shape.group_out() + block.first_row();
+    let mut index = ptx::opaque_u32(ptx::thread_index());
     while index < total {
         ptx::nounroll();
         let mut bits = [0; 4];
@@ -156,12 +190,11 @@ unsafe fn load_dz<E: Element>(params: &WgradParams, block: &Block, stage: u32, s
             };
             at[i as usize] = smem + (entry * (rows + ROW_PAD) + row) * 4;
             if index < total
-                && block.first_row + row < shape.group_out()
+                && row < rows_left
                 && let Some((batch, position)) = place(params, stage, entry)
             {
-                let channel = block.group * shape.group_out() + block.first_row + row;
                 let element = u64::from(batch) * dz.batch
-                    + u64::from(channel) * dz.channel
+                    + u64::from(first_channel + row) * dz.channel
                     + u64::from(position) * dz.position;
                 // SAFETY: an existing position of an existing channel.
                 bits[i as usize] = unsafe { E::load(dz.address + element * u64::from(E::SIZE)) };
@@ -195,50 +228,55 @@ pub(super) unsafe fn wgrad<E: Element>(params: &WgradParams) {
         );
     }
     let (shape, plan) = (&params.shape, &params.plan);
-    let block = Block::new(params);
     let smem = ptx::dynamic_smem();
-    let dz_smem = smem + (plan.channels * plan.pitch * 4).next_multiple_of(16);
-    let (row, first_column) = plan.tile.thread(ptx::thread_index());
-    // Pair of channel and tap → bytes in the stage of x; a pair that does not exist repeats the
-    // first, as its sum is not stored.
-    let tap_entries = if plan.flat == 0 { shape.dilation } else { 0 };
-    let mut x_at = [0; 8];
-    unroll!(j: u32 in [0 1 2 3 4 5 6 7] {
-        let column = first_column + j * 32;
-        let channel = div(column, plan.taps);
-        let tap = column - channel * plan.taps;
-        let exists = channel < block.channels && tap < block.taps;
-        let entry = if exists { channel * plan.pitch + tap * tap_entries } else { 0 };
-        x_at[j as usize] = smem + entry * 4;
-    });
-    let step = if plan.flat == 0 { shape.stride * 4 } else { 4 };
-    let row_bytes = (plan.tile.rows() + ROW_PAD) * 4;
-    let sums_bias = block.first_channel == 0 && block.first_tap == 0;
+    // SAFETY: one thread parks, before the barrier that all threads meet.
+    let block = unsafe {
+        if ptx::thread_index() == 0 {
+            Block::park(params, smem + PARKED);
+        }
+        if ptx::thread_index() < 64 {
+            ptx::st_shared_f32(smem + BIAS_SUMS + ptx::thread_index() * 4, 0.0);
+        }
+        ptx::bar_sync::<0, THREADS>();
+        Block(Parked::at(smem + PARKED))
+    };
+    let pairs = x_offsets(params, block);
     let mut sums: Sums = [[0.0; 8]; 8];
-    let mut bias = [0.0; 8];
-    let first = block.split * plan.stages_per_split;
+    let first = block.split() * plan.stages_per_split;
     let left = plan.stages - first;
     let last = first + if left < plan.stages_per_split { left } else { plan.stages_per_split };
     let mut stage = first;
-    while stage < last {
+    loop {
         ptx::nounroll();
         // SAFETY: a stage is written between two barriers and read between the next two; the loop
         // depends on the block alone, so all threads meet at each.
+        let operand = ptx::opaque_u32(plan.channels) * plan.pitch * 4;
+        let dz_smem = smem + operand.next_multiple_of(16);
         unsafe {
             ptx::bar_sync::<0, THREADS>();
-            load_x::<E>(params, &block, stage, smem);
-            load_dz::<E>(params, &block, stage, dz_smem);
+            load_x::<E>(params, block, stage, smem);
+            load_dz::<E>(params, block, stage, dz_smem);
             ptx::bar_sync::<0, THREADS>();
+            if block.first_channel() == 0 && block.first_tap() == 0 {
+                add_rows(plan, dz_smem, smem + BIAS_SUMS);
+            }
         }
-        let mut at = 0;
+        let mut x_at = [0; 8];
+        unroll!(j: usize in [0 1 2 3 4 5 6 7] {
+            x_at[j] = smem + ((pairs[j / 2] >> (j % 2 * 16)) & 0xFFFF);
+        });
+        let (row, _) = plan.tile.thread(ptx::opaque_u32(ptx::thread_index()));
+        let step = if plan.flat == 0 { ptx::opaque_u32(shape.stride) * 4 } else { 4 };
+        let row_bytes = (ptx::opaque_u32(plan.tile.rows()) + ROW_PAD) * 4;
         let mut dz_at = dz_smem + row * 4;
         let end = dz_at + (row_bytes << plan.log2_depth);
-        while dz_at < end {
+        loop {
             ptx::nounroll();
             let mut columns = [0.0; 8];
             unroll!(j: usize in [0 1 2 3 4 5 6 7] {
                 // SAFETY: inside the stage.
-                columns[j] = unsafe { ptx::ld_shared_f32(x_at[j] + at) };
+                columns[j] = unsafe { ptx::ld_shared_f32(x_at[j]) };
+                x_at[j] += step;
             });
             // SAFETY: inside the stage; rows are a multiple of 4, and so are the pads.
             let rows = unsafe { [ptx::ld_shared_v4_f32(dz_at), ptx::ld_shared_v4_f32(dz_at + 16)] };
@@ -247,44 +285,109 @@ pub(super) unsafe fn wgrad<E: Element>(params: &WgradParams) {
                     sums[i][j] = ptx::fma_rn_f32(rows[i / 4][i % 4], columns[j], sums[i][j]);
                 });
             });
-            if sums_bias {
-                unroll!(i: usize in [0 1 2 3 4 5 6 7] {
-                    bias[i] += rows[i / 4][i % 4];
-                });
-            }
-            at += step;
             dz_at += row_bytes;
+            if dz_at >= end {
+                break;
+            }
         }
         stage += 1;
+        // A split has a stage: loops that are known to run once keep the sums in place.
+        if stage >= last {
+            break;
+        }
     }
+    // SAFETY: the partial sums of this block are nobody else's.
+    unsafe { store(params, block, &sums, smem + BIAS_SUMS) };
+}
 
-    let split = u64::from(block.split) * (shape.filter_elements() + u64::from(shape.out_channels));
+/// Bytes from the start of a stage to the first value of x that each of a thread's columns meets,
+/// two to a word. A column that does not exist repeats the first, as its sum is not stored.
+#[inline(always)]
+fn x_offsets(params: &WgradParams, block: Block) -> [u32; 4] {
+    let plan = &params.plan;
+    let (_, first_column) = plan.tile.thread(ptx::thread_index());
+    // Every tap of a flat stage is loaded by itself.
+    let tap_entries = if plan.flat == 0 { params.shape.dilation } else { 0 };
+    let mut pairs = [0; 4];
+    unroll!(j: u32 in [0 1 2 3 4 5 6 7] {
+        let column = first_column + j * 32;
+        let channel = div(column, plan.taps);
+        let tap = column - channel * plan.taps;
+        let exists = channel < block.channels() && tap < block.taps();
+        let entry = if exists { channel * plan.pitch + tap * tap_entries } else { 0 };
+        // A stage is shorter than 64 KiB.
+        pairs[j as usize / 2] |= (entry * 4) << (j % 2 * 16);
+    });
+    pairs
+}
+
+/// Adds the stage's dz, row by row, to the sums at `sums_at`.
+///
+/// # Safety
+/// The stage is written, and a barrier has passed since; every row's sum is its thread's own.
+#[inline(always)]
+unsafe fn add_rows(plan: &WgradPlan, dz_smem: u32, sums_at: u32) {
+    let thread = ptx::opaque_u32(ptx::thread_index());
+    let rows = plan.tile.rows();
+    if thread < rows {
+        let at = sums_at + thread * 4;
+        let mut entry = 0;
+        // SAFETY: inside the stage and the sums.
+        unsafe {
+            let mut sum = ptx::ld_shared_f32(at);
+            while entry < 1 << plan.log2_depth {
+                sum += ptx::ld_shared_f32(dz_smem + (entry * (rows + ROW_PAD) + thread) * 4);
+                entry += 1;
+            }
+            ptx::st_shared_f32(at, sum);
+        }
+    }
+}
+
+/// Stores the partial sums of a block, and those of the bias where they are its.
+///
+/// # Safety
+/// The partial sums have room for this split.
+#[inline(always)]
+unsafe fn store(params: &WgradParams, block: Block, sums: &Sums, bias_sums: u32) {
+    let (shape, plan) = (&params.shape, &params.plan);
+    let thread = ptx::opaque_u32(ptx::thread_index());
+    let (row, first_column) = plan.tile.thread(thread);
+    let split =
+        u64::from(block.split()) * (shape.filter_elements() + u64::from(shape.out_channels));
     let partials = params.partials + split * 4;
-    unroll!(i: u32 in [0 1 2 3 4 5 6 7] {
-        let row = block.first_row + row + i;
-        if row < shape.group_out() {
-            let out = u64::from(block.group * shape.group_out() + row);
-            unroll!(j: u32 in [0 1 2 3 4 5 6 7] {
-                let column = first_column + j * 32;
-                let channel = div(column, plan.taps);
-                let tap = column - channel * plan.taps;
-                if channel < block.channels && tap < block.taps {
-                    let channel = block.first_channel + channel;
-                    let element = (out * u64::from(shape.group_in()) + u64::from(channel))
-                        * u64::from(shape.kernel_size)
-                        + u64::from(block.first_tap + tap);
+    let row = block.first_row() + row;
+    let out = u64::from(block.group() * shape.group_out() + row);
+    unroll!(j: u32 in [0 1 2 3 4 5 6 7] {
+        let column = first_column + j * 32;
+        let channel = div(column, plan.taps);
+        let tap = column - channel * plan.taps;
+        if channel < block.channels() && tap < block.taps() {
+            let channel = block.first_channel() + channel;
+            let element = (out * u64::from(shape.group_in()) + u64::from(channel))
+                * u64::from(shape.kernel_size)
+                + u64::from(block.first_tap() + tap);
+            let row_elements = u64::from(shape.group_in()) * u64::from(shape.kernel_size);
+            unroll!(i: u32 in [0 1 2 3 4 5 6 7] {
+                if row + i < shape.group_out() {
+                    let at = partials + (element + u64::from(i) * row_elements) * 4;
                     let sum = sums[i as usize][j as usize].to_bits();
                     // SAFETY: a partial sum that no other thread writes.
-                    unsafe { ptx::st_global_u32(partials + element * 4, sum) };
+                    unsafe { ptx::st_global_u32(at, sum) };
                 }
             });
-            if sums_bias && first_column == 0 {
-                let at = partials + (shape.filter_elements() + out) * 4;
-                // SAFETY: as above; one thread has this row and the first column.
-                unsafe { ptx::st_global_u32(at, bias[i as usize].to_bits()) };
-            }
         }
     });
+    if block.first_channel() == 0
+        && block.first_tap() == 0
+        && thread < plan.tile.rows()
+        && block.first_row() + thread < shape.group_out()
+    {
+        let out = u64::from(block.group() * shape.group_out() + block.first_row() + thread);
+        let at = partials + (shape.filter_elements() + out) * 4;
+        // SAFETY: as above; the sum is this thread's own.
+        unsafe { ptx::st_global_u32(at, ptx::ld_shared_f32(bias_sums + thread * 4).to_bits()) };
+    }
 }
 
 /// One sum over the splits, in their order.
