@@ -22,12 +22,13 @@ pub struct KernelConfig {
     tier: Option<Tier>,
     hopper_tile: Option<[u32; 2]>,
     enable_tma: bool,
+    enable_tiling: bool,
     ptx_dir: Option<PathBuf>,
 }
 
 impl Default for KernelConfig {
     fn default() -> Self {
-        Self { tier: None, hopper_tile: None, enable_tma: true, ptx_dir: None }
+        Self { tier: None, hopper_tile: None, enable_tma: true, enable_tiling: true, ptx_dir: None }
     }
 }
 
@@ -78,6 +79,16 @@ impl KernelConfig {
         self
     }
 
+    /// Whether convolutions may reuse what they load, in shared memory and registers; they may by
+    /// default. Without it the portable tier computes one element per thread straight from global
+    /// memory, neighbouring threads at distant addresses: the baseline that tiling is measured
+    /// against.
+    #[must_use]
+    pub const fn enable_tiling(mut self, enable: bool) -> Self {
+        self.enable_tiling = enable;
+        self
+    }
+
     /// Loads PTX from this folder, laid out as `<tier>/<module>.ptx`, instead of the modules that
     /// are built in.
     #[must_use]
@@ -102,6 +113,12 @@ impl KernelConfig {
     #[must_use]
     pub const fn tma_enabled(&self) -> bool {
         self.enable_tma
+    }
+
+    /// Whether convolutions may reuse what they load.
+    #[must_use]
+    pub const fn tiling_enabled(&self) -> bool {
+        self.enable_tiling
     }
 
     /// The folder that overrides the built-in PTX, if one does.

@@ -11,9 +11,7 @@ mod portable;
 
 use kasmina_kernels::abi::Tier;
 use kasmina_kernels::activation::Activation;
-use kasmina_kernels::conv1d::{
-    Conv1dExtents, Conv1dShape, FilterLayout, Padding, SequenceLayout,
-};
+use kasmina_kernels::conv1d::{Conv1dExtents, Conv1dShape, FilterLayout, Padding, SequenceLayout};
 
 use crate::config::KernelConfig;
 use crate::cpu;
@@ -153,7 +151,7 @@ impl<T: Element> Forward<'_, T> {
         config: &KernelConfig,
     ) -> Result<Tier> {
         let y = Sequences::new(y, y_layout);
-        let pass = self.check(y)?;
+        let pass = self.check(y, config.tiling_enabled())?;
         let tier = choose_tier(Self::OP, self.w, config, |tier| pass.obstacle(tier, config))?;
         if y.tensor.is_empty() {
             return Ok(tier);
@@ -178,7 +176,7 @@ impl<T: Element> Forward<'_, T> {
         Ok(tier)
     }
 
-    fn check(&self, y: Sequences<'_, T>) -> Result<ForwardPass> {
+    fn check(&self, y: Sequences<'_, T>, tiled: bool) -> Result<ForwardPass> {
         let op = Self::OP;
         let inputs = [("x", Some(self.x.tensor)), ("w", Some(self.w)), ("bias", self.bias)];
         check_devices(op, self.w, inputs.into_iter().chain([("y", Some(y.tensor))]))?;
@@ -196,6 +194,7 @@ impl<T: Element> Forward<'_, T> {
             bias: self.bias.map_or(0, Tensor::as_device_ptr),
             activation: self.activation,
             y: y.describe("y"),
+            tiled,
         })
     }
 }
@@ -284,6 +283,7 @@ impl<T: Element> Backward<'_, T> {
             dz: self.dz.describe("dz"),
             w: describe_filter("w", self.w, self.filter_layout),
             dx: dx.describe("dx"),
+            tiled: config.tiling_enabled(),
         });
         let wgrad = (dw.is_some() || db.is_some()).then(|| WgradPass {
             shape,
@@ -322,7 +322,7 @@ impl<T: Element> Backward<'_, T> {
             {
                 portable::dgrad(&launch, pass)?;
             }
-            wgrad.as_ref().map_or(Ok(()), |pass| portable::wgrad(&launch, pass))
+            wgrad.as_ref().map_or(Ok(()), |pass| portable::wgrad(&launch, stream, pass))
         })?;
         Ok([dgrad_tier, wgrad_tier])
     }
@@ -345,9 +345,11 @@ impl<T: Element> Backward<'_, T> {
         }
         let Some(pass) = wgrad else { return Ok(()) };
         let before = |tensor: Option<&Tensor<T>>| {
-            tensor.map(|tensor| {
-                if self.accumulate { tensor.to_vec() } else { zeroed(tensor.len()) }
-            })
+            tensor.map(
+                |tensor| {
+                    if self.accumulate { tensor.to_vec() } else { zeroed(tensor.len()) }
+                },
+            )
         };
         let mut dw_values = before(dw).transpose()?;
         let mut db_values = before(db).transpose()?;
@@ -365,6 +367,52 @@ impl<T: Element> Backward<'_, T> {
         }
         Ok(())
     }
+}
+
+/// `dy · act'(z)` in a new tensor of the layout of `dy`.
+pub(crate) fn activation_gradient<T: Element>(
+    activation: Activation,
+    z: Sequences<'_, T>,
+    dy: Sequences<'_, T>,
+    config: &KernelConfig,
+) -> Result<Tensor<T>> {
+    let op = Operation::ActivationGrad.name();
+    let [batch, channels, length] = z.extents();
+    check_devices(op, z.tensor, [("dy", Some(dy.tensor))])?;
+    dy.check(op, "dy", [batch, channels, length])?;
+    let shape = Shape::from(dy.layout.extents(batch, channels, length));
+    let device = z.tensor.device();
+    let dz = Tensor::uninitialised(device, shape, op)?;
+    let overflow = |_| Error::Overflow { op, quantity: "an extent", limit: u64::from(u32::MAX) };
+    let extent = |extent: usize| u32::try_from(extent).map_err(overflow);
+    let extents = [extent(batch)?, extent(channels)?, extent(length)?];
+    if dz.is_empty() {
+        return Ok(dz);
+    }
+    let [z_view, dy_view] = [z.describe("z"), dy.describe("dy")];
+    let Some(stream) = device.stream().gpu() else {
+        let (z, dy) = (z.tensor.host_view(), dy.tensor.host_view());
+        let mut result = zeroed(dz.len())?;
+        let operands = [(z.values(), z_view), (dy.values(), dy_view)];
+        cpu::conv1d::activation_grad(activation, extents, operands, dy_view.layout, &mut result);
+        dz.store(result);
+        return Ok(dz);
+    };
+    let launch = Launch {
+        stream,
+        ptx_dir: config.ptx_override().or(device.defaults().ptx_override()),
+        operation: Operation::ActivationGrad,
+    };
+    let pass = ActivationGradPass {
+        extents,
+        dtype: T::DTYPE,
+        activation,
+        z: z_view,
+        dy: dy_view,
+        dz: Sequences::new(&dz, dy.layout).describe("dz"),
+    };
+    ordered(z.tensor, &[Some(dy.tensor)], || portable::activation_grad(&launch, &pass))?;
+    Ok(dz)
 }
 
 /// Batch, channels and length of the output.

@@ -1,4 +1,5 @@
 //! The CPU tier: one file per operation, each on host slices.
 
+pub(crate) mod conv1d;
 pub(crate) mod gemm;
 pub(crate) mod reduce;

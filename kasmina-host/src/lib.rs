@@ -9,7 +9,7 @@
 //! | `device`, `stream` | where things run, and in which order |
 //! | `tensor`, `shape`, `element` | what they run on |
 //! | `reduce` | statistics of whole tensors |
-//! | `layer` | what they are used through |
+//! | `layer`, `conv1d_layer` | what they are used through |
 //! | `config` | how kernels are chosen |
 //! | `error` | what can go wrong |
 //! | `cpu` | the CPU tier |
@@ -19,6 +19,7 @@
 
 mod config;
 pub mod conv1d;
+mod conv1d_layer;
 mod cpu;
 mod device;
 mod element;
@@ -34,6 +35,7 @@ mod tensor;
 mod tensor_map;
 
 pub use config::KernelConfig;
+pub use conv1d_layer::{Conv1dConfig, Conv1dGradients, KasminaConv1d};
 pub use device::{Capability, Device, DeviceId, MemoryStats};
 pub use element::Element;
 pub use error::{Error, ForeignPointerFault, Obstacle, Result};

@@ -3,7 +3,7 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use crate::conv1d::hopper as conv1d;
+use crate::conv1d::{self, hopper as conv1d_hopper};
 use crate::gemm::{hopper, portable};
 use crate::reduce;
 
@@ -149,7 +149,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 11] = [
+    const FIRST: [&Module; 14] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -159,13 +159,16 @@ pub static MODULES: &[&Module] = &{
         &reduce::HOPPER_F32,
         &reduce::HOPPER_F16,
         &reduce::HOPPER_BF16,
-        &conv1d::pack::MODULE,
-        &conv1d::wgrad::sum::MODULE,
+        &conv1d::portable::F32,
+        &conv1d::portable::F16,
+        &conv1d::portable::BF16,
+        &conv1d_hopper::pack::MODULE,
+        &conv1d_hopper::wgrad::sum::MODULE,
     ];
     const GEMM: usize = FIRST.len();
     const GATHER: usize = GEMM + hopper::KERNELS.len();
-    const WGRAD: usize = GATHER + conv1d::gather::KERNELS.len();
-    let mut modules = [FIRST[0]; WGRAD + conv1d::wgrad::KERNELS.len()];
+    const WGRAD: usize = GATHER + conv1d_hopper::gather::KERNELS.len();
+    let mut modules = [FIRST[0]; WGRAD + conv1d_hopper::wgrad::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
@@ -173,9 +176,9 @@ pub static MODULES: &[&Module] = &{
         } else if row < GATHER {
             hopper::KERNELS[row - GEMM].kernel.module
         } else if row < WGRAD {
-            conv1d::gather::KERNELS[row - GATHER].kernel.module
+            conv1d_hopper::gather::KERNELS[row - GATHER].kernel.module
         } else {
-            conv1d::wgrad::KERNELS[row - WGRAD].kernel.module
+            conv1d_hopper::wgrad::KERNELS[row - WGRAD].kernel.module
         };
         row += 1;
     }

@@ -4,6 +4,11 @@
 //! The tensor-core tiers, whose results are rounded to 11 or 8 significant bits, evaluate
 //! [`EpilogueActivation`]: one branch-free clamp for the piecewise-linear functions and one
 //! parameterised sigmoid for the smooth ones, so that the epilogue has two code paths, not five.
+//!
+//! The derivatives, for the backward pass, have the same two accuracies: [`Activation::gradient`]
+//! and, for results of 16 bits, `Activation::gradient_for_16_bits`.
+
+mod gradient;
 
 use crate::elementary::{erf, exp, fused_multiply_add};
 
@@ -73,6 +78,20 @@ const GELU_TANH_CUBIC: f32 = 0.044_715;
 /// Number of coefficients of the sigmoid form.
 const SIGMOID_TERMS: usize = 7;
 
+/// `logit Φ(x) / x` as a polynomial in `x²`, lowest power first: weighted least squares over
+/// Chebyshev nodes of |x| ≤ 5, minimax-refined.
+const GELU_LOGIT: [f32; SIGMOID_TERMS] = [
+    1.595_457_4,
+    0.073_143_84,
+    -0.000_272_958_08,
+    -7.217_759e-5,
+    4.515_048e-6,
+    -1.216_627_8e-7,
+    1.276_980_2e-9,
+];
+/// The largest x² for which that holds.
+const GELU_T_MAX: f32 = 25.0;
+
 /// An activation as the tensor-core epilogue evaluates it.
 ///
 /// Piecewise linear (`smooth == 0`): `max(x, lower)`, with `lower` 0 or −∞.
@@ -109,19 +128,7 @@ impl EpilogueActivation {
                 let scale = 2.0 * GELU_TANH_SCALE;
                 ([scale, scale * GELU_TANH_CUBIC, 0.0, 0.0, 0.0, 0.0, 0.0], 64.0)
             }
-            // Weighted least squares in t over Chebyshev nodes of [0, 5], minimax-refined.
-            Activation::Gelu => (
-                [
-                    1.595_457_4,
-                    0.073_143_84,
-                    -0.000_272_958_08,
-                    -7.217_759e-5,
-                    4.515_048e-6,
-                    -1.216_627_8e-7,
-                    1.276_980_2e-9,
-                ],
-                25.0,
-            ),
+            Activation::Gelu => (GELU_LOGIT, GELU_T_MAX),
         };
         Self {
             q: p.map(|c| -core::f32::consts::LOG2_E * c),

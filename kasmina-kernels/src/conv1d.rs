@@ -20,6 +20,13 @@ use core::fmt;
 
 use crate::tile_scheduler::div;
 
+pub mod depthwise;
+#[cfg(target_arch = "nvptx64")]
+mod parked;
+pub mod portable;
+#[cfg(target_arch = "nvptx64")]
+mod unroll;
+
 /// Which way round the channels and positions of a tensor lie in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u32)]
@@ -368,6 +375,13 @@ impl Conv1dShape {
     #[inline(always)]
     pub const fn residues(&self) -> u32 {
         if self.stride < self.in_length { self.stride } else { self.in_length }
+    }
+
+    /// Taps of the class with the most of them.
+    #[must_use]
+    pub const fn most_dgrad_taps(&self) -> u32 {
+        let period = div(self.stride, gcd(self.stride, self.dilation));
+        self.kernel_size.div_ceil(period)
     }
 
     /// What dgrad gathers from the output's gradient for the input positions `j` with

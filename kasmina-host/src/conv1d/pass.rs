@@ -40,6 +40,8 @@ pub(crate) struct ForwardPass {
     pub(crate) bias: u64,
     pub(crate) activation: Activation,
     pub(crate) y: Sequence,
+    /// Whether tiles in shared memory, and what else reuses loads, may be used.
+    pub(crate) tiled: bool,
 }
 
 /// The gradient of the input.
@@ -50,6 +52,8 @@ pub(crate) struct DgradPass {
     pub(crate) dz: Sequence,
     pub(crate) w: Filter,
     pub(crate) dx: Sequence,
+    /// As that of [`ForwardPass`].
+    pub(crate) tiled: bool,
 }
 
 /// The gradients of filter and bias, at least one of them.
@@ -64,6 +68,18 @@ pub(crate) struct WgradPass {
     pub(crate) db: Option<u64>,
     /// Whether both are added to what is there.
     pub(crate) accumulate: bool,
+}
+
+/// `dz = dy · act'(z)`
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ActivationGradPass {
+    /// Batch, channels, length.
+    pub(crate) extents: [u32; 3],
+    pub(crate) dtype: DType,
+    pub(crate) activation: Activation,
+    pub(crate) z: Sequence,
+    pub(crate) dy: Sequence,
+    pub(crate) dz: Sequence,
 }
 
 impl ForwardPass {

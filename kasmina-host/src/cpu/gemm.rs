@@ -139,7 +139,12 @@ fn blocks<T>(y: &mut [T], m: usize, n: usize, row_stride: usize) -> Vec<Block<'_
 }
 
 /// `sums += x·w`, with `sums` as wide as the result.
-fn add_product(x: Matrix<'_, f32>, w: Matrix<'_, f32>, layout: WeightLayout, sums: &mut [f32]) {
+pub(crate) fn add_product(
+    x: Matrix<'_, f32>,
+    w: Matrix<'_, f32>,
+    layout: WeightLayout,
+    sums: &mut [f32],
+) {
     let (m, k) = (x.rows, x.columns);
     let (n, w_k_stride, w_n_stride) = match layout {
         WeightLayout::InOut => (w.columns, w.row_stride, 1),

@@ -162,6 +162,7 @@ fn gathers_of_both_directions_meet_exactly_where_the_definition_does() {
                         let mut backward = vec![];
                         for residue in 0..shape.residues() {
                             let gather = shape.dgrad_gather(residue);
+                            assert!(gather.taps <= shape.most_dgrad_taps());
                             for q in 0..gather.out_count {
                                 written[(gather.out_first + q * gather.out_step) as usize] += 1;
                             }

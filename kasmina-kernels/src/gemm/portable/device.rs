@@ -5,7 +5,7 @@ use crate::activation::Activation;
 use crate::ptx;
 
 /// An element type in global memory. Bits travel in the lower end of a `u32`.
-pub(super) trait Element {
+pub(crate) trait Element {
     const SIZE: u32;
     fn widen(bits: u32) -> f32;
     fn round(value: f32) -> u32;
@@ -17,9 +17,9 @@ pub(super) trait Element {
     unsafe fn store(address: u64, bits: u32);
 }
 
-pub(super) struct F32;
-pub(super) struct F16;
-pub(super) struct BF16;
+pub(crate) struct F32;
+pub(crate) struct F16;
+pub(crate) struct BF16;
 
 impl Element for F32 {
     const SIZE: u32 = 4;
