@@ -6,6 +6,7 @@
 //! tier → launch. A tier is chosen for every pass by itself.
 #![forbid(unsafe_code)]
 
+mod hopper;
 mod pass;
 mod portable;
 
@@ -172,7 +173,10 @@ impl<T: Element> Forward<'_, T> {
             operation: Operation::Conv1dForward,
         };
         let operands = [Some(self.x.tensor), self.bias, Some(y.tensor)];
-        ordered(self.w, &operands, || portable::forward(&launch, &pass))?;
+        ordered(self.w, &operands, || match tier {
+            Tier::Hopper => hopper::forward(&launch, stream, &pass),
+            _ => portable::forward(&launch, &pass),
+        })?;
         Ok(tier)
     }
 
@@ -320,9 +324,15 @@ impl<T: Element> Backward<'_, T> {
             if let (Some(pass), Some(dx)) = (&dgrad, dx)
                 && !dx.tensor.is_empty()
             {
-                portable::dgrad(&launch, pass)?;
+                match dgrad_tier {
+                    Some(Tier::Hopper) => hopper::dgrad(&launch, stream, pass)?,
+                    _ => portable::dgrad(&launch, pass)?,
+                }
             }
-            wgrad.as_ref().map_or(Ok(()), |pass| portable::wgrad(&launch, stream, pass))
+            wgrad.as_ref().map_or(Ok(()), |pass| match wgrad_tier {
+                Some(Tier::Hopper) => hopper::wgrad(&launch, stream, pass),
+                _ => portable::wgrad(&launch, stream, pass),
+            })
         })?;
         Ok([dgrad_tier, wgrad_tier])
     }

@@ -16,6 +16,7 @@ pub(crate) use buffer::Buffer;
 pub(crate) use context::Gpu;
 pub(crate) use launch::Launch;
 pub(crate) use stream::Stream;
+pub(crate) use tensor_map::encode_sequence_map;
 
 use kasmina_driver::RawError;
 

@@ -11,7 +11,7 @@ use crate::device::{Capability, MemoryStats};
 use crate::error::{Error, Obstacle, Result};
 use crate::stream::Operation;
 use crate::tensor::Region;
-use crate::tensor_map::TensorMapKey;
+use crate::tensor_map::{SequenceMap, TensorMapKey};
 
 #[derive(Debug)]
 pub(crate) enum Gpu {}
@@ -127,4 +127,8 @@ impl Launch<'_> {
     pub(crate) fn run<P: KernelParams>(&self, _: &'static Kernel<P>, _: u32, _: &P) -> Result<()> {
         match *self.stream {}
     }
+}
+
+pub(crate) fn encode_sequence_map(_: &SequenceMap) -> Result<TensorMap> {
+    Err(Error::NoDriver { reason: "this build lacks the feature `cuda`".to_owned() })
 }

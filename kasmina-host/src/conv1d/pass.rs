@@ -4,6 +4,7 @@ use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::conv1d::{Conv1dShape, FilterLayout, SequenceLayout};
 
+use super::hopper;
 use crate::config::KernelConfig;
 use crate::error::Obstacle;
 
@@ -84,25 +85,21 @@ pub(crate) struct ActivationGradPass {
 
 impl ForwardPass {
     /// Why `tier` cannot serve this pass, on a device that has the tier.
-    pub(crate) fn obstacle(&self, tier: Tier, _: &KernelConfig) -> Option<Obstacle> {
-        no_tensor_cores(tier)
+    pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
+        (tier == Tier::Hopper).then(|| hopper::forward_obstacle(self, config)).flatten()
     }
 }
 
 impl DgradPass {
     /// Why `tier` cannot serve this pass, on a device that has the tier.
-    pub(crate) fn obstacle(&self, tier: Tier, _: &KernelConfig) -> Option<Obstacle> {
-        no_tensor_cores(tier)
+    pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
+        (tier == Tier::Hopper).then(|| hopper::dgrad_obstacle(self, config)).flatten()
     }
 }
 
 impl WgradPass {
     /// Why `tier` cannot serve this pass, on a device that has the tier.
-    pub(crate) fn obstacle(&self, tier: Tier, _: &KernelConfig) -> Option<Obstacle> {
-        no_tensor_cores(tier)
+    pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
+        (tier == Tier::Hopper).then(|| hopper::wgrad_obstacle(self, config)).flatten()
     }
-}
-
-fn no_tensor_cores(tier: Tier) -> Option<Obstacle> {
-    (tier == Tier::Hopper).then_some(Obstacle::Operation)
 }

@@ -7,7 +7,7 @@ use crate::ptx;
 /// Launched by `launch` on the host with the geometry of `KERNEL` and parameters that the host's
 /// `conv1d/hopper.rs` has derived from a checked shape.
 #[unsafe(no_mangle)]
-pub unsafe extern "ptx-kernel" fn conv1d_pack_filter(params: PackParams) {
+pub(super) unsafe extern "ptx-kernel" fn conv1d_pack_filter(params: PackParams) {
     // SAFETY: a comment for `cargo xtask ptx`.
     unsafe {
         core::arch::asm!("// kasmina: .maxntid {threads}, 1, 1", threads = const THREADS,
@@ -20,21 +20,26 @@ pub unsafe extern "ptx-kernel" fn conv1d_pack_filter(params: PackParams) {
     let filter = params.filter + 2 * (group as u64 * params.group_stride);
     ptx::griddepcontrol_launch_dependents();
     ptx::griddepcontrol_wait();
-    let mut other = slow;
-    while other < TILE {
+    let load = |step: u32| {
+        let other = slow + step * (THREADS / TILE);
         let (r, c) = if swapped { (fast, other) } else { (other, fast) };
         let (at_row, at_column) = (row + r, column + c);
-        if at_row < params.rows && at_column < params.columns {
-            let element = at_row as u64 * params.row_stride
-                + at_column as u64 * params.column_stride
-                + tap as u64 * params.tap_stride;
-            // SAFETY: inside the filter; the place in shared memory is this thread's.
-            unsafe {
-                let bits = ptx::ld_global_u16(filter + 2 * element);
-                ptx::st_shared_u32(smem + 4 * (r * (TILE + 1) + c), bits as u32);
-            }
-        }
-        other += THREADS / TILE;
+        let element = at_row as u64 * params.row_stride
+            + at_column as u64 * params.column_stride
+            + tap as u64 * params.tap_stride;
+        let place = smem + 4 * (r * (TILE + 1) + c);
+        let inside = at_row < params.rows && at_column < params.columns;
+        // SAFETY: inside the filter.
+        (place, if inside { unsafe { ptx::ld_global_u16(filter + 2 * element) } } else { 0 })
+    };
+    // All are on their way before the first is used.
+    let [a, b, c, d] = [load(0), load(1), load(2), load(3)];
+    // SAFETY: this thread's places in shared memory.
+    unsafe {
+        ptx::st_shared_u32(a.0, a.1 as u32);
+        ptx::st_shared_u32(b.0, b.1 as u32);
+        ptx::st_shared_u32(c.0, c.1 as u32);
+        ptx::st_shared_u32(d.0, d.1 as u32);
     }
     // SAFETY: the whole block is here.
     unsafe { ptx::bar_sync_all() };

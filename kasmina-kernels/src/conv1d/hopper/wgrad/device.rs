@@ -52,7 +52,7 @@ impl Source {
             let (mut step, end) = split.range(part);
             while step < end {
                 let segment = split.segment(part, step, end);
-                step += segment.count;
+                step = segment.next;
                 let place = walk.place(segment.tile);
                 let out_channel = place.row * tile.block_m;
                 let slab = place.column * (tile.block_n / SLAB_N);
@@ -214,7 +214,7 @@ pub(super) unsafe fn sum_rows<E: Element>(
         let (mut step, end) = split.range(part);
         while step < end {
             let segment = split.segment(part, step, end);
-            step += segment.count;
+            step = segment.next;
             let wanted = bias_partials != 0;
             // Of the tiles of a row, which load the same rows of dz, each sums every so many steps.
             let column = walk.place(segment.tile).column;
@@ -425,7 +425,7 @@ macro_rules! entry {
                     let (mut step, end) = split.range(part);
                     while step < end {
                         let segment = split.segment(part, step, end);
-                        step += segment.count;
+                        step = segment.next;
                         multiply_tile! {
                             $ptx_type, $block_n, TILE, DZ, X, block, consumer, elected, position,
                             segment.count, $($($c)+)+

@@ -76,8 +76,6 @@ pub struct SumParams {
     pub lanes: u32,
     /// 1 to add to what is there.
     pub accumulate: u32,
-    /// Keeps the size a multiple of 8 without padding.
-    pub reserved: u32,
 }
 
 // SAFETY: repr(C); five u64 and twenty-two 32-bit fields: no padding.
@@ -122,7 +120,6 @@ impl SumParams {
             taps_are_neighbours: matches!(layout, FilterLayout::OutInTap) as u32,
             lanes: lanes(&split, shape.filter_elements()),
             accumulate: 0,
-            reserved: 0,
         }
     }
 
@@ -165,16 +162,6 @@ impl SumParams {
             index: tile_row.wrapping_mul(self.block_n).wrapping_add(tile_column),
             offset: (row as u64).wrapping_mul(self.row_stride).wrapping_add(column as u64),
         }
-    }
-
-    /// The first slot of the tiles of a row, and how many follow each other.
-    #[must_use]
-    #[inline(always)]
-    pub const fn bias_slots(&self, row: TilePlace) -> (u32, u32) {
-        let first = self.walk.tile(row);
-        let (slot, _) = self.split.slots(first);
-        let (last, count) = self.split.slots(first.wrapping_add(self.walk.tiles_n - 1));
-        (slot, last.wrapping_sub(slot).wrapping_add(count))
     }
 
     /// The first tile of the row that holds an output channel, and the row in it.

@@ -37,7 +37,7 @@ fn parts_cover_every_step_once_and_find_the_slots_that_are_summed() {
                 for index in 0..segment.count {
                     steps[(segment.tile * k_blocks + segment.first + index) as usize] += 1;
                 }
-                step += segment.count;
+                step = segment.next;
             }
         }
         assert!(steps.iter().all(|&visits| visits == 1));
@@ -52,8 +52,20 @@ fn parts_cover_every_step_once_and_find_the_slots_that_are_summed() {
 
 #[test]
 fn steps_that_cannot_be_counted_are_refused() {
-    assert!(Split::new(1 << 16, 1 << 15, 132).is_none());
-    assert!(Split::new(1 << 15, 1 << 15, 132).is_some());
+    assert!(Split::new(1 << 15, 1 << 15, 132).is_none());
+    assert!(Split::new(1 << 14, 1 << 15, 132).is_some());
+}
+
+#[test]
+fn tiles_that_fill_the_gpu_with_whole_parts_have_parts_of_their_own() {
+    let split = |tiles, k_blocks| Split::new(tiles, k_blocks, 132).expect("few steps");
+    for (tiles, k_blocks, per_part) in [(6, 2048, 94), (40, 1024, 342), (2, 4096, 63)] {
+        assert_eq!(split(tiles, k_blocks).per_part, per_part);
+        assert_eq!(split(tiles, k_blocks).tile_steps, k_blocks.next_multiple_of(per_part));
+    }
+    // 96 blocks of 132 would be idle for more than a quarter of the time.
+    assert_eq!(split(96, 128).tile_steps, 128);
+    assert_eq!(split(96, 128).per_part, 94);
 }
 
 #[test]

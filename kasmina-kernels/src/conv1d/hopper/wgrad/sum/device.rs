@@ -76,16 +76,20 @@ unsafe fn sum<T: Type>(params: SumParams) {
     } else if number - filter < params.out_channels && params.db != 0 {
         let channel = number - filter;
         let (place, row) = params.row(channel);
-        let (slot, count) = params.bias_slots(place);
         let stride = BIAS_SLOT as u64 * 4;
-        let first = params.bias_partials + slot as u64 * stride + row as u64 * 4;
-        // SAFETY: the slots of the tiles of the channel's row; of 64 rows there are two sums.
-        unsafe {
-            value = Column { first, stride, count }.sum(lane, params.lanes);
-            if params.block_m == 64 {
-                let first = first + 64 * 4;
+        let mut column = 0;
+        while column < params.walk.tiles_n {
+            let (slot, count) = params.split.slots(params.walk.tile(place) + column);
+            let first = params.bias_partials + slot as u64 * stride + row as u64 * 4;
+            // SAFETY: the slots of the tiles of the channel's row; of 64 rows there are two sums.
+            unsafe {
                 value += Column { first, stride, count }.sum(lane, params.lanes);
+                if params.block_m == 64 {
+                    let first = first + 64 * 4;
+                    value += Column { first, stride, count }.sum(lane, params.lanes);
+                }
             }
+            column += 1;
         }
         out = params.db + 2 * channel as u64;
     }
@@ -115,7 +119,7 @@ macro_rules! entry {
         /// Launched by `launch` on the host with the geometry of its `Kernel` and parameters that
         /// the host's `conv1d/hopper.rs` has derived from a checked shape.
         #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $entry(params: SumParams) {
+        pub(super) unsafe extern "ptx-kernel" fn $entry(params: SumParams) {
             // SAFETY: a comment for `cargo xtask ptx`; the whole block calls `sum`.
             unsafe {
                 core::arch::asm!("// kasmina: .maxntid {threads}, 1, 1", threads = const THREADS,
