@@ -127,6 +127,11 @@ const fn volume(
     Volume { sequence, channels, length, batch: shape.batch, groups: shape.groups, dtype }
 }
 
+/// Positions from the first tap to the last.
+const fn filter_span(shape: &Conv1dShape) -> u64 {
+    (shape.kernel_size as u64 - 1) * shape.dilation as u64
+}
+
 /// What holds for every pass.
 fn general_obstacle(dtype: DType, shape: &Conv1dShape, config: &KernelConfig) -> Option<Obstacle> {
     if !serves(dtype) {
@@ -150,6 +155,8 @@ struct GatherPass<'a> {
     channels: [u32; 2],
     bias: u64,
     activation: Activation,
+    /// No walk of the pass has a first and a last tap that meet positions further apart.
+    reach: u64,
 }
 
 impl<'a> GatherPass<'a> {
@@ -163,6 +170,7 @@ impl<'a> GatherPass<'a> {
             channels: [shape.group_in(), shape.group_out()],
             bias: pass.bias,
             activation: pass.activation,
+            reach: filter_span(shape),
         }
     }
 
@@ -176,14 +184,25 @@ impl<'a> GatherPass<'a> {
             channels: [shape.group_out(), shape.group_in()],
             bias: 0,
             activation: Activation::None,
+            reach: filter_span(shape) / shape.stride as u64,
         }
     }
 
+    const fn problem(&self) -> Problem {
+        let counts = [self.shape.batch, self.shape.groups];
+        Problem { reach: self.reach, ..Problem::new(&self.gather, counts, self.channels) }
+    }
+
+    const fn layouts(&self) -> [SequenceLayout; 2] {
+        [self.input.sequence.layout, self.output.sequence.layout]
+    }
+
     fn obstacle(&self) -> Option<Obstacle> {
-        let unserved = (self.input.sequence.layout == SequenceLayout::Ncl)
-            || self.gather.in_step > MAX_STEP
-            || (self.output.sequence.layout == SequenceLayout::Ncl && self.gather.out_step > 1);
-        unserved
+        let scattered =
+            self.output.sequence.layout == SequenceLayout::Ncl && self.gather.out_step > 1;
+        // The choice among kernels depends on the GPU, whether there is one does not.
+        let selected = gather::select(self.input.dtype, self.layouts(), &self.problem(), 1);
+        (scattered || selected.is_none() || self.gather.out_step > MAX_STEP)
             .then_some(Obstacle::Operation)
             .or_else(|| self.input.obstacle())
             .or_else(|| self.output.store_obstacle())
@@ -193,23 +212,15 @@ impl<'a> GatherPass<'a> {
     fn run(&self, launch: &Launch<'_>, packed: &Packed) -> Result<()> {
         let [in_channels, out_channels] = self.channels;
         let (gather, groups) = (&self.gather, self.shape.groups);
-        let layouts = [self.input.sequence.layout, self.output.sequence.layout];
+        let layouts = self.layouts();
         let sm_count = launch.stream.gpu().capability().sm_count;
-        let problem = Problem {
-            batch: self.shape.batch,
-            positions: gather.out_count,
-            groups,
-            in_channels,
-            out_channels,
-            taps: gather.taps.max(1),
-        };
         let dtype = self.input.dtype;
         let unsupported = || Error::DType {
             op: launch.operation.name(),
             expected: DType::BF16,
             got: dtype,
         };
-        let selected = gather::select(dtype, layouts, &problem, sm_count).ok_or_else(unsupported)?;
+        let selected = gather::select(dtype, layouts, &self.problem(), sm_count).ok_or_else(unsupported)?;
         let walk = gather::Walk::new(gather, self.channels, selected);
         let tiles = walk.scheduler(layouts[1], self.shape.batch, groups);
         let blocks = u64::from(tiles.tiles_m) * u64::from(tiles.tiles_n);

@@ -8,19 +8,22 @@
 //! output NLC   out[positions, channels] = in[positions, k] · w[channels, k]ᵀ
 //! output NCL   out[channels, positions] = w[channels, k]   · in[positions, k]ᵀ
 //! ```
-//! wgmma takes the input K-major (NLC: k is contiguous) or MN-major (NCL: positions are), so no
-//! layout needs a transposed copy. A tile lies within one sequence and one group.
+//! A tile lies within one sequence and one group. There are two kinds of kernels:
+//! - [`KERNELS`] load the tile's positions of a channels-last input anew for every tap.
+//! - [`halo::KERNELS`] load them once for all taps, with the positions beyond the tile that further
+//!   taps meet, and so serve inputs of either layout.
 //!
 //! # Shape contract
 //! - The filter is packed ([`super::pack`]): `[tap, group, channel of out, channel of in]`.
-//! - Input NCL: positions one apart (`in_step` 1). Input NLC: at most [`super::MAX_STEP`].
+//! - `in_step` is at most [`super::MAX_STEP`]; with a halo it is 1, and the taps reach no further
+//!   than the halo ([`GatherKernel::serves`]).
 //! - Output NCL: positions one apart. Output NLC: any, as a wider stride of the map.
 //! - The output's contiguous axis, of one group if it is that of channels, is a multiple of 8: a
 //!   store clips to whole pieces of 16 bytes. The input's is where there are several groups, whose
 //!   addresses and strides TMA takes in multiples of 16 bytes, as those of all tensors.
 //! - `taps` is at least 1; a walk without taps has one that meets only zeros ([`Walk::new`]).
 
-use super::{SLAB_N, box_positions};
+use super::{MAX_STEP, SLAB_N, box_positions};
 use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
 use crate::activation::EpilogueActivation;
 use crate::conv1d::{Gather, MAX_POSITIONS, SequenceLayout};
@@ -29,6 +32,7 @@ use crate::tile_scheduler::{TileScheduler, div};
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
+pub mod halo;
 
 /// Where a tile of the output lies and what it gathers.
 #[repr(C)]
@@ -144,6 +148,9 @@ pub struct GatherKernel {
     pub tile: Tile,
     /// Blocks that share a multiprocessor.
     pub blocks_per_multiprocessor: u32,
+    /// Positions beyond those of a tile that it loads with them; 0 where it loads the positions of
+    /// every tap.
+    pub halo: u32,
     /// What to launch.
     pub kernel: Kernel<GatherParams>,
 }
@@ -162,11 +169,26 @@ impl GatherKernel {
     #[must_use]
     pub const fn boxes(&self, in_step: u32) -> [[u32; 2]; 2] {
         let [positions, channels] = self.extents();
-        let input = match self.input {
-            SequenceLayout::Nlc => [BLOCK_K, box_positions(positions, in_step) * in_step],
-            SequenceLayout::Ncl => [SLAB_N, BLOCK_K],
+        let input = if self.halo > 0 {
+            [SLAB_N, SLAB_N]
+        } else {
+            [BLOCK_K, box_positions(positions, in_step) * in_step]
         };
         [input, [BLOCK_K, channels]]
+    }
+
+    /// Whether it serves a problem of its layouts.
+    #[must_use]
+    pub const fn serves(&self, problem: &Problem) -> bool {
+        if self.halo == 0 {
+            return problem.in_step <= MAX_STEP;
+        }
+        // Boxes of a channels-first input start on multiples of 8 positions.
+        let before = match self.input {
+            SequenceLayout::Nlc => 0,
+            SequenceLayout::Ncl => 7,
+        };
+        problem.in_step == 1 && problem.reach <= (self.halo - before) as u64
     }
 
     /// Estimated cycles of the busiest multiprocessor, as `Tile::cost` has them.
@@ -179,7 +201,11 @@ impl GatherKernel {
         let waves = tiles.div_ceil(multiprocessors as u64);
         let steps = problem.taps as u64 * problem.in_channels.div_ceil(BLOCK_K) as u64;
         let multiply = self.tile.block_m * self.tile.block_n / 32;
-        let load = (self.tile.block_m + self.tile.block_n) * 8 / 5;
+        let load = if self.halo > 0 {
+            channels * 8 / 5 + div((positions + self.halo) * 8 / 5, problem.taps)
+        } else {
+            (self.tile.block_m + self.tile.block_n) * 8 / 5
+        };
         let step = if multiply > load { multiply } else { load } as u64;
         // Where two blocks share a multiprocessor, one multiplies while the other stores.
         let epilogue = if self.blocks_per_multiprocessor > 1 { 100 } else { 900 };
@@ -200,12 +226,35 @@ pub struct Problem {
     pub in_channels: u32,
     /// Output channels of a group.
     pub out_channels: u32,
-    /// Taps.
+    /// Taps, at least 1.
     pub taps: u32,
+    /// From the position that the first tap meets to that of the last.
+    pub reach: u64,
+    /// From position to position of the output.
+    pub in_step: u32,
+}
+
+impl Problem {
+    /// What computes this gather for `batch` sequences and so many groups of channels.
+    #[must_use]
+    pub const fn new(gather: &Gather, [batch, groups]: [u32; 2], channels: [u32; 2]) -> Self {
+        let [in_channels, out_channels] = channels;
+        let taps = if gather.taps > 0 { gather.taps } else { 1 };
+        Self {
+            batch,
+            positions: gather.out_count,
+            groups,
+            in_channels,
+            out_channels,
+            taps,
+            reach: (taps as u64 - 1) * gather.tap_step as u64,
+            in_step: if gather.taps > 0 { gather.in_step } else { 1 },
+        }
+    }
 }
 
 /// The kernel expected to be fastest for this problem on a GPU of so many multiprocessors; `None`
-/// for a type that no kernel serves.
+/// for a type or a problem that no kernel serves.
 #[must_use]
 pub fn select(
     dtype: DType,
@@ -215,7 +264,9 @@ pub fn select(
 ) -> Option<&'static GatherKernel> {
     KERNELS
         .iter()
+        .chain(&halo::KERNELS)
         .filter(|row| (row.dtype, row.input, row.output) == (dtype, input, output))
+        .filter(|row| row.serves(problem))
         .min_by_key(|row| row.cost(problem, multiprocessors))
 }
 
@@ -252,7 +303,7 @@ const _: () = assert!(size_of::<GatherParams>() == 3 * 128 + 8 + 26 * 4);
 /// One row makes a kernel's module, its host-side description and, on the device, its entry.
 macro_rules! kernels {
     ($($entry:ident: $element:ident $ptx_type:literal,
-        $input:ident to $output:ident, $first_major:ident x $second_major:ident,
+        $input:ident to $output:ident,
         $block_m:literal x $block_n:tt, $num_stages:literal stages, $blocks:literal per multiprocessor;)+) => {
         /// Every kernel, for each element type and pair of layouts from the largest tile to the
         /// smallest.
@@ -265,6 +316,7 @@ macro_rules! kernels {
                 output: SequenceLayout::$output,
                 tile,
                 blocks_per_multiprocessor: $blocks,
+                halo: 0,
                 kernel: Kernel::new(
                     &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
                 )
@@ -274,7 +326,7 @@ macro_rules! kernels {
         $(
             #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
             device::entry!(
-                $entry, $element, $ptx_type, $output, $first_major, $second_major,
+                $entry, $element, $ptx_type, $output,
                 $block_m, $block_n, $num_stages, $blocks
             );
         )+
@@ -282,26 +334,16 @@ macro_rules! kernels {
 }
 
 kernels! {
-    conv1d_bf16_nlc_nlc_128x256x64: BF16 "bf16", Nlc to Nlc, K x K, 128 x 256, 3 stages, 1 per multiprocessor;
-    conv1d_bf16_nlc_nlc_128x128x64: BF16 "bf16", Nlc to Nlc, K x K, 128 x 128, 6 stages, 1 per multiprocessor;
-    conv1d_bf16_nlc_nlc_128x64x64: BF16 "bf16", Nlc to Nlc, K x K, 128 x 64, 3 stages, 2 per multiprocessor;
-    conv1d_bf16_ncl_nlc_128x256x64: BF16 "bf16", Ncl to Nlc, MN x K, 128 x 256, 3 stages, 1 per multiprocessor;
-    conv1d_bf16_ncl_nlc_128x64x64: BF16 "bf16", Ncl to Nlc, MN x K, 128 x 64, 3 stages, 2 per multiprocessor;
-    conv1d_bf16_ncl_ncl_128x256x64: BF16 "bf16", Ncl to Ncl, K x MN, 128 x 256, 3 stages, 1 per multiprocessor;
-    conv1d_bf16_ncl_ncl_64x256x64: BF16 "bf16", Ncl to Ncl, K x MN, 64 x 256, 5 stages, 1 per multiprocessor;
-    conv1d_bf16_ncl_ncl_64x128x64: BF16 "bf16", Ncl to Ncl, K x MN, 64 x 128, 3 stages, 2 per multiprocessor;
-    conv1d_bf16_nlc_ncl_128x256x64: BF16 "bf16", Nlc to Ncl, K x K, 128 x 256, 3 stages, 1 per multiprocessor;
-    conv1d_bf16_nlc_ncl_64x128x64: BF16 "bf16", Nlc to Ncl, K x K, 64 x 128, 3 stages, 2 per multiprocessor;
-    conv1d_f16_nlc_nlc_128x256x64: F16 "f16", Nlc to Nlc, K x K, 128 x 256, 3 stages, 1 per multiprocessor;
-    conv1d_f16_nlc_nlc_128x128x64: F16 "f16", Nlc to Nlc, K x K, 128 x 128, 6 stages, 1 per multiprocessor;
-    conv1d_f16_nlc_nlc_128x64x64: F16 "f16", Nlc to Nlc, K x K, 128 x 64, 3 stages, 2 per multiprocessor;
-    conv1d_f16_ncl_nlc_128x256x64: F16 "f16", Ncl to Nlc, MN x K, 128 x 256, 3 stages, 1 per multiprocessor;
-    conv1d_f16_ncl_nlc_128x64x64: F16 "f16", Ncl to Nlc, MN x K, 128 x 64, 3 stages, 2 per multiprocessor;
-    conv1d_f16_ncl_ncl_128x256x64: F16 "f16", Ncl to Ncl, K x MN, 128 x 256, 3 stages, 1 per multiprocessor;
-    conv1d_f16_ncl_ncl_64x256x64: F16 "f16", Ncl to Ncl, K x MN, 64 x 256, 5 stages, 1 per multiprocessor;
-    conv1d_f16_ncl_ncl_64x128x64: F16 "f16", Ncl to Ncl, K x MN, 64 x 128, 3 stages, 2 per multiprocessor;
-    conv1d_f16_nlc_ncl_128x256x64: F16 "f16", Nlc to Ncl, K x K, 128 x 256, 3 stages, 1 per multiprocessor;
-    conv1d_f16_nlc_ncl_64x128x64: F16 "f16", Nlc to Ncl, K x K, 64 x 128, 3 stages, 2 per multiprocessor;
+    conv1d_bf16_nlc_nlc_128x256x64: BF16 "bf16", Nlc to Nlc, 128 x 256, 3 stages, 1 per multiprocessor;
+    conv1d_bf16_nlc_nlc_128x128x64: BF16 "bf16", Nlc to Nlc, 128 x 128, 6 stages, 1 per multiprocessor;
+    conv1d_bf16_nlc_nlc_128x64x64: BF16 "bf16", Nlc to Nlc, 128 x 64, 3 stages, 2 per multiprocessor;
+    conv1d_bf16_nlc_ncl_128x256x64: BF16 "bf16", Nlc to Ncl, 128 x 256, 3 stages, 1 per multiprocessor;
+    conv1d_bf16_nlc_ncl_64x128x64: BF16 "bf16", Nlc to Ncl, 64 x 128, 3 stages, 2 per multiprocessor;
+    conv1d_f16_nlc_nlc_128x256x64: F16 "f16", Nlc to Nlc, 128 x 256, 3 stages, 1 per multiprocessor;
+    conv1d_f16_nlc_nlc_128x128x64: F16 "f16", Nlc to Nlc, 128 x 128, 6 stages, 1 per multiprocessor;
+    conv1d_f16_nlc_nlc_128x64x64: F16 "f16", Nlc to Nlc, 128 x 64, 3 stages, 2 per multiprocessor;
+    conv1d_f16_nlc_ncl_128x256x64: F16 "f16", Nlc to Ncl, 128 x 256, 3 stages, 1 per multiprocessor;
+    conv1d_f16_nlc_ncl_64x128x64: F16 "f16", Nlc to Ncl, 64 x 128, 3 stages, 2 per multiprocessor;
 }
 
 #[cfg(test)]

@@ -435,7 +435,8 @@ macro_rules! multiply_tile {
         while k_block < $k_blocks {
             let stage = $position.stage;
             // 64 rows of X, or one slab: as many bytes.
-            let x = $block.x_stage(stage) + $consumer * (CONSUMER_M * BLOCK_K * 2);
+            let rows = $crate::gemm::hopper::CONSUMER_M * $crate::gemm::hopper::BLOCK_K * 2;
+            let x = $block.x_stage(stage) + $consumer * rows;
             let a = $crate::smem_layout::wgmma_descriptor(x, $x_major);
             let b = $crate::smem_layout::wgmma_descriptor($block.w_stage(stage), $w_major);
             // SAFETY: the stage has landed; the whole warpgroup executes it.

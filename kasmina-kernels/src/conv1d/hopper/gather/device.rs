@@ -1,11 +1,10 @@
 //! Device side of forward and dgrad.
 
 use super::*;
-use crate::gemm::hopper::device::{Block, Element};
-use crate::gemm::hopper::{CONSUMER_M, SLAB_N};
+use crate::gemm::hopper::device::{Block, Element, Epilogue};
+use crate::gemm::hopper::CONSUMER_M;
 use crate::pipeline::RingPosition;
 use crate::ptx;
-use crate::smem_layout::Major;
 
 /// Whether consumers need more registers than the block starts with.
 pub(super) const fn needs_registers(tile: Tile) -> bool {
@@ -31,7 +30,6 @@ pub(super) fn place(
 pub(super) struct Source {
     pub(super) in_map: u64,
     pub(super) w_map: u64,
-    pub(super) in_major: Major,
     pub(super) output: SequenceLayout,
 }
 
@@ -88,7 +86,7 @@ impl Source {
         }
     }
 
-    /// Loads the positions of a tile and 64 channels.
+    /// Loads the positions of a tile and 64 channels: rows of 128 bytes.
     ///
     /// # Safety
     /// As [`produce`](Self::produce); the stage is free and `full` expects its bytes.
@@ -101,24 +99,12 @@ impl Source {
         let mut loaded = 0;
         while loaded < positions {
             let offset = dst + loaded * (BLOCK_K * 2);
-            // SAFETY: by the caller's contract; a row of positions, or of a slab's channels, is
-            // 128 bytes long, and boxes follow each other in the stage.
-            unsafe {
-                match self.in_major {
-                    Major::K => {
-                        let position = at.position.wrapping_add(loaded.wrapping_mul(walk.in_step));
-                        let at = [at.channel, position, at.sequence, at.group];
-                        ptx::cp_async_bulk_tensor_4d_load(offset, self.in_map, at, full);
-                        loaded += walk.box_positions;
-                    }
-                    Major::MN => {
-                        let position = at.position.wrapping_add(loaded);
-                        let at = [position, at.channel, at.sequence, at.group];
-                        ptx::cp_async_bulk_tensor_4d_load(offset, self.in_map, at, full);
-                        loaded += SLAB_N;
-                    }
-                }
-            }
+            let position = at.position.wrapping_add(loaded.wrapping_mul(walk.in_step));
+            let at = [at.channel, position, at.sequence, at.group];
+            // SAFETY: by the caller's contract; a position is 128 bytes, and boxes follow each
+            // other in the stage.
+            unsafe { ptx::cp_async_bulk_tensor_4d_load(offset, self.in_map, at, full) };
+            loaded += walk.box_positions;
         }
     }
 }
@@ -150,37 +136,99 @@ pub(super) fn load_row_bias<E: Element>(
     [E::widen(low), E::widen(high)]
 }
 
+/// What [`store_tile`] adds: the bias of two columns where columns are channels, else that of two
+/// rows. Loaded before the main loop so that its latency hides behind it.
+#[inline(always)]
+pub(super) fn load_bias<E: Element>(
+    epilogue: Epilogue,
+    output: SequenceLayout,
+    bias: u64,
+    group_out: u32,
+    place: Place,
+    consumer: u32,
+) -> ((u16, u16), [f32; 2]) {
+    match output {
+        SequenceLayout::Nlc => {
+            (epilogue.load_bias(place.group * group_out + place.channel), [0.0; 2])
+        }
+        SequenceLayout::Ncl => {
+            ((0, 0), load_row_bias::<E>(bias, group_out, place, consumer))
+        }
+    }
+}
+
+/// Finishes the sums of a tile and stores them. Executed by a whole consumer warpgroup.
+macro_rules! store_tile {
+    ($output:expr, $elements:ty, $epilogue:expr, $consumer:expr, $place:expr, $column_bias:expr,
+     $row_bias:expr, $([$($c:ident)+])+) => {
+        if matches!($output, SequenceLayout::Nlc) {
+            $epilogue.publish_bias::<$elements>($column_bias);
+        }
+        let mut group = 0;
+        $(
+            // SAFETY: the whole warpgroup goes through the slabs in order; a slab lies within the
+            // output's map or is clipped.
+            unsafe {
+                if group % 4 == 0 {
+                    $epilogue.begin_slab();
+                }
+                let c = [$($c),+];
+                match $output {
+                    SequenceLayout::Nlc => $epilogue.columns::<$elements>(group, c),
+                    SequenceLayout::Ncl => {
+                        let [low, high] = $row_bias;
+                        let c = [
+                            c[0] + low, c[1] + low, c[2] + high, c[3] + high,
+                            c[4] + low, c[5] + low, c[6] + high, c[7] + high,
+                        ];
+                        $epilogue.biased_columns::<$elements>(group, c);
+                    }
+                }
+                if group % 4 == 3 {
+                    let row = $consumer * $crate::gemm::hopper::CONSUMER_M;
+                    let column = group / 4 * SLAB_N;
+                    let (inner, outer) = match $output {
+                        SequenceLayout::Nlc => ($place.channel + column, $place.position + row),
+                        SequenceLayout::Ncl => ($place.position + column, $place.channel + row),
+                    };
+                    let at = [inner, outer, $place.sequence, $place.group];
+                    $epilogue.end_slab_with(group / 4, |map, buffer| {
+                        $crate::ptx::cp_async_bulk_tensor_4d_store(map, at, buffer);
+                    });
+                }
+            }
+            group += 1;
+        )+
+        let _ = group;
+    };
+}
+pub(super) use store_tile;
+
 /// Defines the entry for one element type, layout of the output, major orders and tile.
 macro_rules! entry {
-    ($entry:ident, $element:ident, $ptx_type:literal, $output:ident, $first_major:ident,
-     $second_major:ident, $block_m:literal, $block_n:tt, $num_stages:literal, $blocks:literal) => {
+    ($entry:ident, $element:ident, $ptx_type:literal, $output:ident, $block_m:literal, $block_n:tt, $num_stages:literal, $blocks:literal) => {
         $crate::ptx::wgmma::with_accumulators! { $block_n, device::entry! {
-            @body $entry, $element, $ptx_type, $output, $first_major, $second_major, $block_m,
-            $block_n, $num_stages, $blocks
+            @body $entry, $element, $ptx_type, $output, $block_m, $block_n, $num_stages, $blocks
         } }
     };
-    (@body $entry:ident, $element:ident, $ptx_type:literal, $output:ident, $first_major:ident,
-     $second_major:ident, $block_m:literal, $block_n:tt, $num_stages:literal, $blocks:literal
+    (@body $entry:ident, $element:ident, $ptx_type:literal, $output:ident, $block_m:literal, $block_n:tt, $num_stages:literal, $blocks:literal
      $([$($c:ident)+])+) => {
         /// # Safety
         /// Launched by `launch` on the host with the geometry of its `Kernel` and parameters that
         /// the host's `conv1d/hopper.rs` has checked against the shape contract.
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $entry(params: GatherParams) {
-            use crate::gemm::hopper::CONSUMER_M;
             use crate::gemm::hopper::device::{
                 Block, CONSUMER_REGISTERS, Epilogue, PRODUCER_REGISTERS, multiply_tile,
             };
             use crate::pipeline::RingPosition;
             use crate::ptx;
             use crate::smem_layout::Major;
-            use device::{Source, load_row_bias, needs_registers, place};
+            use device::{Source, load_bias, needs_registers, place, store_tile};
 
             const TILE: Tile =
                 Tile { block_m: $block_m, block_n: $block_n, num_stages: $num_stages };
             const OUTPUT: SequenceLayout = SequenceLayout::$output;
-            const FIRST: Major = Major::$first_major;
-            const SECOND: Major = Major::$second_major;
             type Elements = crate::gemm::hopper::device::$element;
             let in_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
@@ -213,11 +261,7 @@ macro_rules! entry {
                         ptx::setmaxnreg_dec::<PRODUCER_REGISTERS>();
                     }
                     if ptx::thread_index() == 0 {
-                        let in_major = match OUTPUT {
-                            SequenceLayout::Nlc => FIRST,
-                            SequenceLayout::Ncl => SECOND,
-                        };
-                        let source = Source { in_map, w_map, in_major, output: OUTPUT };
+                        let source = Source { in_map, w_map, output: OUTPUT };
                         source.produce(block, TILE, tiles, walk);
                     }
                 }
@@ -238,64 +282,16 @@ macro_rules! entry {
                 $($(let mut $c = 0.0f32;)+)+
                 while index < tiles.num_tiles() {
                     let place = place(walk, OUTPUT, TILE, tiles.tile(index));
-                    // Loaded before the main loop so that their latency hides behind it.
-                    let (mut column_bias, mut row_bias) = ((0, 0), [0.0; 2]);
-                    match OUTPUT {
-                        SequenceLayout::Nlc => {
-                            column_bias =
-                                epilogue.load_bias(place.group * group_out + place.channel);
-                        }
-                        SequenceLayout::Ncl => {
-                            row_bias =
-                                load_row_bias::<Elements>(bias, group_out, place, consumer);
-                        }
-                    }
+                    let (column_bias, row_bias) =
+                        load_bias::<Elements>(epilogue, OUTPUT, bias, group_out, place, consumer);
                     multiply_tile! {
-                        $ptx_type, $block_n, TILE, FIRST, SECOND, block, consumer, elected,
+                        $ptx_type, $block_n, TILE, Major::K, Major::K, block, consumer, elected,
                         position, k_blocks, $($($c)+)+
                     }
-                    if matches!(OUTPUT, SequenceLayout::Nlc) {
-                        epilogue.publish_bias::<Elements>(column_bias);
+                    store_tile! {
+                        OUTPUT, Elements, epilogue, consumer, place, column_bias, row_bias,
+                        $([$($c)+])+
                     }
-                    let mut group = 0;
-                    $(
-                        // SAFETY: the whole warpgroup goes through the slabs in order; a slab lies
-                        // within the output's map or is clipped.
-                        unsafe {
-                            if group % 4 == 0 {
-                                epilogue.begin_slab();
-                            }
-                            let c = [$($c),+];
-                            match OUTPUT {
-                                SequenceLayout::Nlc => epilogue.columns::<Elements>(group, c),
-                                SequenceLayout::Ncl => {
-                                    let [low, high] = row_bias;
-                                    let c = [
-                                        c[0] + low, c[1] + low, c[2] + high, c[3] + high,
-                                        c[4] + low, c[5] + low, c[6] + high, c[7] + high,
-                                    ];
-                                    epilogue.biased_columns::<Elements>(group, c);
-                                }
-                            }
-                            if group % 4 == 3 {
-                                let (row, column) = (consumer * CONSUMER_M, group / 4 * SLAB_N);
-                                let (inner, outer) = match OUTPUT {
-                                    SequenceLayout::Nlc => {
-                                        (place.channel + column, place.position + row)
-                                    }
-                                    SequenceLayout::Ncl => {
-                                        (place.position + column, place.channel + row)
-                                    }
-                                };
-                                let at = [inner, outer, place.sequence, place.group];
-                                epilogue.end_slab_with(group / 4, |map, buffer| {
-                                    ptx::cp_async_bulk_tensor_4d_store(map, at, buffer);
-                                });
-                            }
-                        }
-                        group += 1;
-                    )+
-                    let _ = group;
                     index += ptx::grid_size();
                 }
                 epilogue.finish();

@@ -20,7 +20,7 @@ fn shape(stride: usize) -> Conv1dShape {
 #[test]
 fn tiles_cover_every_position_and_channel_once() {
     let shape = shape(1);
-    for row in &KERNELS {
+    for row in KERNELS.iter().chain(&halo::KERNELS) {
         let walk = Walk::new(&shape.forward_gather(), [96, 320], row);
         let tiles = walk.scheduler(row.output, 3, 2);
         let mut seen = HashSet::new();
@@ -42,7 +42,7 @@ fn tiles_cover_every_position_and_channel_once() {
 #[test]
 fn a_walk_without_taps_meets_only_zeros() {
     let gather = Gather { taps: 0, ..shape(1).forward_gather() };
-    for row in &KERNELS {
+    for row in KERNELS.iter().chain(&halo::KERNELS) {
         let walk = Walk::new(&gather, [96, 320], row);
         assert_eq!(walk.taps, 1);
         // The last row of the last tile, at most a box beyond the last position.
@@ -53,14 +53,7 @@ fn a_walk_without_taps_meets_only_zeros() {
 
 #[test]
 fn every_16_bit_type_and_pair_of_layouts_has_a_kernel_and_f32_has_none() {
-    let problem = Problem {
-        batch: 1,
-        positions: 100,
-        groups: 1,
-        in_channels: 8,
-        out_channels: 8,
-        taps: 3,
-    };
+    let problem = Problem::new(&shape(1).forward_gather(), [1, 1], [8, 8]);
     for input in SequenceLayout::ALL {
         for output in SequenceLayout::ALL {
             for dtype in [DType::F16, DType::BF16] {
@@ -74,9 +67,10 @@ fn every_16_bit_type_and_pair_of_layouts_has_a_kernel_and_f32_has_none() {
 
 #[test]
 fn entry_names_say_what_the_kernel_serves() {
-    for row in &KERNELS {
+    for row in KERNELS.iter().chain(&halo::KERNELS) {
         let expected = std::format!(
-            "conv1d_{}_{}_{}_{}x{}x{BLOCK_K}",
+            "conv1d_{}{}_{}_{}_{}x{}x{BLOCK_K}",
+            if row.halo > 0 { "halo_" } else { "" },
             row.dtype,
             row.input.name(),
             row.output.name(),
@@ -92,7 +86,16 @@ fn entry_names_say_what_the_kernel_serves() {
 fn selected(batch: u32, positions: u32, channels: [u32; 2], taps: u32) -> [[u32; 2]; 2] {
     SequenceLayout::ALL.map(|layout| {
         let [in_channels, out_channels] = channels;
-        let problem = Problem { batch, positions, groups: 1, in_channels, out_channels, taps };
+        let problem = Problem {
+            batch,
+            positions,
+            groups: 1,
+            in_channels,
+            out_channels,
+            taps,
+            reach: u64::from(taps) - 1,
+            in_step: 1,
+        };
         let row = select(DType::BF16, [layout; 2], &problem, 132).expect("a kernel");
         [row.tile.block_m, row.tile.block_n]
     })
@@ -109,4 +112,18 @@ fn few_channels_get_a_tile_that_is_not_half_empty() {
     let [ncl, nlc] = selected(16, 16384, [64, 64], 7);
     assert_eq!(nlc, [128, 64]);
     assert_eq!(ncl[0], 64);
+}
+
+#[test]
+fn taps_that_reach_beyond_the_halo_are_refused_channels_first_and_loaded_singly_channels_last() {
+    let problem = |reach| Problem { reach, ..Problem::new(&shape(1).forward_gather(), [1, 1], [64, 64]) };
+    let selected = |layout, reach| select(DType::BF16, [layout; 2], &problem(reach), 132);
+    assert!(selected(SequenceLayout::Ncl, 57).is_some());
+    assert!(selected(SequenceLayout::Ncl, 58).is_none());
+    assert!(selected(SequenceLayout::Nlc, 1 << 20).is_some_and(|row| row.halo == 0));
+    // A stride needs boxes that step over positions.
+    let strided = Problem::new(&self::shape(2).forward_gather(), [1, 1], [64, 64]);
+    let row = select(DType::BF16, [SequenceLayout::Nlc; 2], &strided, 132);
+    assert!(row.is_some_and(|row| row.halo == 0));
+    assert!(select(DType::BF16, [SequenceLayout::Ncl; 2], &strided, 132).is_none());
 }

@@ -359,7 +359,6 @@ macro_rules! entry {
         /// the host's `conv1d/hopper.rs` has checked against the shape contract.
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $entry(params: WgradParams) {
-            use crate::gemm::hopper::CONSUMER_M;
             use crate::gemm::hopper::device::{Block, multiply_tile};
             use crate::pipeline::RingPosition;
             use crate::ptx;
