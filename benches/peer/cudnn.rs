@@ -244,6 +244,7 @@ impl Cudnn {
             result,
             algorithm: *best,
             bias: (pass == Pass::Wgrad).then(|| (bias.raw, address(&results.db))),
+            computes_bias: pass == Pass::Wgrad,
             convolution: convolution.raw,
             _descriptors: [x, y, bias, w, convolution],
         })
@@ -299,6 +300,8 @@ pub(crate) struct Prepared<'a> {
     algorithm: Algorithm,
     /// Where the bias gradient goes, in wgrad.
     bias: Option<(Pointer, Pointer)>,
+    /// Whether the bias gradient belongs to the pass.
+    computes_bias: bool,
     convolution: Pointer,
     _descriptors: [Descriptor; 5],
 }
@@ -342,10 +345,16 @@ impl Prepared<'_> {
         })
     }
 
-    /// The algorithm and whether it gives the same bits every time.
+    /// Leaves the bias gradient out, which cuDNN does not compute for every type.
+    pub(crate) fn drop_bias(&mut self) {
+        self.bias = None;
+    }
+
+    /// The algorithm, whether it gives the same bits every time, and what is left out.
     pub(crate) fn algorithm(&self) -> String {
         let kind = if self.algorithm.determinism == 1 { "" } else { ", not deterministic" };
-        format!("algorithm {}{kind}", self.algorithm.number)
+        let without = if self.computes_bias == self.bias.is_some() { "" } else { ", no bias" };
+        format!("algorithm {}{kind}{without}", self.algorithm.number)
     }
 }
 

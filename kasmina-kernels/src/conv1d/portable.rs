@@ -697,7 +697,7 @@ portable_kernels! {
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 mod direct;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
-pub(in crate::conv1d) mod gather;
+mod gather;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 mod wgrad;
 
