@@ -150,6 +150,10 @@ fn depthwise_params(pass: &GatherPass<'_>) -> DepthwiseParams {
 /// Enqueues a wgrad pass.
 pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass) -> Result<()> {
     let shape = &pass.shape;
+    if shape.batch == 0 {
+        // The sum of nothing.
+        return finish_wgrad(launch, pass, 0, 0);
+    }
     let kernels = kernels(pass.dtype);
     let sm_count = stream.gpu().capability().sm_count;
     let x = strided(pass.x, shape.in_channels, shape.in_length);

@@ -113,8 +113,8 @@ pub const fn serves(shape: &Conv1dShape) -> bool {
 pub const fn serves_ncl(params: &DepthwiseParams, dtype: DType) -> bool {
     const fn fits(tensor: &Strided, length: u32, size: u64) -> bool {
         tensor.position == 1
-            && length % RUN == 0
-            && (tensor.address | tensor.batch * size | tensor.channel * size) % 16 == 0
+            && length.is_multiple_of(RUN)
+            && (tensor.address | (tensor.batch * size) | (tensor.channel * size)).is_multiple_of(16)
     }
     let size = dtype.size() as u64;
     fits(&params.input, params.in_length, size) && fits(&params.output, params.out_length, size)
@@ -126,10 +126,11 @@ pub const fn serves_ncl(params: &DepthwiseParams, dtype: DType) -> bool {
 pub const fn serves_nlc(params: &DepthwiseParams, dtype: DType) -> bool {
     const fn fits(tensor: &Strided, size: u64) -> bool {
         tensor.channel == 1
-            && (tensor.address | tensor.batch * size | tensor.position * size) % (2 * size) == 0
+            && (tensor.address | (tensor.batch * size) | (tensor.position * size))
+                .is_multiple_of(2 * size)
     }
     let size = dtype.size() as u64;
-    params.channels % 2 == 0 && fits(&params.input, size) && fits(&params.output, size)
+    params.channels.is_multiple_of(2) && fits(&params.input, size) && fits(&params.output, size)
 }
 
 /// log₂ of the threads that share a row of `length` results: enough for one vector each.

@@ -54,7 +54,7 @@ const SMEM_BYTES: u32 = 48 * 1024;
 /// Where a few numbers of the block wait, behind everything else.
 const PARKED: u32 = SMEM_BYTES - 64;
 /// Where the sums for the bias gradient wait, one for each row of a block.
-#[cfg(target_arch = "nvptx64")]
+#[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 const BIAS_SUMS: u32 = PARKED - 64 * 4;
 /// f32 values of a stage, with room for a gap between its two operands.
 const SMEM_VALUES: u32 = (PARKED - 64 * 4) / 4 - 4;
@@ -233,7 +233,7 @@ pub struct Strided {
     pub position: u64,
 }
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 impl Strided {
     /// The same numbers as if new: what follows from them is found where it is used, and occupies
     /// no registers elsewhere.
@@ -264,7 +264,7 @@ pub struct StridedFilter {
     pub tap: u64,
 }
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 impl StridedFilter {
     /// As that of [`Strided`].
     #[inline(always)]
@@ -697,7 +697,7 @@ portable_kernels! {
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 mod direct;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
-pub(in crate::conv1d) mod gather;
+mod gather;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 mod wgrad;
 
