@@ -27,6 +27,7 @@ pub struct KernelConfig {
     f32_products: F32Products,
     enable_tma: bool,
     enable_persistent_kernels: bool,
+    enable_tiling: bool,
     ptx_dir: Option<PathBuf>,
 }
 
@@ -39,6 +40,7 @@ impl Default for KernelConfig {
             f32_products: F32Products::Six,
             enable_tma: true,
             enable_persistent_kernels: true,
+            enable_tiling: true,
             ptx_dir: None,
         }
     }
@@ -117,6 +119,16 @@ impl KernelConfig {
         self
     }
 
+    /// Whether convolutions may reuse what they load, in shared memory and registers; they may by
+    /// default. Without it the portable tier computes one element per thread straight from global
+    /// memory, neighbouring threads at distant addresses: the baseline that tiling is measured
+    /// against.
+    #[must_use]
+    pub const fn enable_tiling(mut self, enable: bool) -> Self {
+        self.enable_tiling = enable;
+        self
+    }
+
     /// Loads PTX from this folder, laid out as `<tier>/<module>.ptx`, instead of the modules that
     /// are built in.
     #[must_use]
@@ -164,6 +176,12 @@ impl KernelConfig {
     #[must_use]
     pub const fn persistent_kernels_enabled(&self) -> bool {
         self.enable_persistent_kernels
+    }
+
+    /// Whether convolutions may reuse what they load.
+    #[must_use]
+    pub const fn tiling_enabled(&self) -> bool {
+        self.enable_tiling
     }
 
     /// The folder that overrides the built-in PTX, if one does.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
+use kasmina_kernels::conv1d::Conv1dFault;
 use kasmina_kernels::persistent::{MAX_LAYERS, MAX_WIDTH, PlanFault};
 
 use crate::device::DeviceId;
@@ -213,6 +214,15 @@ pub enum Error {
         quantity: &'static str,
         /// The largest value that works.
         limit: u64,
+    },
+
+    /// There is no such convolution.
+    #[error("{op}: {fault}")]
+    Convolution {
+        /// The operation.
+        op: &'static str,
+        /// Why not, with the remedy.
+        fault: Conv1dFault,
     },
 
     /// The tier that was asked for cannot serve this call.
@@ -476,6 +486,9 @@ pub enum Obstacle {
     /// `KernelConfig::hopper_split_k` forces.
     #[error("it has no kernel whose output tiles {0} blocks share, which the KernelConfig forces")]
     SplitK(u32),
+    /// The tier has no kernel for this operation.
+    #[error("it has no kernel for this operation")]
+    Operation,
     /// `KernelConfig::enable_tma(false)` rules it out.
     #[error("it is built on TMA, which the KernelConfig turns off")]
     TmaDisabled,

@@ -154,7 +154,7 @@ impl LinearConfig {
 
 /// The `index`th number of a sequence in [−1, 1): SplitMix64, whose numbers can be drawn in any
 /// order, with the upper 24 bits as the fraction.
-fn uniform(seed: u64, index: u64) -> f32 {
+pub(crate) fn uniform(seed: u64, index: u64) -> f32 {
     let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -395,7 +395,11 @@ impl KasminaLayer {
     }
 }
 
-fn replace<T: Element>(op: &'static str, tensor: &mut Tensor<T>, values: &[f32]) -> Result<()> {
+pub(crate) fn replace<T: Element>(
+    op: &'static str,
+    tensor: &mut Tensor<T>,
+    values: &[f32],
+) -> Result<()> {
     if values.len() != tensor.len() {
         let (expected, got) = (*tensor.shape(), [values.len()].into());
         return Err(Error::Shape { op, operand: "values", expected, got });
@@ -405,7 +409,7 @@ fn replace<T: Element>(op: &'static str, tensor: &mut Tensor<T>, values: &[f32])
     tensor.copy_from_slice(&rounded)
 }
 
-fn in_f32<T: Element>(tensor: &Tensor<T>) -> Result<Vec<f32>> {
+pub(crate) fn in_f32<T: Element>(tensor: &Tensor<T>) -> Result<Vec<f32>> {
     Ok(tensor.to_vec()?.into_par_iter().map(T::to_f32).collect())
 }
 

@@ -4,11 +4,12 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`conv1d`] | one-dimensional convolution and its gradients as functions of their operands |
 //! | [`gemm`] | the linear layer's forward and backward pass as functions of their operands |
 //! | `device`, `stream` | where things run, and in which order |
 //! | `tensor`, `shape`, `element` | what they run on |
 //! | `reduce` | statistics of whole tensors and of their segments |
-//! | `layer` | what they are used through |
+//! | `layer`, `conv1d_layer` | what they are used through |
 //! | `persistent` | layers that stay resident for streams of small batches |
 //! | `config` | how kernels are chosen |
 //! | `error` | what can go wrong |
@@ -18,6 +19,8 @@
 #![cfg_attr(not(feature = "cuda"), allow(dead_code))]
 
 mod config;
+pub mod conv1d;
+mod conv1d_layer;
 mod cpu;
 mod device;
 mod element;
@@ -34,11 +37,13 @@ mod tensor;
 mod tensor_map;
 
 pub use config::KernelConfig;
+pub use conv1d_layer::{Conv1dConfig, Conv1dGradients, KasminaConv1d};
 pub use device::{Capability, Device, DeviceId, MemoryStats};
 pub use element::Element;
 pub use error::{Error, ForeignPointerFault, Obstacle, Result, SessionFault};
 pub use kasmina_kernels::abi::{DType, Tier};
 pub use kasmina_kernels::activation::Activation;
+pub use kasmina_kernels::conv1d::{Conv1dFault, FilterLayout, Padding, SequenceLayout};
 pub use kasmina_kernels::gemm::{F32Products, WeightLayout};
 pub use kasmina_kernels::persistent::PlanFault;
 pub use layer::{KasminaLayer, LinearConfig, LinearGradients};

@@ -77,6 +77,9 @@ pub(crate) enum Operation {
     GemmForward = 2,
     Reduce = 3,
     GemmBackward = 10,
+    Conv1dForward = 11,
+    Conv1dBackward = 12,
+    ActivationGrad = 13,
 }
 
 impl Operation {
@@ -87,6 +90,9 @@ impl Operation {
             2 => Some(Self::GemmForward),
             3 => Some(Self::Reduce),
             10 => Some(Self::GemmBackward),
+            11 => Some(Self::Conv1dForward),
+            12 => Some(Self::Conv1dBackward),
+            13 => Some(Self::ActivationGrad),
             _ => None,
         }
     }
@@ -97,6 +103,9 @@ impl Operation {
             Self::GemmForward => "gemm forward",
             Self::Reduce => "reduce",
             Self::GemmBackward => "gemm backward",
+            Self::Conv1dForward => "conv1d forward",
+            Self::Conv1dBackward => "conv1d backward",
+            Self::ActivationGrad => "activation gradient",
         }
     }
 }
@@ -107,9 +116,15 @@ mod tests {
 
     #[test]
     fn operations_keep_their_numbers() {
-        for operation in
-            [Operation::Fill, Operation::GemmForward, Operation::Reduce, Operation::GemmBackward]
-        {
+        for operation in [
+            Operation::Fill,
+            Operation::GemmForward,
+            Operation::Reduce,
+            Operation::GemmBackward,
+            Operation::Conv1dForward,
+            Operation::Conv1dBackward,
+            Operation::ActivationGrad,
+        ] {
             assert_eq!(Operation::from_number(operation as u8), Some(operation));
         }
         assert_eq!(Operation::from_number(0), None);

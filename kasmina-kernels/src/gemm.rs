@@ -7,7 +7,7 @@
 
 pub mod backward;
 #[cfg(target_arch = "nvptx64")]
-mod element;
+pub(crate) mod element;
 pub mod hopper;
 pub mod parts;
 pub mod portable;

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`abi`] | what host and device agree on: tiers, modules, kernels, parameter types |
 //! | [`activation`] | the activation functions and the form the tensor-core epilogue evaluates |
+//! | [`conv1d`] | one-dimensional convolution and its gradients: shapes, walks, one file of kernels per tier |
 //! | [`elementary`] | exponential and error function in f32, for host and device |
 //! | [`gemm`] | `Y = act(X·W + b)`: shapes, parameters, one file of kernels per tier |
 //! | [`persistent`] | layers that stay resident: ring protocol, plan, packed weights, kernels |
@@ -22,6 +23,7 @@ extern crate std;
 
 pub mod abi;
 pub mod activation;
+pub mod conv1d;
 pub mod elementary;
 pub mod gemm;
 pub mod persistent;

@@ -43,7 +43,7 @@ impl TileScheduler {
 
 /// `a / b`, 0 where `b` is 0: a plain `/` would leave a panic function in the module.
 #[inline(always)]
-const fn div(a: u32, b: u32) -> u32 {
+pub(crate) const fn div(a: u32, b: u32) -> u32 {
     match a.checked_div(b) {
         Some(quotient) => quotient,
         None => 0,

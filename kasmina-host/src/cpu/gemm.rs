@@ -169,7 +169,10 @@ fn blocks<T>(y: &mut [T], m: usize, n: usize, row_stride: usize) -> Vec<Block<'_
 }
 
 /// `sums += x·w`, with `sums` as wide as the result.
-fn add_product(Operands { x, x_layout, w, layout }: Operands<'_, f32>, sums: &mut [f32]) {
+pub(crate) fn add_product(
+    Operands { x, x_layout, w, layout }: Operands<'_, f32>,
+    sums: &mut [f32],
+) {
     let (m, k, x_m_stride, x_k_stride) = match x_layout {
         InputLayout::Plain => (x.rows, x.columns, x.row_stride, 1),
         InputLayout::Transposed => (x.columns, x.rows, 1, x.row_stride),

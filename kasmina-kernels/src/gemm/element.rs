@@ -5,10 +5,10 @@ use crate::ptx;
 
 /// Whether grids start before their predecessor has ended. What that one wrote meanwhile may not
 /// be read through the read-only path.
-pub(super) const OVERLAPS: bool = cfg!(kasmina_tier = "hopper");
+pub(crate) const OVERLAPS: bool = cfg!(kasmina_tier = "hopper");
 
 /// An element type in global memory. Bits travel in the lower end of a `u32`.
-pub(super) trait Element {
+pub(crate) trait Element {
     const SIZE: u32;
     fn widen(bits: u32) -> f32;
     fn round(value: f32) -> u32;
@@ -22,9 +22,9 @@ pub(super) trait Element {
     unsafe fn store(address: u64, bits: u32);
 }
 
-pub(super) struct F32;
-pub(super) struct F16;
-pub(super) struct BF16;
+pub(crate) struct F32;
+pub(crate) struct F16;
+pub(crate) struct BF16;
 
 impl Element for F32 {
     const SIZE: u32 = 4;
@@ -94,4 +94,4 @@ macro_rules! unroll {
         })+
     };
 }
-pub(super) use unroll;
+pub(crate) use unroll;

@@ -334,7 +334,7 @@ pub const fn bf16_from_f32(value: f32) -> u16 {
 }
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
-mod device;
+pub(crate) mod device;
 
 #[cfg(test)]
 mod tests {

@@ -34,6 +34,23 @@ pub unsafe fn ld_shared_v4_f32(address: u32) -> [f32; 4] {
     [a, b, c, d]
 }
 
+/// Loads an f32.
+///
+/// # Safety
+/// `address` is 4-aligned and inside the block's shared memory; no other thread writes it without
+/// a barrier between.
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_shared_f32(address: u32) -> f32 {
+    let value: f32;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.shared.f32 {}, [{}];", out(reg32) value, in(reg32) address,
+             options(readonly, nostack));
+    }
+    value
+}
+
 /// Stores 32 bits.
 ///
 /// # Safety
@@ -142,6 +159,23 @@ pub unsafe fn ld_global_nc_v4_u32(address: u64) -> [u32; 4] {
              out(reg32) c, out(reg32) d, in(reg64) address, options(pure, readonly, nostack));
     }
     [a, b, c, d]
+}
+
+/// Loads 8 bytes through the read-only path.
+///
+/// # Safety
+/// `address` is a global address of 8 readable bytes, 8-aligned, that nothing writes while the
+/// kernel runs.
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_global_nc_v2_u32(address: u64) -> [u32; 2] {
+    let (a, b): (u32, u32);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.global.nc.v2.u32 {{{}, {}}}, [{}];", out(reg32) a, out(reg32) b,
+             in(reg64) address, options(pure, readonly, nostack));
+    }
+    [a, b]
 }
 
 /// Loads 32 bits through the read-only path.

@@ -1,0 +1,553 @@
+//! `y = act(w ⋆ x + b)`: one-dimensional convolution and its gradients, on whichever tier serves
+//! each pass.
+//!
+//! [`Forward`] is one pass, [`Backward`] up to two: the gradient of the input (dgrad), and those of
+//! filter and bias (wgrad). The way of a call: check the operands → describe the pass → choose its
+//! tier → launch. A tier is chosen for every pass by itself.
+#![forbid(unsafe_code)]
+
+mod hopper;
+mod pass;
+mod portable;
+
+use kasmina_kernels::abi::Tier;
+use kasmina_kernels::activation::Activation;
+use kasmina_kernels::conv1d::{Conv1dExtents, Conv1dShape, FilterLayout, Padding, SequenceLayout};
+
+use crate::config::KernelConfig;
+use crate::cpu;
+use crate::element::Element;
+use crate::error::{Error, Obstacle, Result};
+use crate::gpu::Launch;
+use crate::shape::Shape;
+use crate::stream::Operation;
+use crate::tensor::{Tensor, zeroed};
+pub(crate) use pass::{ActivationGradPass, DgradPass, Filter, ForwardPass, Sequence, WgradPass};
+
+/// How the filter moves over the input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Input positions from one output position to the next, at least 1.
+    pub stride: usize,
+    /// Input positions from one tap to the next, at least 1.
+    pub dilation: usize,
+    /// Zeros before and after the input.
+    pub padding: Padding,
+    /// Groups into which the channels are divided; `in_channels` for a depthwise convolution.
+    pub groups: usize,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self { stride: 1, dilation: 1, padding: Padding::Valid, groups: 1 }
+    }
+}
+
+impl Window {
+    /// The shape of the convolution of `batch` sequences of `in_length` positions.
+    pub(crate) fn shape(
+        self,
+        op: &'static str,
+        [in_channels, out_channels, kernel_size]: [usize; 3],
+        [batch, in_length]: [usize; 2],
+    ) -> Result<Conv1dShape> {
+        let Self { stride, dilation, padding, groups } = self;
+        let extents = Conv1dExtents {
+            batch,
+            in_channels,
+            out_channels,
+            in_length,
+            kernel_size,
+            stride,
+            dilation,
+            padding,
+            groups,
+        };
+        Conv1dShape::new(&extents).map_err(|fault| Error::Convolution { op, fault })
+    }
+}
+
+/// A tensor of sequences, of three axes, and which way round it lies in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequences<'a, T: Element> {
+    /// `[batch, channels, length]` or `[batch, length, channels]`.
+    pub tensor: &'a Tensor<T>,
+    /// Which of the two.
+    pub layout: SequenceLayout,
+}
+
+impl<'a, T: Element> Sequences<'a, T> {
+    /// `tensor`, taken as `layout` says.
+    #[must_use]
+    pub const fn new(tensor: &'a Tensor<T>, layout: SequenceLayout) -> Self {
+        Self { tensor, layout }
+    }
+
+    /// Batch, channels and length; one of 0 channels where the tensor has other than three axes.
+    fn extents(self) -> [usize; 3] {
+        match (self.tensor.shape().extents(), self.layout) {
+            (&[batch, channels, length], SequenceLayout::Ncl)
+            | (&[batch, length, channels], SequenceLayout::Nlc) => [batch, channels, length],
+            _ => [1, 0, 1],
+        }
+    }
+
+    fn check(
+        self,
+        op: &'static str,
+        operand: &'static str,
+        [batch, channels, length]: [usize; 3],
+    ) -> Result<()> {
+        let expected = Shape::from(self.layout.extents(batch, channels, length));
+        check_shape(op, operand, expected, self.tensor.shape())
+    }
+
+    /// As kernels see it.
+    fn describe(self, operand: &'static str) -> Sequence {
+        Sequence {
+            operand,
+            address: self.tensor.as_device_ptr(),
+            layout: self.layout,
+            row_stride: self.tensor.row_stride() as u64,
+        }
+    }
+}
+
+/// One forward pass: the operands and what is done with them.
+///
+/// It is enqueued on the stream of the filter's device handle; where another operand belongs to
+/// another stream of the same GPU, that stream is ordered around the use.
+#[derive(Debug)]
+pub struct Forward<'a, T: Element> {
+    /// The input.
+    pub x: Sequences<'a, T>,
+    /// The filter, with the extents of `filter_layout`.
+    pub w: &'a Tensor<T>,
+    /// Which way round the filter lies in memory.
+    pub filter_layout: FilterLayout,
+    /// `[out_channels]`, added at every position.
+    pub bias: Option<&'a Tensor<T>>,
+    /// How the filter moves over the input.
+    pub window: Window,
+    /// Applied to every element.
+    pub activation: Activation,
+}
+
+impl<T: Element> Forward<'_, T> {
+    const OP: &'static str = Operation::Conv1dForward.name();
+
+    /// Enqueues the pass, writes `y`, and says which tier runs it. `y` has the layout
+    /// `y_layout`, whatever that of the input is.
+    ///
+    /// # Errors
+    /// Before anything is enqueued: [`Error::Convolution`], [`Error::DeviceMismatch`],
+    /// [`Error::Shape`], [`Error::Overlap`], [`Error::Overflow`], and [`Error::Unsupported`] where
+    /// the tier that the config or `KASMINA_TIER` forces cannot serve the call. On the first use of
+    /// a kernel: [`Error::DriverTooOld`], [`Error::ModuleRejected`], [`Error::EntryMissing`],
+    /// [`Error::PtxUnreadable`]. Always: [`Error::Driver`].
+    pub fn run(
+        &self,
+        y: &mut Tensor<T>,
+        y_layout: SequenceLayout,
+        config: &KernelConfig,
+    ) -> Result<Tier> {
+        let y = Sequences::new(y, y_layout);
+        let pass = self.check(y, config.tiling_enabled())?;
+        let tier = choose_tier(Self::OP, self.w, config, |tier| pass.obstacle(tier, config))?;
+        if y.tensor.is_empty() {
+            return Ok(tier);
+        }
+        let device = self.w.device();
+        let Some(stream) = device.stream().gpu() else {
+            let (x, w) = (self.x.tensor.host_view(), self.w.host_view());
+            let bias = self.bias.map(Tensor::host_view);
+            let mut result = zeroed(y.tensor.len())?;
+            let bias = bias.as_ref().map(|bias| bias.values());
+            cpu::conv1d::forward(&pass, x.values(), w.values(), bias, &mut result);
+            y.tensor.store(result);
+            return Ok(tier);
+        };
+        let launch = Launch {
+            stream,
+            ptx_dir: config.ptx_override().or(device.defaults().ptx_override()),
+            operation: Operation::Conv1dForward,
+        };
+        let operands = [Some(self.x.tensor), self.bias, Some(y.tensor)];
+        ordered(self.w, &operands, || match tier {
+            Tier::Hopper => hopper::forward(&launch, stream, &pass),
+            _ => portable::forward(&launch, &pass),
+        })?;
+        Ok(tier)
+    }
+
+    fn check(&self, y: Sequences<'_, T>, tiled: bool) -> Result<ForwardPass> {
+        let op = Self::OP;
+        let inputs = [("x", Some(self.x.tensor)), ("w", Some(self.w)), ("bias", self.bias)];
+        check_devices(op, self.w, inputs.into_iter().chain([("y", Some(y.tensor))]))?;
+        let shape = shape_of(op, self.x, self.w, self.filter_layout, self.window)?;
+        if let Some(bias) = self.bias {
+            check_shape(op, "bias", [shape.out_channels as usize].into(), bias.shape())?;
+        }
+        y.check(op, "y", out_extents(&shape))?;
+        check_overlap(op, inputs, y.tensor)?;
+        Ok(ForwardPass {
+            shape,
+            dtype: T::DTYPE,
+            x: self.x.describe("x"),
+            w: describe_filter("w", self.w, self.filter_layout),
+            bias: self.bias.map_or(0, Tensor::as_device_ptr),
+            activation: self.activation,
+            y: y.describe("y"),
+            tiled,
+        })
+    }
+}
+
+/// The gradients of a convolution, from the one with respect to `z = w ⋆ x + b`, the result before
+/// the activation.
+///
+/// Where there is an activation, [`KasminaConv1d::backward`](crate::KasminaConv1d::backward) makes
+/// `dz` of the output's gradient.
+#[derive(Debug)]
+pub struct Backward<'a, T: Element> {
+    /// The forward pass's input.
+    pub x: Sequences<'a, T>,
+    /// The filter.
+    pub w: &'a Tensor<T>,
+    /// Which way round the filter, and its gradient, lie in memory.
+    pub filter_layout: FilterLayout,
+    /// The gradient with respect to z.
+    pub dz: Sequences<'a, T>,
+    /// How the filter moves over the input.
+    pub window: Window,
+    /// Whether the gradients of filter and bias are added to what is there. The sum is formed in
+    /// f32 and rounded once.
+    pub accumulate: bool,
+}
+
+/// Where [`Backward`] writes; what is `None` is not computed.
+#[derive(Debug, Default)]
+pub struct Gradients<'a, T: Element> {
+    /// With respect to the input, and which way round it is to lie in memory.
+    pub dx: Option<(&'a mut Tensor<T>, SequenceLayout)>,
+    /// With respect to the filter.
+    pub dw: Option<&'a mut Tensor<T>>,
+    /// With respect to the bias, `[out_channels]`.
+    pub db: Option<&'a mut Tensor<T>>,
+}
+
+impl<T: Element> Backward<'_, T> {
+    const OP: &'static str = Operation::Conv1dBackward.name();
+
+    /// Enqueues the passes that the wanted gradients need, and says which tiers run dgrad and
+    /// wgrad; `None` for one that is not needed.
+    ///
+    /// # Errors
+    /// As [`Forward::run`], and [`Error::OutOfMemory`] for the partial sums of the filter's
+    /// gradient.
+    pub fn run(
+        &self,
+        gradients: Gradients<'_, T>,
+        config: &KernelConfig,
+    ) -> Result<[Option<Tier>; 2]> {
+        let op = Self::OP;
+        let Gradients { dx, dw, db } = gradients;
+        let dx = dx.map(|(tensor, layout)| Sequences::new(&*tensor, layout));
+        let (dw, db) = (dw.as_deref(), db.as_deref());
+        let inputs =
+            [("x", Some(self.x.tensor)), ("w", Some(self.w)), ("dz", Some(self.dz.tensor))];
+        let outputs = [("dx", dx.map(|dx| dx.tensor)), ("dw", dw), ("db", db)];
+        check_devices(op, self.w, inputs.into_iter().chain(outputs))?;
+        let shape = shape_of(op, self.x, self.w, self.filter_layout, self.window)?;
+        self.dz.check(op, "dz", out_extents(&shape))?;
+        if let Some(dx) = dx {
+            dx.check(op, "dx", self.x.extents())?;
+        }
+        if let Some(dw) = dw {
+            check_shape(op, "dw", self.filter_layout.extents(&shape).into(), dw.shape())?;
+        }
+        if let Some(db) = db {
+            check_shape(op, "db", [shape.out_channels as usize].into(), db.shape())?;
+        }
+        for (_, output) in outputs {
+            if let Some(output) = output {
+                check_overlap(op, inputs, output)?;
+            }
+        }
+        for (operand, output) in outputs.into_iter().skip(1) {
+            let earlier = outputs.into_iter().take_while(|&(name, _)| name != operand);
+            if let Some(output) = output {
+                check_overlap(op, earlier, output)?;
+            }
+        }
+
+        let dgrad = dx.map(|dx| DgradPass {
+            shape,
+            dtype: T::DTYPE,
+            dz: self.dz.describe("dz"),
+            w: describe_filter("w", self.w, self.filter_layout),
+            dx: dx.describe("dx"),
+            tiled: config.tiling_enabled(),
+        });
+        let wgrad = (dw.is_some() || db.is_some()).then(|| WgradPass {
+            shape,
+            dtype: T::DTYPE,
+            x: self.x.describe("x"),
+            dz: self.dz.describe("dz"),
+            dw: dw.map(|dw| describe_filter("dw", dw, self.filter_layout)),
+            db: db.map(Tensor::as_device_ptr),
+            accumulate: self.accumulate,
+        });
+        // Both before anything is enqueued.
+        let dgrad_tier = dgrad
+            .as_ref()
+            .map(|pass| choose_tier(op, self.w, config, |tier| pass.obstacle(tier, config)))
+            .transpose()?;
+        let wgrad_tier = wgrad
+            .as_ref()
+            .map(|pass| choose_tier(op, self.w, config, |tier| pass.obstacle(tier, config)))
+            .transpose()?;
+
+        let device = self.w.device();
+        let Some(stream) = device.stream().gpu() else {
+            self.run_on_cpu(dgrad.zip(dx), wgrad, dw, db)?;
+            return Ok([dgrad_tier, wgrad_tier]);
+        };
+        let launch = Launch {
+            stream,
+            ptx_dir: config.ptx_override().or(device.defaults().ptx_override()),
+            operation: Operation::Conv1dBackward,
+        };
+        let operands = inputs.into_iter().chain(outputs).map(|(_, tensor)| tensor);
+        let operands: Vec<_> = operands.collect();
+        ordered(self.w, &operands, || {
+            if let (Some(pass), Some(dx)) = (&dgrad, dx)
+                && !dx.tensor.is_empty()
+            {
+                match dgrad_tier {
+                    Some(Tier::Hopper) => hopper::dgrad(&launch, stream, pass)?,
+                    _ => portable::dgrad(&launch, pass)?,
+                }
+            }
+            wgrad.as_ref().map_or(Ok(()), |pass| match wgrad_tier {
+                Some(Tier::Hopper) => hopper::wgrad(&launch, stream, pass),
+                _ => portable::wgrad(&launch, stream, pass),
+            })
+        })?;
+        Ok([dgrad_tier, wgrad_tier])
+    }
+
+    fn run_on_cpu(
+        &self,
+        dgrad: Option<(DgradPass, Sequences<'_, T>)>,
+        wgrad: Option<WgradPass>,
+        dw: Option<&Tensor<T>>,
+        db: Option<&Tensor<T>>,
+    ) -> Result<()> {
+        let (x, w) = (self.x.tensor.host_view(), self.w.host_view());
+        let dz = self.dz.tensor.host_view();
+        if let Some((pass, dx)) = dgrad
+            && !dx.tensor.is_empty()
+        {
+            let mut result = zeroed(dx.tensor.len())?;
+            cpu::conv1d::dgrad(&pass, dz.values(), w.values(), &mut result);
+            dx.tensor.store(result);
+        }
+        let Some(pass) = wgrad else { return Ok(()) };
+        let before = |tensor: Option<&Tensor<T>>| {
+            tensor.map(
+                |tensor| {
+                    if self.accumulate { tensor.to_vec() } else { zeroed(tensor.len()) }
+                },
+            )
+        };
+        let mut dw_values = before(dw).transpose()?;
+        let mut db_values = before(db).transpose()?;
+        cpu::conv1d::wgrad(
+            &pass,
+            x.values(),
+            dz.values(),
+            dw_values.as_deref_mut(),
+            db_values.as_deref_mut(),
+        );
+        for (tensor, values) in [(dw, dw_values), (db, db_values)] {
+            if let (Some(tensor), Some(values)) = (tensor, values) {
+                tensor.store(values);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `dy · act'(z)` in a new tensor of the layout of `dy`.
+pub(crate) fn activation_gradient<T: Element>(
+    activation: Activation,
+    z: Sequences<'_, T>,
+    dy: Sequences<'_, T>,
+    config: &KernelConfig,
+) -> Result<Tensor<T>> {
+    let op = Operation::ActivationGrad.name();
+    let [batch, channels, length] = z.extents();
+    check_devices(op, z.tensor, [("dy", Some(dy.tensor))])?;
+    dy.check(op, "dy", [batch, channels, length])?;
+    let shape = Shape::from(dy.layout.extents(batch, channels, length));
+    let device = z.tensor.device();
+    let dz = Tensor::uninitialised(device, shape, op)?;
+    let overflow = |_| Error::Overflow { op, quantity: "an extent", limit: u64::from(u32::MAX) };
+    let extent = |extent: usize| u32::try_from(extent).map_err(overflow);
+    let extents = [extent(batch)?, extent(channels)?, extent(length)?];
+    if dz.is_empty() {
+        return Ok(dz);
+    }
+    let [z_view, dy_view] = [z.describe("z"), dy.describe("dy")];
+    let Some(stream) = device.stream().gpu() else {
+        let (z, dy) = (z.tensor.host_view(), dy.tensor.host_view());
+        let mut result = zeroed(dz.len())?;
+        let operands = [(z.values(), z_view), (dy.values(), dy_view)];
+        cpu::conv1d::activation_grad(activation, extents, operands, dy_view.layout, &mut result);
+        dz.store(result);
+        return Ok(dz);
+    };
+    let launch = Launch {
+        stream,
+        ptx_dir: config.ptx_override().or(device.defaults().ptx_override()),
+        operation: Operation::ActivationGrad,
+    };
+    let pass = ActivationGradPass {
+        extents,
+        dtype: T::DTYPE,
+        activation,
+        z: z_view,
+        dy: dy_view,
+        dz: Sequences::new(&dz, dy.layout).describe("dz"),
+    };
+    ordered(z.tensor, &[Some(dy.tensor)], || portable::activation_grad(&launch, &pass))?;
+    Ok(dz)
+}
+
+/// Batch, channels and length of the output.
+pub(crate) fn out_extents(shape: &Conv1dShape) -> [usize; 3] {
+    [shape.batch, shape.out_channels, shape.out_length].map(|extent| extent as usize)
+}
+
+fn shape_of<T: Element>(
+    op: &'static str,
+    x: Sequences<'_, T>,
+    w: &Tensor<T>,
+    filter_layout: FilterLayout,
+    window: Window,
+) -> Result<Conv1dShape> {
+    let [batch, in_channels, in_length] = x.extents();
+    if in_channels == 0 {
+        let expected = x.layout.extents(1, 1, 1).into();
+        return Err(Error::Shape { op, operand: "x", expected, got: *x.tensor.shape() });
+    }
+    let (out_channels, group_in, kernel_size) = match (w.shape().extents(), filter_layout) {
+        (&[out, input, taps], FilterLayout::OutInTap)
+        | (&[taps, out, input], FilterLayout::TapOutIn) => (out, input, taps),
+        _ => {
+            let expected = [1, 1, 1].into();
+            return Err(Error::Shape { op, operand: "w", expected, got: *w.shape() });
+        }
+    };
+    let channels = [in_channels, out_channels, kernel_size];
+    let shape = window.shape(op, channels, [batch, in_length])?;
+    if group_in != shape.group_in() as usize {
+        let expected = filter_layout.extents(&shape).into();
+        return Err(Error::Shape { op, operand: "w", expected, got: *w.shape() });
+    }
+    Ok(shape)
+}
+
+fn describe_filter<T: Element>(
+    operand: &'static str,
+    w: &Tensor<T>,
+    layout: FilterLayout,
+) -> Filter {
+    Filter { operand, address: w.as_device_ptr(), layout, row_stride: w.row_stride() as u64 }
+}
+
+fn check_shape(
+    op: &'static str,
+    operand: &'static str,
+    expected: Shape,
+    got: &Shape,
+) -> Result<()> {
+    if expected == *got {
+        return Ok(());
+    }
+    Err(Error::Shape { op, operand, expected, got: *got })
+}
+
+fn check_devices<'a, T: Element>(
+    op: &'static str,
+    w: &Tensor<T>,
+    operands: impl IntoIterator<Item = (&'static str, Option<&'a Tensor<T>>)>,
+) -> Result<()> {
+    let expected = w.device().id();
+    for (operand, tensor) in operands {
+        let got = tensor.map_or(expected, |tensor| tensor.device().id());
+        if got != expected {
+            return Err(Error::DeviceMismatch { op, operand, expected, got });
+        }
+    }
+    Ok(())
+}
+
+fn check_overlap<'a, T: Element>(
+    op: &'static str,
+    inputs: impl IntoIterator<Item = (&'static str, Option<&'a Tensor<T>>)>,
+    output: &Tensor<T>,
+) -> Result<()> {
+    for (operand, input) in inputs {
+        if input.is_some_and(|input| input.overlaps(output)) {
+            return Err(Error::Overlap { op, operand });
+        }
+    }
+    Ok(())
+}
+
+/// The forced tier, or the most demanding one that nothing speaks against.
+fn choose_tier<T: Element>(
+    op: &'static str,
+    w: &Tensor<T>,
+    config: &KernelConfig,
+    of_pass: impl Fn(Tier) -> Option<Obstacle>,
+) -> Result<Tier> {
+    let device = w.device();
+    let obstacle = |tier| device.obstacle(tier).or_else(|| of_pass(tier));
+    if let Some(tier) = config.forced_tier().or(device.defaults().forced_tier()) {
+        return obstacle(tier).map_or(Ok(tier), |reason| Err(reason.refuse(op, tier)));
+    }
+    let mut refused = (Tier::Cpu, Obstacle::GpuMemory);
+    for tier in Tier::ALL.into_iter().rev() {
+        match obstacle(tier) {
+            None => return Ok(tier),
+            // Of the tiers on a GPU the least demanding one has the reason worth reading.
+            Some(reason) if tier != Tier::Cpu => refused = (tier, reason),
+            Some(_) => {}
+        }
+    }
+    let (tier, reason) = refused;
+    Err(reason.refuse(op, tier))
+}
+
+/// Enqueues on the stream of `w` between the streams' waits for each other.
+pub(crate) fn ordered<T: Element>(
+    w: &Tensor<T>,
+    operands: &[Option<&Tensor<T>>],
+    enqueue: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let own = w.device().stream();
+    let streams = || operands.iter().flatten().map(|operand| operand.device().stream());
+    for stream in streams() {
+        own.wait(stream)?;
+    }
+    enqueue()?;
+    let mut outcome = Ok(());
+    for stream in streams() {
+        outcome = outcome.and(stream.wait(own));
+    }
+    // A stream that does not wait might give memory of this pass away while it runs.
+    outcome.or_else(|error| own.synchronize().and(Err(error)))
+}

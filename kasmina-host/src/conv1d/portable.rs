@@ -1,0 +1,252 @@
+//! The portable tier: which of its kernels serves a pass, and their launches.
+
+use kasmina_kernels::activation::Activation;
+use kasmina_kernels::conv1d::depthwise::{
+    self, DepthwiseParams, DepthwiseWgradParams, log2_row_threads, ncl_blocks, nlc_blocks,
+};
+use kasmina_kernels::conv1d::portable::{
+    ActivationGradParams, Direction, GatherParams, GatherPlan, Strided, StridedFilter,
+    WgradFinalParams, WgradParams, WgradPlan, element_blocks, kernels, partial_values,
+    prefers_direct,
+};
+use kasmina_kernels::conv1d::{Conv1dShape, SequenceLayout};
+
+use super::pass::{ActivationGradPass, DgradPass, Filter, ForwardPass, Sequence, WgradPass};
+use crate::error::{Error, Result};
+use crate::gpu::{Launch, Stream};
+use std::sync::Arc;
+
+/// The driver's limit on the blocks of a grid.
+const MAX_BLOCKS: u64 = i32::MAX as u64;
+
+/// A gather pass: forward, or dgrad as one.
+struct GatherPass<'a> {
+    shape: &'a Conv1dShape,
+    direction: Direction,
+    input: Strided,
+    filter: StridedFilter,
+    bias: u64,
+    activation: Activation,
+    output: Strided,
+    dtype: kasmina_kernels::abi::DType,
+    tiled: bool,
+}
+
+/// Enqueues a forward pass whose output has elements.
+pub(super) fn forward(launch: &Launch<'_>, pass: &ForwardPass) -> Result<()> {
+    let shape = &pass.shape;
+    gather(
+        launch,
+        &GatherPass {
+            shape,
+            direction: Direction::Forward,
+            input: strided(pass.x, shape.in_channels, shape.in_length),
+            filter: strided_filter(pass.w, shape),
+            bias: pass.bias,
+            activation: pass.activation,
+            output: strided(pass.y, shape.out_channels, shape.out_length),
+            dtype: pass.dtype,
+            tiled: pass.tiled,
+        },
+    )
+}
+
+/// Enqueues a dgrad pass whose result has elements.
+pub(super) fn dgrad(launch: &Launch<'_>, pass: &DgradPass) -> Result<()> {
+    let shape = &pass.shape;
+    gather(
+        launch,
+        &GatherPass {
+            shape,
+            direction: Direction::Dgrad,
+            input: strided(pass.dz, shape.out_channels, shape.out_length),
+            filter: strided_filter(pass.w, shape),
+            bias: 0,
+            activation: Activation::None,
+            output: strided(pass.dx, shape.in_channels, shape.in_length),
+            dtype: pass.dtype,
+            tiled: pass.tiled,
+        },
+    )
+}
+
+fn gather(launch: &Launch<'_>, pass: &GatherPass<'_>) -> Result<()> {
+    let &GatherPass { shape, direction, input, filter, output, .. } = pass;
+    let kernels = kernels(pass.dtype);
+    if pass.tiled && depthwise::serves(shape) {
+        let params = depthwise_params(pass);
+        if depthwise::serves_ncl(&params, pass.dtype) {
+            let blocks = checked_blocks(ncl_blocks(&params))?;
+            return launch.run(kernels.depthwise_ncl, blocks, &params);
+        }
+        if depthwise::serves_nlc(&params, pass.dtype) {
+            let params = DepthwiseParams { log2_row_threads: 0, ..params };
+            let blocks = checked_blocks(nlc_blocks(&params))?;
+            return launch.run(kernels.depthwise_nlc, blocks, &params);
+        }
+    }
+    let plan = GatherPlan::new(shape, direction);
+    let dgrad = direction == Direction::Dgrad;
+    let direct = !pass.tiled || prefers_direct(shape, direction);
+    let coalesced = output.channel == 1;
+    let params = GatherParams {
+        input,
+        output,
+        filter,
+        bias: pass.bias,
+        shape: *shape,
+        plan,
+        dgrad: u32::from(dgrad),
+        activation: pass.activation as u32,
+        // Without tiling: the order that is not coalesced, as the comparison wants it.
+        channels_first: u32::from(coalesced == pass.tiled),
+        reserved: 0,
+    };
+    if direct {
+        let (channels, length) = if dgrad {
+            (shape.in_channels, shape.in_length)
+        } else {
+            (shape.out_channels, shape.out_length)
+        };
+        let elements = u64::from(shape.batch) * u64::from(channels) * u64::from(length);
+        let blocks = checked_blocks(element_blocks(elements))?;
+        return launch.run(kernels.direct, blocks, &params);
+    }
+    launch.run(kernels.gather, checked_blocks(plan.blocks(shape))?, &params)
+}
+
+fn depthwise_params(pass: &GatherPass<'_>) -> DepthwiseParams {
+    let shape = pass.shape;
+    let last = shape.kernel_size - 1;
+    // Backward the taps are met from the last to the first.
+    let (first, first_tap, step, in_length, out_length) = match pass.direction {
+        Direction::Forward => {
+            (-(shape.padding_left as i32), 0, 1, shape.in_length, shape.out_length)
+        }
+        Direction::Dgrad => {
+            let first = shape.padding_left as i32 - last as i32;
+            (first, last, -1, shape.out_length, shape.in_length)
+        }
+    };
+    let size = pass.dtype.size() as u64;
+    DepthwiseParams {
+        input: pass.input,
+        output: pass.output,
+        filter: pass.filter.address + u64::from(first_tap) * pass.filter.tap * size,
+        filter_channel: pass.filter.out,
+        filter_tap: (pass.filter.tap as i64 * step) as u64,
+        bias: pass.bias,
+        batch: shape.batch,
+        channels: shape.in_channels,
+        in_length,
+        out_length,
+        first,
+        taps: shape.kernel_size,
+        activation: pass.activation as u32,
+        log2_row_threads: log2_row_threads(out_length),
+    }
+}
+
+/// Enqueues a wgrad pass.
+pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass) -> Result<()> {
+    let shape = &pass.shape;
+    if shape.batch == 0 {
+        // The sum of nothing.
+        return finish_wgrad(launch, pass, 0, 0);
+    }
+    let kernels = kernels(pass.dtype);
+    let sm_count = stream.gpu().capability().sm_count;
+    let x = strided(pass.x, shape.in_channels, shape.in_length);
+    let dz = strided(pass.dz, shape.out_channels, shape.out_length);
+    let (plan, [splits, positions_per_split]) = (
+        WgradPlan::new(shape, sm_count),
+        depthwise::wgrad_splits(shape, pass.x.layout == SequenceLayout::Nlc, sm_count),
+    );
+    let is_depthwise = shape.is_depthwise();
+    let splits = if is_depthwise { splits } else { plan.splits };
+    let bytes = partial_values(shape, splits).checked_mul(4);
+    let bytes = bytes.and_then(|bytes| usize::try_from(bytes).ok());
+    let overflow = Error::Overflow {
+        op: launch.operation.name(),
+        quantity: "the size of the partial sums",
+        limit: isize::MAX as u64,
+    };
+    // Freed in the stream's order, so after the kernels that use it.
+    let partials = stream.allocate(bytes.ok_or(overflow)?)?;
+    let address = partials.address();
+    if is_depthwise {
+        let params = DepthwiseWgradParams {
+            x,
+            dz,
+            partials: address,
+            shape: *shape,
+            splits,
+            along_channels: u32::from(pass.x.layout == SequenceLayout::Nlc),
+            positions_per_split,
+        };
+        launch.run(kernels.depthwise_wgrad, checked_blocks(params.blocks())?, &params)?;
+    } else {
+        let params = WgradParams { x, dz, partials: address, shape: *shape, plan };
+        launch.run(kernels.wgrad, checked_blocks(plan.blocks(shape))?, &params)?;
+    }
+    finish_wgrad(launch, pass, address, splits)
+}
+
+/// Enqueues the sum over the partial sums of `splits` blocks, which lie at `partials` as
+/// [`partial_values`] says, into the wanted gradients.
+pub(super) fn finish_wgrad(
+    launch: &Launch<'_>,
+    pass: &WgradPass,
+    partials: u64,
+    splits: u32,
+) -> Result<()> {
+    let shape = &pass.shape;
+    let nowhere = StridedFilter { address: 0, out: 0, input: 0, tap: 0 };
+    let params = WgradFinalParams {
+        partials,
+        dw: pass.dw.map_or(nowhere, |dw| strided_filter(dw, shape)),
+        db: pass.db.unwrap_or(0),
+        filter_elements: shape.filter_elements(),
+        out_channels: shape.out_channels,
+        group_in: shape.group_in(),
+        kernel_size: shape.kernel_size,
+        splits,
+        accumulate: u32::from(pass.accumulate),
+        reserved: 0,
+    };
+    let blocks = element_blocks(shape.filter_elements() + u64::from(shape.out_channels));
+    launch.run(kernels(pass.dtype).wgrad_final, checked_blocks(blocks)?, &params)
+}
+
+/// Enqueues `dz = dy · act'(z)` over tensors that have elements.
+pub(super) fn activation_grad(launch: &Launch<'_>, pass: &ActivationGradPass) -> Result<()> {
+    let [batch, channels, length] = pass.extents;
+    let params = ActivationGradParams {
+        z: strided(pass.z, channels, length),
+        dy: strided(pass.dy, channels, length),
+        dz: strided(pass.dz, channels, length),
+        batch,
+        channels,
+        length,
+        activation: pass.activation as u32,
+    };
+    let elements = u64::from(batch) * u64::from(channels) * u64::from(length);
+    let blocks = checked_blocks(element_blocks(elements))?;
+    launch.run(kernels(pass.dtype).activation_grad, blocks, &params)
+}
+
+fn strided(sequence: Sequence, channels: u32, length: u32) -> Strided {
+    let [batch, channel, position] = sequence.layout.strides(channels, length, sequence.row_stride);
+    Strided { address: sequence.address, batch, channel, position }
+}
+
+fn strided_filter(filter: Filter, shape: &Conv1dShape) -> StridedFilter {
+    let [out, input, tap] = filter.layout.strides(shape, filter.row_stride);
+    StridedFilter { address: filter.address, out, input, tap }
+}
+
+fn checked_blocks(blocks: u64) -> Result<u32> {
+    let overflow =
+        Error::Overflow { op: "conv1d", quantity: "the number of blocks", limit: MAX_BLOCKS };
+    u32::try_from(blocks).ok().filter(|&blocks| u64::from(blocks) <= MAX_BLOCKS).ok_or(overflow)
+}

@@ -1,0 +1,472 @@
+//! A convolutional layer with its parameters.
+#![forbid(unsafe_code)]
+
+use std::any::Any;
+
+use half::{bf16, f16};
+use kasmina_kernels::abi::{DType, Tier};
+use kasmina_kernels::activation::Activation;
+use kasmina_kernels::conv1d::{Conv1dShape, FilterLayout, Padding, SequenceLayout};
+use rayon::prelude::*;
+
+use crate::config::KernelConfig;
+use crate::conv1d::{self, Backward, Forward, Gradients, Sequences, Window};
+use crate::device::Device;
+use crate::element::Element;
+use crate::error::{Error, Result};
+use crate::layer::{in_f32, replace, uniform};
+use crate::shape::Shape;
+use crate::tensor::{Tensor, zeroed};
+
+/// What a [`KasminaConv1d`] is to be; [`build`](Self::build) makes it.
+///
+/// ```
+/// use kasmina_host::{Activation, Conv1dConfig, Device, Padding, Tensor};
+///
+/// let device = Device::cpu();
+/// let layer = Conv1dConfig::new(3, 8, 5)
+///     .padding(Padding::Same)
+///     .activation(Activation::Relu)
+///     .build(&device)?;
+/// let x = Tensor::full(&device, [2, 3, 100], 1.0f32)?;
+/// let y = layer.forward(&x)?;
+/// assert_eq!(y.shape().extents(), [2, 8, 100]);
+/// let gradients = layer.backward(&x, &y, &y)?;
+/// assert_eq!(gradients.dw.shape().extents(), [8, 3, 5]);
+/// # Ok::<(), kasmina_host::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+#[must_use = "a config does nothing until `build`"]
+pub struct Conv1dConfig {
+    in_channels: usize,
+    out_channels: usize,
+    kernel_size: usize,
+    window: Window,
+    x_layout: SequenceLayout,
+    y_layout: SequenceLayout,
+    dy_layout: SequenceLayout,
+    dx_layout: SequenceLayout,
+    filter_layout: FilterLayout,
+    activation: Activation,
+    bias: bool,
+    dtype: DType,
+    seed: u64,
+    kernel_config: KernelConfig,
+}
+
+impl Conv1dConfig {
+    /// A layer with bias, without activation or padding, in f32, its tensors as
+    /// `[batch, channels, length]` and its filter as `[out, in, tap]`.
+    pub fn new(in_channels: usize, out_channels: usize, kernel_size: usize) -> Self {
+        Self {
+            in_channels,
+            out_channels,
+            kernel_size,
+            window: Window::default(),
+            x_layout: SequenceLayout::Ncl,
+            y_layout: SequenceLayout::Ncl,
+            dy_layout: SequenceLayout::Ncl,
+            dx_layout: SequenceLayout::Ncl,
+            filter_layout: FilterLayout::OutInTap,
+            activation: Activation::None,
+            bias: true,
+            dtype: DType::F32,
+            seed: 0,
+            kernel_config: KernelConfig::default(),
+        }
+    }
+
+    /// Input positions from one output position to the next.
+    pub const fn stride(mut self, stride: usize) -> Self {
+        self.window.stride = stride;
+        self
+    }
+
+    /// Input positions from one tap to the next.
+    pub const fn dilation(mut self, dilation: usize) -> Self {
+        self.window.dilation = dilation;
+        self
+    }
+
+    /// Zeros before and after the input.
+    pub const fn padding(mut self, padding: Padding) -> Self {
+        self.window.padding = padding;
+        self
+    }
+
+    /// Groups into which the channels are divided.
+    pub const fn groups(mut self, groups: usize) -> Self {
+        self.window.groups = groups;
+        self
+    }
+
+    /// The layout of all tensors of sequences: input, output and their gradients.
+    pub const fn layout(mut self, layout: SequenceLayout) -> Self {
+        self.x_layout = layout;
+        self.y_layout = layout;
+        self.dy_layout = layout;
+        self.dx_layout = layout;
+        self
+    }
+
+    /// The layout of the input.
+    pub const fn input_layout(mut self, layout: SequenceLayout) -> Self {
+        self.x_layout = layout;
+        self
+    }
+
+    /// The layout of the output.
+    pub const fn output_layout(mut self, layout: SequenceLayout) -> Self {
+        self.y_layout = layout;
+        self
+    }
+
+    /// The layout in which the output's gradient is given.
+    pub const fn grad_output_layout(mut self, layout: SequenceLayout) -> Self {
+        self.dy_layout = layout;
+        self
+    }
+
+    /// The layout in which the input's gradient is returned.
+    pub const fn grad_input_layout(mut self, layout: SequenceLayout) -> Self {
+        self.dx_layout = layout;
+        self
+    }
+
+    /// Which way round the filter and its gradient lie in memory. The initial filter is the same
+    /// in both.
+    pub const fn filter_layout(mut self, layout: FilterLayout) -> Self {
+        self.filter_layout = layout;
+        self
+    }
+
+    /// What is applied to the convolution with its bias.
+    pub const fn activation(mut self, activation: Activation) -> Self {
+        self.activation = activation;
+        self
+    }
+
+    /// Whether there is a bias.
+    pub const fn bias(mut self, bias: bool) -> Self {
+        self.bias = bias;
+        self
+    }
+
+    /// The element type of tensors and parameters.
+    pub const fn dtype(mut self, dtype: DType) -> Self {
+        self.dtype = dtype;
+        self
+    }
+
+    /// Seed of the initial parameters.
+    pub const fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// How kernels are chosen.
+    pub fn kernel_config(mut self, config: KernelConfig) -> Self {
+        self.kernel_config = config;
+        self
+    }
+
+    /// The layer, with filter and bias drawn uniformly from ±1/√(in_channels/groups · kernel_size)
+    /// as PyTorch's `nn.Conv1d` does. The same seed gives the same values on every machine.
+    ///
+    /// # Errors
+    /// [`Error::Convolution`] for a config that no input fits, [`Error::OutOfMemory`],
+    /// [`Error::Driver`].
+    pub fn build(self, device: &Device) -> Result<KasminaConv1d> {
+        let op = "Conv1dConfig::build";
+        // An input that any filter fits, as none is known yet; the length is checked with each.
+        let window = Window { padding: Padding::Same, ..self.window };
+        let shape = window.shape(op, self.channels(), [1, 1])?;
+        let parameters = match self.dtype {
+            DType::F32 => Parameters::F32(self.draw(device, &shape)?),
+            DType::F16 => Parameters::F16(self.draw(device, &shape)?),
+            DType::BF16 => Parameters::BF16(self.draw(device, &shape)?),
+            got => return Err(Error::DType { op, expected: DType::F32, got }),
+        };
+        Ok(KasminaConv1d { config: self, device: device.clone(), parameters })
+    }
+
+    const fn channels(&self) -> [usize; 3] {
+        [self.in_channels, self.out_channels, self.kernel_size]
+    }
+
+    fn draw<T: Element>(&self, device: &Device, shape: &Conv1dShape) -> Result<Filter<T>> {
+        let extents = self.filter_layout.extents(shape);
+        // Reserved first, so that a filter that does not fit costs no time.
+        let mut weight = Tensor::uninitialised(device, extents.into(), "Conv1dConfig::build")?;
+        let [out, input, tap] =
+            self.filter_layout.strides(shape, extents[2] as u64).map(|stride| stride as usize);
+        let (group_in, taps) = (shape.group_in() as usize, self.kernel_size);
+        let bound = 1.0 / ((group_in * taps) as f32).sqrt();
+        let mut values: Vec<T> = zeroed(weight.len())?;
+        values.par_iter_mut().enumerate().for_each(|(at, value)| {
+            // Numbered by (out, in, tap) whatever the layout.
+            let index = match self.filter_layout {
+                FilterLayout::OutInTap => at,
+                FilterLayout::TapOutIn => {
+                    let (k, o, i) = (at / tap, at % tap / out, at % out / input);
+                    (o * group_in + i) * taps + k
+                }
+            };
+            *value = T::from_f32(bound * uniform(self.seed, index as u64));
+        });
+        weight.copy_from_slice(&values)?;
+        let bias = self.bias.then(|| {
+            // Numbers no tap has.
+            let values: Vec<T> = (0..self.out_channels as u64)
+                .map(|index| T::from_f32(bound * uniform(!self.seed, !index)))
+                .collect();
+            Tensor::from_slice(device, &values, [self.out_channels])
+        });
+        Ok(Filter { weight, bias: bias.transpose()? })
+    }
+}
+
+/// A convolutional layer, `y = act(w ⋆ x + b)`.
+///
+/// It can be shared between threads. Its operations are enqueued on the stream of the device
+/// handle it was built with. A call that is refused leaves it as it was.
+#[derive(Debug)]
+pub struct KasminaConv1d {
+    config: Conv1dConfig,
+    device: Device,
+    parameters: Parameters,
+}
+
+#[derive(Debug)]
+enum Parameters {
+    F32(Filter<f32>),
+    F16(Filter<f16>),
+    BF16(Filter<bf16>),
+}
+
+#[derive(Debug)]
+struct Filter<T: Element> {
+    weight: Tensor<T>,
+    bias: Option<Tensor<T>>,
+}
+
+/// Evaluates an expression with the parameters of whichever element type there is.
+macro_rules! with_parameters {
+    ($parameters:expr, $filter:ident => $body:expr) => {
+        match $parameters {
+            Parameters::F32($filter) => $body,
+            Parameters::F16($filter) => $body,
+            Parameters::BF16($filter) => $body,
+        }
+    };
+}
+
+/// What [`KasminaConv1d::backward`] returns.
+#[derive(Debug)]
+pub struct Conv1dGradients<T: Element> {
+    /// With respect to the input, in the layout of the config.
+    pub dx: Tensor<T>,
+    /// With respect to the filter, in the filter's layout.
+    pub dw: Tensor<T>,
+    /// With respect to the bias; `None` for a layer without.
+    pub db: Option<Tensor<T>>,
+}
+
+impl KasminaConv1d {
+    /// `act(w ⋆ x + b)` in a new tensor. `x` is `[batch, in_channels, length]`, or
+    /// `[batch, length, in_channels]` if the config says so. Enqueued: reading the result waits
+    /// for it.
+    ///
+    /// # Errors
+    /// As [`Forward::run`], and [`Error::DType`] if `x` has another element type than the layer;
+    /// [`Error::OutOfMemory`].
+    pub fn forward<T: Element>(&self, x: &Tensor<T>) -> Result<Tensor<T>> {
+        let op = "KasminaConv1d::forward";
+        let filter = self.filter::<T>(op)?;
+        let mut y = self.output(op, x)?;
+        self.run(filter, x, self.config.activation, &mut y)?;
+        Ok(y)
+    }
+
+    /// As [`forward`](Self::forward), into a tensor that exists. Says which tier runs it.
+    ///
+    /// # Errors
+    /// As [`Forward::run`], and [`Error::DType`] if the tensors have another element type than
+    /// the layer.
+    pub fn forward_into<T: Element>(&self, x: &Tensor<T>, y: &mut Tensor<T>) -> Result<Tier> {
+        let filter = self.filter::<T>("KasminaConv1d::forward_into")?;
+        self.run(filter, x, self.config.activation, y)
+    }
+
+    /// The gradients, in new tensors: `x` is the forward pass's input, `y` its output and `dy` the
+    /// gradient with respect to `y`.
+    ///
+    /// ReLU's derivative follows from `y`. That of the other activations needs what was before
+    /// them, which is computed anew, rounded to the element type as `y` was.
+    ///
+    /// # Errors
+    /// As [`Backward::run`], and [`Error::DType`] if the tensors have another element type than
+    /// the layer.
+    pub fn backward<T: Element>(
+        &self,
+        x: &Tensor<T>,
+        y: &Tensor<T>,
+        dy: &Tensor<T>,
+    ) -> Result<Conv1dGradients<T>> {
+        let op = "KasminaConv1d::backward";
+        let filter = self.filter::<T>(op)?;
+        let (config, device) = (&self.config, &self.device);
+        let [batch, channels, length] = self.input_extents(op, x)?;
+        let dx_shape = Shape::from(config.dx_layout.extents(batch, channels, length));
+        let mut dx = Tensor::uninitialised(device, dx_shape, op)?;
+        let mut dw = Tensor::uninitialised(device, *filter.weight.shape(), op)?;
+        let mut db = match &filter.bias {
+            Some(bias) => Some(Tensor::uninitialised(device, *bias.shape(), op)?),
+            None => None,
+        };
+        let gradients =
+            Gradients { dx: Some((&mut dx, config.dx_layout)), dw: Some(&mut dw), db: db.as_mut() };
+        self.backward_into(x, y, dy, gradients, false)?;
+        Ok(Conv1dGradients { dx, dw, db })
+    }
+
+    /// As [`backward`](Self::backward), into tensors that exist; with `accumulate` the gradients
+    /// of filter and bias are added to what they hold. Says which tiers run dgrad and wgrad.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward).
+    pub fn backward_into<T: Element>(
+        &self,
+        x: &Tensor<T>,
+        y: &Tensor<T>,
+        dy: &Tensor<T>,
+        gradients: Gradients<'_, T>,
+        accumulate: bool,
+    ) -> Result<[Option<Tier>; 2]> {
+        let op = "KasminaConv1d::backward";
+        let config = &self.config;
+        let filter = self.filter::<T>(op)?;
+        let before = if config.activation.needs_pre_activation() {
+            let mut z = self.output(op, x)?;
+            self.run(filter, x, Activation::None, &mut z)?;
+            Some(z)
+        } else {
+            None
+        };
+        let dz = if config.activation == Activation::None {
+            dy.clone()
+        } else {
+            let z = Sequences::new(before.as_ref().unwrap_or(y), config.y_layout);
+            let dy = Sequences::new(dy, config.dy_layout);
+            conv1d::activation_gradient(config.activation, z, dy, &config.kernel_config)?
+        };
+        let backward = Backward {
+            x: Sequences::new(x, config.x_layout),
+            w: &filter.weight,
+            filter_layout: config.filter_layout,
+            dz: Sequences::new(&dz, config.dy_layout),
+            window: config.window,
+            accumulate,
+        };
+        backward.run(gradients, &config.kernel_config)
+    }
+
+    fn run<T: Element>(
+        &self,
+        filter: &Filter<T>,
+        x: &Tensor<T>,
+        activation: Activation,
+        y: &mut Tensor<T>,
+    ) -> Result<Tier> {
+        let config = &self.config;
+        let forward = Forward {
+            x: Sequences::new(x, config.x_layout),
+            w: &filter.weight,
+            filter_layout: config.filter_layout,
+            bias: filter.bias.as_ref(),
+            window: config.window,
+            activation,
+        };
+        forward.run(y, config.y_layout, &config.kernel_config)
+    }
+
+    /// Batch, channels and length of an input, which has the layer's channels.
+    fn input_extents<T: Element>(&self, op: &'static str, x: &Tensor<T>) -> Result<[usize; 3]> {
+        let Conv1dConfig { in_channels, x_layout, .. } = self.config;
+        let got = *x.shape();
+        let (batch, channels, length) = match (got.extents(), x_layout) {
+            (&[batch, channels, length], SequenceLayout::Ncl)
+            | (&[batch, length, channels], SequenceLayout::Nlc) => (batch, channels, length),
+            _ => (1, 0, 1),
+        };
+        if channels != in_channels {
+            let expected = x_layout.extents(batch, in_channels, length).into();
+            return Err(Error::Shape { op, operand: "x", expected, got });
+        }
+        Ok([batch, channels, length])
+    }
+
+    /// A tensor for the output of `x`.
+    fn output<T: Element>(&self, op: &'static str, x: &Tensor<T>) -> Result<Tensor<T>> {
+        let config = &self.config;
+        // Checked before memory is taken, whose size a wrong input would decide.
+        let [batch, _, length] = self.input_extents(op, x)?;
+        let shape = config.window.shape(op, config.channels(), [batch, length])?;
+        let [batch, channels, length] = conv1d::out_extents(&shape);
+        let extents = config.y_layout.extents(batch, channels, length);
+        Tensor::uninitialised(&self.device, extents.into(), op)
+    }
+
+    fn filter<T: Element>(&self, op: &'static str) -> Result<&Filter<T>> {
+        let any = with_parameters!(&self.parameters, filter => filter as &dyn Any);
+        let mismatch = Error::DType { op, expected: self.config.dtype, got: T::DTYPE };
+        any.downcast_ref().ok_or(mismatch)
+    }
+
+    /// Replaces the filter, given in its layout and rounded to the layer's element type. Returns
+    /// once the values have been read.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if their number is not the filter's, [`Error::Driver`].
+    pub fn set_weight(&mut self, values: &[f32]) -> Result<()> {
+        with_parameters!(&mut self.parameters, filter => {
+            replace("KasminaConv1d::set_weight", &mut filter.weight, values)
+        })
+    }
+
+    /// Replaces the bias, rounded to the layer's element type. Returns once the values have been
+    /// read.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are not `out_channels` values, or any for a layer without bias;
+    /// [`Error::Driver`].
+    pub fn set_bias(&mut self, values: &[f32]) -> Result<()> {
+        let op = "KasminaConv1d::set_bias";
+        with_parameters!(&mut self.parameters, filter => match &mut filter.bias {
+            Some(bias) => replace(op, bias, values),
+            None if values.is_empty() => Ok(()),
+            None => {
+                let got = [values.len()].into();
+                Err(Error::Shape { op, operand: "values", expected: [0].into(), got })
+            }
+        })
+    }
+
+    /// The filter in f32, in its layout. Waits for the stream.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn weight(&self) -> Result<Vec<f32>> {
+        with_parameters!(&self.parameters, filter => in_f32(&filter.weight))
+    }
+
+    /// The bias in f32; `None` for a layer without. Waits for the stream.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn bias(&self) -> Result<Option<Vec<f32>>> {
+        with_parameters!(&self.parameters, filter => {
+            filter.bias.as_ref().map(in_f32).transpose()
+        })
+    }
+}

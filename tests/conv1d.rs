@@ -1,0 +1,834 @@
+//! One-dimensional convolution and its gradients against a float64 reference, on every tier.
+//!
+//! `KASMINA_TEST_SEED` repeats a run, `KASMINA_TEST_REDUCED=1` takes a list short enough for
+//! compute-sanitizer.
+
+#[path = "support/activation.rs"]
+mod activation;
+#[path = "support/convolution.rs"]
+mod convolution;
+#[path = "support/gpu.rs"]
+mod gpu;
+#[path = "support/poison.rs"]
+mod poison;
+#[path = "support/random.rs"]
+mod random;
+
+use std::env;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use convolution::{
+    Convolution, Shape, Sum, canonical, canonical_filter, filter_laid_out, laid_out,
+};
+use gpu::Gpu;
+use half::{bf16, f16};
+use kasmina::conv1d::{Backward, Forward, Gradients, Sequences, Window};
+use kasmina::{
+    Activation, Conv1dConfig, Conv1dFault, DType, Device, Error, FilterLayout, KernelConfig,
+    Padding, SequenceLayout, Tensor, Tier,
+};
+use libtest_mimic::{Arguments, Failed, Trial};
+use poison::{Poison, bits};
+use random::{Random, seed};
+
+type Check = fn(&Device, Tier) -> Result<(), Failed>;
+
+/// Passes that were compared in this run.
+static COMPARED: AtomicUsize = AtomicUsize::new(0);
+
+fn main() -> ExitCode {
+    let gpu = Gpu::find();
+    let mut trials =
+        vec![Trial::test("case_lists_hold_at_least_400_cases_for_each_tier", enough_cases)];
+    for (name, check) in claims(Tier::Cpu) {
+        trials.push(Trial::test(name, move || check(&Device::cpu(), Tier::Cpu)));
+    }
+    for (name, check) in claims(Tier::Portable) {
+        trials.push(gpu.trial(name, move |device| check(device, Tier::Portable)));
+    }
+    trials.push(Trial::test("bad_input_is_a_typed_error_on_the_cpu", || bad_input(&Device::cpu())));
+    trials.push(gpu.trial("bad_input_is_a_typed_error_on_the_gpu", bad_input));
+    trials.push(gpu.trial("without_tiling_the_results_are_the_same", |device| {
+        let config = KernelConfig::default().tier(Tier::Portable).enable_tiling(false);
+        each_with::<f32>(device, &config, &thinned(crossed_cases(), 9))?;
+        each_with::<bf16>(device, &config, &thinned(crossed_cases(), 11))
+    }));
+
+    let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
+    println!("{} cases compared, seed {}", COMPARED.load(Ordering::Relaxed), seed());
+    conclusion.exit_code()
+}
+
+/// What is claimed of a tier, for each of its element types.
+fn claims(tier: Tier) -> Vec<(String, Check)> {
+    fn of<T: Poison>() -> [(&'static str, Check); 9] {
+        [
+            ("conv1d_crossing_stride_padding_dilation_and_groups_matches_reference", |d, t| {
+                each::<T>(d, t, &crossed_cases())
+            }),
+            ("conv1d_of_short_sequences_matches_reference", |d, t| each::<T>(d, t, &short_cases())),
+            ("conv1d_at_tile_edges_matches_reference", |d, t| each::<T>(d, t, &edge_cases())),
+            ("conv1d_of_single_channels_matches_reference", |d, t| {
+                each::<T>(d, t, &depthwise_cases())
+            }),
+            ("conv1d_of_views_matches_reference_and_leaves_gaps_alone", |d, t| {
+                each::<T>(d, t, &view_cases())
+            }),
+            ("conv1d_of_no_sequences_is_empty", no_sequences::<T>),
+            ("conv1d_propagates_nan_and_infinities", non_finite::<T>),
+            ("conv1d_gives_the_same_bits_twice", repeats::<T>),
+            ("conv1d_layer_matches_reference", layer::<T>),
+        ]
+    }
+    let mut claims = Vec::new();
+    for dtype in DType::ALL {
+        let of_dtype = match dtype {
+            DType::F32 => of::<f32>(),
+            DType::F16 => of::<f16>(),
+            _ => of::<bf16>(),
+        };
+        let name = |sentence| format!("{tier}_{dtype}_{sentence}");
+        claims.extend(of_dtype.into_iter().map(|(sentence, check)| (name(sentence), check)));
+    }
+    let sentence = "layer_gradients_match_finite_differences";
+    claims.push((format!("{tier}_f32_{sentence}"), finite_differences));
+    claims
+}
+
+/// One convolution with how its operands lie.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    shape: Shape,
+    /// Of x, y, dz and dx.
+    layouts: [SequenceLayout; 4],
+    filter_layout: FilterLayout,
+    activation: Activation,
+    bias: bool,
+    /// Whether rows have gaps between them.
+    gaps: bool,
+    /// Whether the parameters' gradients are added to what is there.
+    accumulate: bool,
+}
+
+/// Cases of these shapes whose filter fits; layouts, activation, bias and accumulation go round.
+fn cases(shapes: impl IntoIterator<Item = Shape>) -> Vec<Case> {
+    let layout = |bit: usize| SequenceLayout::ALL[bit % 2];
+    shapes
+        .into_iter()
+        .filter(|shape| shape.output().is_some())
+        .enumerate()
+        .map(|(number, shape)| Case {
+            shape,
+            layouts: [
+                layout(number),
+                layout(number / 2 + number),
+                layout(number / 4),
+                layout(number / 8 + number),
+            ],
+            filter_layout: FilterLayout::ALL[number / 3 % 2],
+            activation: Activation::ALL[number % Activation::ALL.len()],
+            bias: number % 3 != 0,
+            gaps: false,
+            accumulate: number % 4 == 1,
+        })
+        .collect()
+}
+
+fn reduced() -> bool {
+    env::var_os("KASMINA_TEST_REDUCED").is_some_and(|value| value == "1")
+}
+
+/// The list, or every so-manieth of it.
+fn thinned<T: Copy>(list: Vec<T>, step: usize) -> Vec<T> {
+    list.into_iter().step_by(step).collect()
+}
+
+/// The list, or a few of it in a reduced run.
+fn shortened<T: Copy>(list: Vec<T>) -> Vec<T> {
+    let step = if reduced() { list.len().div_ceil(8).max(1) } else { 1 };
+    thinned(list, step)
+}
+
+fn explicit(left: u32, right: u32) -> Padding {
+    Padding::Explicit { left, right }
+}
+
+/// Every stride with every dilation, padding, kernel size and kind of groups; the lengths go round.
+fn crossed_cases() -> Vec<Case> {
+    const LENGTHS: [usize; 9] = [40, 1, 131, 17, 64, 300, 33, 8, 97];
+    const CHANNELS: [([usize; 2], usize); 6] =
+        [([5, 7], 1), ([8, 16], 1), ([6, 9], 3), ([4, 4], 4), ([3, 6], 3), ([16, 8], 2)];
+    let mut shapes = Vec::new();
+    for stride in [1, 2, 3, 5] {
+        for dilation in [1, 2, 3] {
+            for padding in [Padding::Valid, Padding::Same, explicit(2, 0), explicit(1, 19)] {
+                for taps in [1, 2, 3, 4, 5, 7, 8, 9, 12, 17] {
+                    let number = shapes.len() + shapes.len() / 9;
+                    let (channels, groups) = CHANNELS[number % CHANNELS.len()];
+                    let window = Window { stride, dilation, padding, groups };
+                    let (batch, length) = (1 + number % 3, LENGTHS[number % LENGTHS.len()]);
+                    shapes.push(Shape { batch, channels, length, taps, window });
+                }
+            }
+        }
+    }
+    shortened(cases(shapes))
+}
+
+/// Sequences from one position on, under filters that reach far beyond them.
+fn short_cases() -> Vec<Case> {
+    let mut shapes = Vec::new();
+    for length in [1, 2, 3, 5, 16, 31] {
+        for taps in [1, 3, 17] {
+            for (stride, dilation) in [(1, 1), (2, 1), (1, 4), (4, 6), (7, 3)] {
+                let padding = if taps == 1 { Padding::Valid } else { Padding::Same };
+                let window = Window { stride, dilation, padding, groups: 1 };
+                shapes.push(Shape { batch: 9, channels: [12, 10], length, taps, window });
+            }
+        }
+    }
+    // More padding than input and filter together: results of bias alone, and gradients of none.
+    for (left, right) in [(9, 9), (40, 0), (0, 40)] {
+        let window = Window { padding: explicit(left, right), ..Window::default() };
+        shapes.push(Shape { batch: 2, channels: [3, 4], length: 2, taps: 3, window });
+    }
+    // Strides beyond the input, and far dilations.
+    for (stride, dilation) in [(300, 1), (1, 290), (300, 70), (6, 290)] {
+        let window = Window { stride, dilation, padding: explicit(300, 300), groups: 2 };
+        shapes.push(Shape { batch: 3, channels: [10, 6], length: 200, taps: 3, window });
+    }
+    shortened(cases(shapes))
+}
+
+/// One off the edges of tiles of 8 to 64 rows, 256 to 2048 columns, and depths of 16.
+fn edge_cases() -> Vec<Case> {
+    let mut shapes = Vec::new();
+    let plain = Window { padding: Padding::Same, ..Window::default() };
+    for channels in [[1, 8], [9, 1], [15, 16], [17, 31], [33, 63], [64, 65], [65, 129]] {
+        for length in [255, 256, 257] {
+            shapes.push(Shape { batch: 2, channels, length, taps: 3, window: plain });
+        }
+    }
+    for length in [2047, 2048, 2049, 4100] {
+        shapes.push(Shape { batch: 1, channels: [4, 5], length, taps: 5, window: plain });
+        let window = Window { stride: 2, ..plain };
+        shapes.push(Shape { batch: 1, channels: [7, 40], length, taps: 4, window });
+    }
+    for taps in [15, 16, 17, 33] {
+        let window = Window { groups: 2, ..plain };
+        shapes.push(Shape { batch: 2, channels: [32, 80], length: 100, taps, window });
+    }
+    // Lengths that split into stages of 32 with one left or missing.
+    for length in [31, 32, 33, 63, 65] {
+        shapes.push(Shape { batch: 3, channels: [24, 72], length, taps: 2, window: plain });
+    }
+    shortened(cases(shapes))
+}
+
+/// A filter for every channel: the walks over aligned vectors, and what they cannot serve.
+fn depthwise_cases() -> Vec<Case> {
+    let mut shapes = Vec::new();
+    for taps in 1..=9 {
+        for (length, channels) in [(64, 6), (8, 64), (72, 70), (1000, 3), (2056, 2), (67, 66)] {
+            let left = (taps * 3 / 2) as u32 % 11;
+            for padding in [Padding::Same, explicit(left, taps as u32), explicit(0, 16)] {
+                let window = Window { padding, groups: channels, ..Window::default() };
+                let channels = [channels; 2];
+                shapes.push(Shape { batch: 2, channels, length, taps, window });
+            }
+        }
+    }
+    for (stride, dilation) in [(2, 1), (1, 2), (3, 4)] {
+        let window = Window { stride, dilation, padding: Padding::Same, groups: 34 };
+        shapes.push(Shape { batch: 2, channels: [34; 2], length: 300, taps: 11, window });
+    }
+    let mut cases = cases(shapes);
+    for (number, case) in cases.iter_mut().enumerate() {
+        // Most with one layout for all, which the fast walks need.
+        if number % 5 != 0 {
+            case.layouts = [SequenceLayout::ALL[number % 2]; 4];
+        }
+    }
+    shortened(cases)
+}
+
+fn view_cases() -> Vec<Case> {
+    let cases = thinned(crossed_cases(), 13).into_iter().chain(thinned(depthwise_cases(), 7));
+    cases.map(|case| Case { gaps: true, ..case }).collect()
+}
+
+fn enough_cases() -> Result<(), Failed> {
+    let lists = [crossed_cases(), short_cases(), edge_cases(), depthwise_cases(), view_cases()];
+    let cases: usize = lists.iter().map(Vec::len).sum();
+    require(cases >= 400 || reduced(), || format!("there are only {cases}"))
+}
+
+/// A tensor of three axes, with gaps between its rows if asked for.
+struct Placed<T: kasmina::Element> {
+    whole: Tensor<T>,
+    view: Tensor<T>,
+}
+
+/// Elements before and after a row where there are gaps: no multiple of 16 bytes.
+const GAP: usize = 3;
+
+impl<T: Poison> Placed<T> {
+    fn poisoned(device: &Device, extents: [usize; 3], gaps: bool) -> Result<Self, Error> {
+        let [a, b, columns] = extents;
+        let gap = if gaps { GAP } else { 0 };
+        let whole = Tensor::full(device, [a, b, columns + 2 * gap], T::POISON)?;
+        let view = whole.columns(gap..gap + columns)?;
+        Ok(Self { whole, view })
+    }
+
+    fn new(device: &Device, values: &[T], extents: [usize; 3], gaps: bool) -> Result<Self, Error> {
+        let mut placed = Self::poisoned(device, extents, gaps)?;
+        placed.view.copy_from_slice(values)?;
+        Ok(placed)
+    }
+
+    /// The values, if what lies between the rows is still poison.
+    fn read(&self) -> Result<Vec<T>, String> {
+        let told = |error: Error| error.to_string();
+        let columns = self.view.shape().columns();
+        let stride = self.whole.shape().columns();
+        let gap = (stride - columns) / 2;
+        let whole = self.whole.to_vec().map_err(told)?;
+        for (index, value) in whole.iter().enumerate() {
+            let at = index % stride;
+            if (at < gap || at >= gap + columns) && value.bits() != T::POISON.bits() {
+                return Err(format!("a gap was written: element {index} is {value:?}"));
+            }
+        }
+        self.view.to_vec().map_err(told)
+    }
+}
+
+/// What a case gives, in canonical order.
+struct Results<T> {
+    y: Vec<T>,
+    dx: Vec<T>,
+    dw: Vec<T>,
+    db: Vec<T>,
+}
+
+impl<T: Poison> Results<T> {
+    fn bits(&self) -> Vec<u32> {
+        let all = [&self.y, &self.dx, &self.dw, &self.db];
+        all.into_iter().flat_map(|values| bits(values)).collect()
+    }
+}
+
+/// What is in the parameters' gradients before; it takes part if they accumulate.
+const BEFORE: f32 = 2.5;
+
+/// Runs every pass of a case into poisoned memory.
+fn run<T: Poison>(
+    device: &Device,
+    config: &KernelConfig,
+    convolution: &Convolution<T>,
+    case: &Case,
+) -> Result<Results<T>, String> {
+    let told = |error: Error| error.to_string();
+    let Shape { batch, channels: [input, out], length, taps, window } = case.shape;
+    let (in_extents, out_extents) = ([batch, input, length], [batch, out, convolution.out_length]);
+    let filter_extents = [out, case.shape.group_in(), taps];
+    let [x_layout, y_layout, dz_layout, dx_layout] = case.layouts;
+    let in_memory = |[batch, channels, length]: [usize; 3], layout: SequenceLayout| {
+        layout.extents(batch, channels, length)
+    };
+    let place = |values: &[T], extents: [usize; 3], layout| {
+        let values = laid_out(values, extents, layout);
+        Placed::new(device, &values, in_memory(extents, layout), case.gaps)
+    };
+    let x = place(&convolution.x, in_extents, x_layout).map_err(told)?;
+    let dz = place(&convolution.dz, out_extents, dz_layout).map_err(told)?;
+    let [a, b, c] = filter_extents;
+    let memory_filter = match case.filter_layout {
+        FilterLayout::OutInTap => [a, b, c],
+        FilterLayout::TapOutIn => [c, a, b],
+    };
+    let w = filter_laid_out(&convolution.w, filter_extents, case.filter_layout);
+    let w = Placed::new(device, &w, memory_filter, case.gaps).map_err(told)?;
+    let bias = Tensor::from_slice(device, &convolution.bias, [out]).map_err(told)?;
+
+    let mut y =
+        Placed::poisoned(device, in_memory(out_extents, y_layout), case.gaps).map_err(told)?;
+    let forward = Forward {
+        x: Sequences::new(&x.view, x_layout),
+        w: &w.view,
+        filter_layout: case.filter_layout,
+        bias: case.bias.then_some(&bias),
+        window,
+        activation: case.activation,
+    };
+    let tier = forward.run(&mut y.view, y_layout, config).map_err(told)?;
+
+    let mut dx =
+        Placed::poisoned(device, in_memory(in_extents, dx_layout), case.gaps).map_err(told)?;
+    let mut dw = Placed::poisoned(device, memory_filter, case.gaps).map_err(told)?;
+    let mut db = Tensor::full(device, [out], T::POISON).map_err(told)?;
+    if case.accumulate {
+        let before = vec![T::from_f32(BEFORE); out * case.shape.group_in() * taps];
+        dw.view.copy_from_slice(&before).map_err(told)?;
+        db.copy_from_slice(&before[..1].repeat(out)).map_err(told)?;
+    }
+    let backward = Backward {
+        x: Sequences::new(&x.view, x_layout),
+        w: &w.view,
+        filter_layout: case.filter_layout,
+        dz: Sequences::new(&dz.view, dz_layout),
+        window,
+        accumulate: case.accumulate,
+    };
+    let gradients = Gradients {
+        dx: Some((&mut dx.view, dx_layout)),
+        dw: Some(&mut dw.view),
+        db: Some(&mut db),
+    };
+    let tiers = backward.run(gradients, config).map_err(told)?;
+    let forced = config.forced_tier();
+    for tier in [Some(tier), tiers[0], tiers[1]] {
+        if forced.is_some() && tier != forced {
+            return Err(format!("served by {tier:?} where {forced:?} was forced"));
+        }
+    }
+    Ok(Results {
+        y: canonical(&y.read()?, out_extents, y_layout),
+        dx: canonical(&dx.read()?, in_extents, dx_layout),
+        dw: canonical_filter(&dw.read()?, filter_extents, case.filter_layout),
+        db: db.to_vec().map_err(told)?,
+    })
+}
+
+/// Compares results with the reference.
+fn compare<T: Poison>(
+    convolution: &Convolution<T>,
+    case: &Case,
+    tier: Tier,
+    got: &Results<T>,
+) -> Result<(), String> {
+    let per_channel = convolution.out_length;
+    let out = case.shape.channels[1];
+    let with_bias: Vec<Sum> = convolution
+        .z
+        .iter()
+        .enumerate()
+        .map(|(index, sum)| {
+            let channel = index / per_channel % out;
+            let bias = if case.bias { convolution.bias[channel].to_f32() } else { 0.0 };
+            sum.plus(f64::from(bias))
+        })
+        .collect();
+    let before = if case.accumulate { f64::from(BEFORE) } else { 0.0 };
+    let plus_before =
+        |sums: &[Sum]| -> Vec<Sum> { sums.iter().map(|sum| sum.plus(before)).collect() };
+    let none = Activation::None;
+    for (name, expected, got, activation) in [
+        ("y", with_bias, &got.y, case.activation),
+        ("dx", convolution.dx.clone(), &got.dx, none),
+        ("dw", plus_before(&convolution.dw), &got.dw, none),
+        ("db", plus_before(&convolution.db), &got.db, none),
+    ] {
+        if expected.len() != got.len() {
+            return Err(format!("{name} has {} elements, not {}", got.len(), expected.len()));
+        }
+        for (index, (expected, got)) in expected.iter().zip(got).enumerate() {
+            let error = expected.error(*got, activation, tier);
+            if error > 1.0 {
+                return Err(format!(
+                    "{name}[{index}]: got {got:?}, expected a sum of {:e}; the error is {error:e} \
+                     times its tolerance",
+                    expected.value
+                ));
+            }
+        }
+        COMPARED.fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+fn each<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result<(), Failed> {
+    each_with::<T>(device, &KernelConfig::default().tier(tier), cases)
+}
+
+fn each_with<T: Poison>(
+    device: &Device,
+    config: &KernelConfig,
+    cases: &[Case],
+) -> Result<(), Failed> {
+    let tier = config.forced_tier().unwrap_or(device.tier());
+    let mut faults = Vec::new();
+    for case in cases {
+        let Some(convolution) = Convolution::<T>::random(case.shape) else { continue };
+        let outcome = run(device, config, &convolution, case)
+            .and_then(|got| compare(&convolution, case, tier, &got));
+        faults.extend(outcome.err().map(|fault| format!("{case:?}: {fault}")));
+    }
+    let shown = faults.iter().take(3).cloned().collect::<Vec<_>>().join("\n");
+    require(faults.is_empty(), || format!("{} of {}:\n{shown}", faults.len(), cases.len()))
+}
+
+fn no_sequences<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let window = Window { padding: Padding::Same, ..Window::default() };
+    let shapes =
+        [[4, 6], [1, 1]].map(|channels| Shape { batch: 0, channels, length: 10, taps: 3, window });
+    let mut cases = cases(shapes);
+    for case in &mut cases {
+        case.accumulate = false;
+    }
+    each::<T>(device, tier, &cases)?;
+    for case in &mut cases {
+        case.accumulate = true;
+    }
+    each::<T>(device, tier, &cases)
+}
+
+/// NaN and infinities reach what they belong to and nothing else: no neighbour is multiplied with
+/// a padded zero.
+fn non_finite<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let window = Window { padding: explicit(1, 2), ..Window::default() };
+    let shapes = [
+        Shape { batch: 2, channels: [5, 9], length: 300, taps: 4, window },
+        Shape {
+            batch: 2,
+            channels: [6, 6],
+            length: 296,
+            taps: 3,
+            window: Window { groups: 6, ..window },
+        },
+    ];
+    for shape in shapes {
+        let Convolution { mut x, w, bias, mut dz, .. } =
+            Convolution::<T>::random(shape).ok_or("the filter fits")?;
+        for (number, special) in
+            [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().enumerate()
+        {
+            // In the middle, where no padding is near: padding counts as a zero.
+            let (at, of_dz) = (number * 350 + 150, number * 400 + 151);
+            x[at % 296] = T::from_f32(special);
+            dz[of_dz % 280] = T::from_f32(special);
+        }
+        let convolution = Convolution::of(shape, [x, w, bias, dz]);
+        for layout in SequenceLayout::ALL {
+            let mut case = cases([shape])[0];
+            case.layouts = [layout; 4];
+            case.activation = Activation::None;
+            let got = run(device, &KernelConfig::default().tier(tier), &convolution, &case)?;
+            let finite = |values: &[T]| values.iter().filter(|v| v.to_f32().is_finite()).count();
+            let expected = |sums: &[Sum]| sums.iter().filter(|sum| sum.value.is_finite()).count();
+            require(finite(&got.y) == expected(&convolution.z), || {
+                format!("{} of y are finite, not {}", finite(&got.y), expected(&convolution.z))
+            })?;
+            require(finite(&got.dx) == expected(&convolution.dx), || {
+                format!("{} of dx are finite, not {}", finite(&got.dx), expected(&convolution.dx))
+            })?;
+            COMPARED.fetch_add(2, Ordering::Relaxed);
+        }
+    }
+    Ok(())
+}
+
+fn repeats<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let plain = Window { padding: Padding::Same, ..Window::default() };
+    let shapes = [
+        Shape { batch: 4, channels: [40, 72], length: 700, taps: 3, window: plain },
+        Shape {
+            batch: 3,
+            channels: [30, 20],
+            length: 201,
+            taps: 5,
+            window: Window { stride: 2, ..plain },
+        },
+        Shape {
+            batch: 4,
+            channels: [64, 64],
+            length: 2000,
+            taps: 7,
+            window: Window { groups: 64, ..plain },
+        },
+    ];
+    let config = KernelConfig::default().tier(tier);
+    for case in cases(shapes) {
+        let convolution = Convolution::<T>::random(case.shape).ok_or("the filter fits")?;
+        let first = run(device, &config, &convolution, &case)?;
+        for _ in 0..3 {
+            let again = run(device, &config, &convolution, &case)?;
+            require(first.bits() == again.bits(), || format!("{case:?}: the bits differ"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The layer, with every activation: forward against the reference, backward against that of the
+/// gradient before the activation, which the reference makes of the layer's own output.
+fn layer<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let window = Window { stride: 2, padding: Padding::Same, ..Window::default() };
+    let shape = Shape { batch: 2, channels: [12, 10], length: 77, taps: 5, window };
+    let convolution = Convolution::<T>::random(shape).ok_or("the filter fits")?;
+    let out_extents = [2, 10, convolution.out_length];
+    let wide = |values: &[T]| -> Vec<f32> { values.iter().map(|value| value.to_f32()).collect() };
+    for (number, activation) in Activation::ALL.into_iter().enumerate() {
+        let layout = SequenceLayout::ALL[number % 2];
+        let filter_layout = FilterLayout::ALL[number / 2 % 2];
+        let mut layer = Conv1dConfig::new(12, 10, 5)
+            .stride(2)
+            .padding(Padding::Same)
+            .layout(layout)
+            .grad_input_layout(SequenceLayout::Ncl)
+            .filter_layout(filter_layout)
+            .activation(activation)
+            .dtype(T::DTYPE)
+            .kernel_config(KernelConfig::default().tier(tier))
+            .build(device)?;
+        layer.set_weight(&wide(&filter_laid_out(&convolution.w, [10, 12, 5], filter_layout)))?;
+        layer.set_bias(&wide(&convolution.bias))?;
+        let tensor = |values: &[T], extents: [usize; 3]| {
+            let [batch, channels, length] = extents;
+            let shape = layout.extents(batch, channels, length);
+            Tensor::from_slice(device, &laid_out(values, extents, layout), shape)
+        };
+        let x = tensor(&convolution.x, [2, 12, 77])?;
+        let y = layer.forward(&x)?;
+        let y_values = canonical(&y.to_vec()?, out_extents, layout);
+        for (index, (sum, got)) in convolution.z.iter().zip(&y_values).enumerate() {
+            let bias = convolution.bias[index / convolution.out_length % 10].to_f32();
+            let error = sum.plus(f64::from(bias)).error(*got, activation, tier);
+            require(error <= 1.0, || format!("{activation:?} y[{index}]: {error} tolerances"))?;
+        }
+        let dy = tensor(&convolution.dz, out_extents)?;
+        let gradients = layer.backward(&x, &y, &dy)?;
+        // dz as the layer makes it: by what the activation's gradient is in f32, rounded.
+        let pre = Conv1dConfig::new(12, 10, 5)
+            .stride(2)
+            .padding(Padding::Same)
+            .layout(layout)
+            .filter_layout(filter_layout)
+            .dtype(T::DTYPE)
+            .kernel_config(KernelConfig::default().tier(tier));
+        let mut pre = pre.build(device)?;
+        pre.set_weight(&layer.weight()?)?;
+        pre.set_bias(&wide(&convolution.bias))?;
+        let z = canonical(&pre.forward(&x)?.to_vec()?, out_extents, layout);
+        let dz: Vec<T> = z
+            .iter()
+            .zip(&convolution.dz)
+            .map(|(z, dy)| T::from_f32(derivative(activation, z.to_f32()) * dy.to_f32()))
+            .collect();
+        let expected = Convolution::of(
+            shape,
+            [convolution.x.clone(), convolution.w.clone(), convolution.bias.clone(), dz],
+        );
+        // dz may differ in its last bit from the layer's: v of each product at most.
+        let v = T::DTYPE.unit_roundoff();
+        let got_dw = canonical_filter(&gradients.dw.to_vec()?, [10, 12, 5], filter_layout);
+        let db = gradients.db.as_ref().ok_or("a bias gradient")?.to_vec()?;
+        for (name, sums, got) in [
+            ("dx", &expected.dx, gradients.dx.to_vec()?),
+            ("dw", &expected.dw, got_dw),
+            ("db", &expected.db, db),
+        ] {
+            for (index, (sum, got)) in sums.iter().zip(&got).enumerate() {
+                let close = sum.within(*got, 2.0 * v);
+                require(close, || {
+                    format!("{activation:?} {name}[{index}]: {got:?}, expected {:e}", sum.value)
+                })?;
+            }
+        }
+        COMPARED.fetch_add(4, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// The derivative in f64, by a central difference of the definition.
+fn derivative(activation: Activation, z: f32) -> f32 {
+    if activation == Activation::Relu {
+        return if z > 0.0 { 1.0 } else { 0.0 };
+    }
+    let (z, h) = (f64::from(z), 1e-5);
+    let of = |z| activation::apply(activation, z);
+    ((of(z + h) - of(z - h)) / (2.0 * h)) as f32
+}
+
+/// `Σ r·y` along single directions of x, w and b, against the gradients that `backward` gives for
+/// `dy = r`.
+///
+/// With `D(h)` the central difference of step h, `(4·D(h/2) − D(h))/3` errs by `h⁴/480` times the
+/// fifth derivative of the loss, plus what rounding does. Activations have a fifth derivative
+/// below 12, the pre-activation a slope of at most 2 (|x| is held to 2, taps are smaller), and 8·77
+/// positions with |r| of 0.8 on average take part at most: for h = 2⁻⁴ that stays below 0.2 if all
+/// have one sign, slope and curvature, and they meet a bias with slope 1 at the most, one channel's
+/// 77 a tap. So 0.01 is generous for x and w, and still a fifth of the smallest product that could
+/// be missing. Rounding errs by a few u of `Σ|r·y|` in each loss.
+fn finite_differences(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let mut random = Random::of("finite differences");
+    let h = 0.0625f32;
+    for (number, activation) in
+        [Activation::None, Activation::Gelu, Activation::GeluTanh, Activation::Silu]
+            .into_iter()
+            .enumerate()
+    {
+        let config = Conv1dConfig::new(6, 8, 5)
+            .stride(1 + number % 2)
+            .dilation(1 + number / 2)
+            .padding(Padding::Same)
+            .groups(2)
+            .layout(SequenceLayout::ALL[number % 2])
+            .activation(activation)
+            .seed(7)
+            .kernel_config(KernelConfig::default().tier(tier));
+        let mut layer = config.build(device)?;
+        let extents = SequenceLayout::ALL[number % 2].extents(1, 6, 77);
+        let x_values: Vec<f32> =
+            random.normal(6 * 77).into_iter().map(|value| value.clamp(-2.0, 2.0)).collect();
+        let x = Tensor::from_slice(device, &x_values, extents)?;
+        let y = layer.forward(&x)?;
+        let r: Vec<f32> = random.normal(y.len());
+        let dy = Tensor::from_slice(device, &r, *y.shape())?;
+        let gradients = layer.backward(&x, &y, &dy)?;
+        let loss = |y: &Tensor<f32>| -> Result<f64, Error> {
+            Ok(y.to_vec()?.iter().zip(&r).map(|(y, r)| f64::from(*y) * f64::from(*r)).sum())
+        };
+        let magnitude: f64 =
+            y.to_vec()?.iter().zip(&r).map(|(y, r)| f64::from((y * r).abs())).sum();
+        let tolerance = 0.01 + 16.0 * magnitude / f64::from(h) / f64::from(1 << 24);
+        // The loss at −h, −h/2, h/2 and h.
+        let check = |name: &str, index: usize, got: f32, losses: [f64; 4]| {
+            let [a, b, c, d] = losses;
+            let slope = (4.0 * (c - b) / f64::from(h) - (d - a) / f64::from(2.0 * h)) / 3.0;
+            let error = (slope - f64::from(got)).abs();
+            COMPARED.fetch_add(1, Ordering::Relaxed);
+            require(error <= tolerance, || {
+                format!("{activation:?} {name}[{index}]: {got}, by differences {slope}")
+            })
+        };
+        let (dx, dw) = (gradients.dx.to_vec()?, gradients.dw.to_vec()?);
+        for _ in 0..5 {
+            let index = random.below(x_values.len());
+            let moved = |by: f32| -> Result<f64, Error> {
+                let mut values = x_values.clone();
+                values[index] += by;
+                loss(&layer.forward(&Tensor::from_slice(device, &values, extents)?)?)
+            };
+            let losses = [moved(-h)?, moved(-h / 2.0)?, moved(h / 2.0)?, moved(h)?];
+            check("dx", index, dx[index], losses)?;
+        }
+        let weight = layer.weight()?;
+        for _ in 0..5 {
+            let index = random.below(weight.len());
+            let mut moved = |by: f32| -> Result<f64, Error> {
+                let mut values = weight.clone();
+                values[index] += by;
+                layer.set_weight(&values)?;
+                loss(&layer.forward(&x)?)
+            };
+            let losses = [moved(-h)?, moved(-h / 2.0)?, moved(h / 2.0)?, moved(h)?];
+            check("dw", index, dw[index], losses)?;
+        }
+        layer.set_weight(&weight)?;
+        let bias = layer.bias()?.ok_or("a bias")?;
+        let db = gradients.db.as_ref().ok_or("a bias gradient")?.to_vec()?;
+        for index in 0..bias.len() {
+            let mut moved = |by: f32| -> Result<f64, Error> {
+                let mut values = bias.clone();
+                values[index] += by;
+                layer.set_bias(&values)?;
+                loss(&layer.forward(&x)?)
+            };
+            let losses = [moved(-h)?, moved(-h / 2.0)?, moved(h / 2.0)?, moved(h)?];
+            check("db", index, db[index], losses)?;
+        }
+    }
+    Ok(())
+}
+
+/// What no kernel could compute is refused, and the device works on.
+fn bad_input(device: &Device) -> Result<(), Failed> {
+    let x = Tensor::<f32>::zeros(device, [2, 6, 10])?;
+    let config = KernelConfig::default();
+    let run = |x: &Tensor<f32>, w: [usize; 3], window: Window, y: [usize; 3]| {
+        let (w, mut y) = (Tensor::zeros(device, w)?, Tensor::zeros(device, y)?);
+        let forward = Forward {
+            x: Sequences::new(x, SequenceLayout::Ncl),
+            w: &w,
+            filter_layout: FilterLayout::OutInTap,
+            bias: None,
+            window,
+            activation: Activation::None,
+        };
+        forward.run(&mut y, SequenceLayout::Ncl, &config)
+    };
+    let plain = Window::default();
+    let fault = |result: Result<Tier, Error>| match result {
+        Err(Error::Convolution { fault, .. }) => Ok(fault),
+        other => Err(Failed::from(format!("{other:?}"))),
+    };
+    let fits = |fault: Conv1dFault, expected: &str| {
+        require(format!("{fault:?}").starts_with(expected), || format!("{fault:?}, not {expected}"))
+    };
+    let (w, y) = ([4, 6, 3], [2, 4, 8]);
+    fits(fault(run(&x, w, Window { stride: 0, ..plain }, y))?, "Zero")?;
+    fits(fault(run(&x, w, Window { dilation: 0, ..plain }, y))?, "Zero")?;
+    fits(fault(run(&x, w, Window { groups: 0, ..plain }, y))?, "Zero")?;
+    fits(fault(run(&x, [4, 6, 0], plain, y))?, "Zero")?;
+    fits(fault(run(&x, w, Window { groups: 4, ..plain }, y))?, "Groups")?;
+    fits(fault(run(&x, [5, 3, 3], Window { groups: 2, ..plain }, y))?, "Groups")?;
+    fits(fault(run(&x, [4, 6, 11], plain, y))?, "KernelTooLong")?;
+    fits(fault(run(&x, w, Window { dilation: 5, ..plain }, y))?, "KernelTooLong")?;
+    let huge = Window { dilation: 1 << 31, padding: Padding::Same, ..plain };
+    fits(fault(run(&x, w, huge, y))?, "Overflow")?;
+    let wide = Window { padding: explicit(u32::MAX, u32::MAX), ..plain };
+    fits(fault(run(&x, w, wide, y))?, "Overflow")?;
+
+    let shape = |result: Result<Tier, Error>, name: &str| match result {
+        Err(Error::Shape { operand, .. }) if operand == name => Ok(()),
+        other => Err(Failed::from(format!("{name}: {other:?}"))),
+    };
+    shape(run(&x, [4, 5, 3], plain, y), "w")?;
+    shape(run(&x, [4, 6, 3], Window { groups: 2, ..plain }, y), "w")?;
+    shape(run(&x, w, plain, [2, 4, 9]), "y")?;
+    shape(run(&x, w, plain, [1, 4, 8]), "y")?;
+    let matrix = Tensor::<f32>::zeros(device, [6, 10])?;
+    shape(run(&matrix, w, plain, y), "x")?;
+
+    let (w, mut dx) = (Tensor::<f32>::zeros(device, w)?, Tensor::zeros(device, [2, 6, 10])?);
+    let dz = Tensor::<f32>::zeros(device, y)?;
+    let backward = |dz: &Tensor<f32>, gradients: Gradients<'_, f32>| {
+        let backward = Backward {
+            x: Sequences::new(&x, SequenceLayout::Ncl),
+            w: &w,
+            filter_layout: FilterLayout::OutInTap,
+            dz: Sequences::new(dz, SequenceLayout::Ncl),
+            window: plain,
+            accumulate: false,
+        };
+        backward.run(gradients, &config)
+    };
+    let short = Tensor::<f32>::zeros(device, [2, 4, 7])?;
+    let wrong = backward(
+        &short,
+        Gradients { dx: Some((&mut dx, SequenceLayout::Ncl)), dw: None, db: None },
+    );
+    require(matches!(wrong, Err(Error::Shape { operand: "dz", .. })), || format!("{wrong:?}"))?;
+    let mut shared = x.clone();
+    let overlap = backward(
+        &dz,
+        Gradients { dx: Some((&mut shared, SequenceLayout::Ncl)), dw: None, db: None },
+    );
+    require(matches!(overlap, Err(Error::Overlap { operand: "x", .. })), || {
+        format!("{overlap:?}")
+    })?;
+    let mut db = Tensor::<f32>::zeros(device, [5])?;
+    let wrong = backward(&dz, Gradients { dx: None, dw: None, db: Some(&mut db) });
+    require(matches!(wrong, Err(Error::Shape { operand: "db", .. })), || format!("{wrong:?}"))?;
+    // None of it left a trace.
+    let served =
+        backward(&dz, Gradients { dx: Some((&mut dx, SequenceLayout::Ncl)), dw: None, db: None })?;
+    require(served[0].is_some() && served[1].is_none(), || format!("{served:?}"))?;
+    require(dx.to_vec()?.iter().all(|&value| value == 0.0), || "dx of zeros".to_owned())
+}
+
+fn require(holds: bool, message: impl FnOnce() -> String) -> Result<(), Failed> {
+    if holds { Ok(()) } else { Err(message().into()) }
+}
