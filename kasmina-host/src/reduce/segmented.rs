@@ -171,10 +171,12 @@ impl TelemetryReducer {
         };
         // Held while launching, as for whole tensors.
         let mut kept = lock(&self.segment_workspace);
-        let sufficient =
-            kept.take().filter(|kept| kept.segments >= segments && kept.strips >= strips);
-        let workspace = kept.insert(match sufficient {
-            Some(workspace) => workspace,
+        let before = kept.take();
+        let workspace = kept.insert(match before {
+            Some(kept) if kept.segments >= segments && kept.strips >= strips => kept,
+            Some(kept) => {
+                Workspace::new(stream, segments.max(kept.segments), strips.max(kept.strips))?
+            }
             None => Workspace::new(stream, segments, strips)?,
         });
         let params = SegmentParams {

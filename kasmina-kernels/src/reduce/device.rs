@@ -51,6 +51,21 @@ fn start() {
     ptx::griddepcontrol_launch_dependents();
 }
 
+/// Whether this is the block's first thread. Opaque, because the compiler knows nothing of
+/// exchanges between lanes: from two conditions of which one implies the other it would make two
+/// copies of what is between, and lanes in different copies of an exchange wait for ever.
+#[inline(always)]
+fn is_first_thread() -> bool {
+    ptx::opaque_u32(ptx::thread_index()) == 0
+}
+
+/// Warp and lane, opaque for the same reason.
+#[inline(always)]
+fn warp_and_lane() -> (u32, u32) {
+    let thread = ptx::thread_index();
+    (ptx::opaque_u32(thread / 32), ptx::opaque_u32(thread % 32))
+}
+
 /// Bytes that a block asks for ahead of the wait, at most.
 #[cfg(kasmina_tier = "hopper")]
 const PREFETCH_BYTES: u64 = 64 << 10;
@@ -62,7 +77,7 @@ const PREFETCH_BYTES: u64 = 64 << 10;
 #[cfg(kasmina_tier = "hopper")]
 #[inline(always)]
 unsafe fn prefetch<E: Element>(params: &ReduceParams) {
-    if ptx::thread_index() != 0 {
+    if !is_first_thread() {
         return;
     }
     let (first, len) = params.chunks.range(ptx::block_index());
@@ -90,7 +105,7 @@ unsafe fn partial<E: Element, S: Statistic>(
     records: u32,
 ) -> Partial {
     let thread = ptx::thread_index();
-    let (warp, lane) = (thread / 32, thread % 32);
+    let (warp, lane) = warp_and_lane();
     let mut node = Node::of(accumulator);
     // SAFETY: whole warps; each warp has a place of its own, and the barrier is between.
     unsafe {
@@ -144,7 +159,7 @@ unsafe fn partial<E: Element, S: Statistic>(
 unsafe fn merged<S: Statistic>(params: &ReduceParams, records: u32) -> Moments {
     let (chunks, partials) = (params.chunks, params.partials);
     let thread = ptx::thread_index();
-    let (warp, lane) = (thread / 32, thread % 32);
+    let (warp, lane) = warp_and_lane();
     let mut total = Total::EMPTY;
     let first_len = chunks.range(0).1;
     let mut pivot = 0.0;
@@ -247,7 +262,7 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
     // before they are read.
     unsafe {
         let draws = smem + 2 * SET_BYTES;
-        if several && thread == 0 {
+        if several && is_first_thread() {
             let started = ptx::atom_add_relaxed_gpu_u32(params.counters, 1);
             ptx::st_shared_u32(draws, started);
             if blocks < chunks.count {
@@ -275,7 +290,7 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
         }
         let mut accumulator = Accumulator::new(measure.pivot);
         let mut drawn = u32::MAX;
-        if thread == 0 && next_chunk < chunks.count {
+        if is_first_thread() && next_chunk < chunks.count {
             // SAFETY: the counter is the grid's. Looked at when the chunk is done.
             drawn = unsafe { draw(params) };
         }
@@ -336,17 +351,17 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
         // thread writes the chunk's slot, or the result if it is the only chunk.
         unsafe {
             let flags = records + WARPS * WARP_BYTES;
-            if thread == 0 {
+            if is_first_thread() {
                 ptx::st_shared_u32(flags, drawn);
             }
             let partial = partial::<E, S>(&accumulator, len, records);
             if !several {
-                if thread == 0 {
+                if is_first_thread() {
                     store_result(params.result, &alone::<S>(&partial, chunks.len));
                 }
                 return;
             }
-            if thread == 0 {
+            if is_first_thread() {
                 put(params.partials, chunk, &partial);
             }
             if next_chunk >= chunks.count {
@@ -367,7 +382,7 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
     // the last, so the counters are nobody's once all slots are written.
     unsafe {
         let moments = merged::<S>(params, records);
-        if thread == 0 {
+        if is_first_thread() {
             ptx::st_global_u32(params.counters, 0);
             ptx::st_global_u32(params.counters + 4, 0);
             store_result(params.result, &moments);

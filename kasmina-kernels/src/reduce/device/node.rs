@@ -286,6 +286,8 @@ unsafe fn sum_pair<const LANES: u32>(a: f64, b: f64) -> (f64, f64) {
         }
         sum = sum_f64::<8>(sum);
         let other = other_f64::<16>(sum);
+        // Opaque, so that no exchange is duplicated for the two cases.
+        let upper = ptx::opaque_u32(ptx::lane_index()) >= 16;
         if upper { (other, sum) } else { (sum, other) }
     }
 }

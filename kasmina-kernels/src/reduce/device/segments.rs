@@ -124,7 +124,7 @@ pub(in crate::reduce) unsafe fn segments<E: Element>(params: &SegmentParams) {
     let partial = partial_of(&node, count);
     let each = cut.strips_of_each();
     if each == 1 {
-        if exists && in_team == 0 {
+        if exists && ptx::opaque_u32(in_team) == 0 {
             let result = params.results + u64::from(strip.segment) * size_of::<Moments>() as u64;
             let len = u64::from(strip.rows * strip.columns);
             // SAFETY: one lane writes the segment's result.
@@ -137,7 +137,7 @@ pub(in crate::reduce) unsafe fn segments<E: Element>(params: &SegmentParams) {
     unsafe {
         let slots = params.partials + u64::from(strip.segment) * u64::from(each) * 32;
         let mut last = 0;
-        if exists && lane == 0 {
+        if exists && ptx::opaque_u32(lane) == 0 {
             put(slots, strip.index, &partial);
             let counter = params.arrived + u64::from(strip.segment) * 4;
             last = u32::from(ptx::atom_add_acq_rel_gpu_u32(counter, 1) == each - 1);
@@ -369,7 +369,7 @@ unsafe fn merge_segment(params: &SegmentParams, segment: u32, slots: u64, each: 
             let low = ptx::shfl_sync_bfly_by(low, i);
             all += u64::from(low) | u64::from(ptx::shfl_sync_bfly_by(high, i)) << 32;
         });
-        if lane == 0 {
+        if ptx::opaque_u32(lane) == 0 {
             let result = params.results + u64::from(segment) * size_of::<Moments>() as u64;
             store_result(result, &total.moments::<Summary>(all));
         }
