@@ -28,7 +28,7 @@ use kasmina::{
     SessionFault, StreamConfig, StreamPath, StreamSession, Tensor, Tier, WeightLayout,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
-use random::seed;
+use random::{Random, seed};
 use reference::{Poison, Stack, batch, bits};
 
 type Check = fn(&Device, Tier) -> Result<(), Failed>;
@@ -343,8 +343,9 @@ fn bf16_layer(device: &Device, tier: Tier) -> Result<KasminaLayer, Failed> {
 fn pipelined(device: &Device, tier: Tier) -> Result<(), Failed> {
     let layer = bf16_layer(device, tier)?;
     let session = open::<bf16>(&[&layer], tier, config())?;
-    let batches: Vec<Vec<bf16>> =
-        (1..=if reduced() { 5 } else { 200 }).map(|i| batch(1 + i % 40, 16)).collect();
+    let mut random = Random::of("pipelined");
+    let count = if reduced() { 5 } else { 200 };
+    let batches: Vec<Vec<bf16>> = (0..count).map(|_| batch(1 + random.below(40), 16)).collect();
     let stack = Stack::of(&[&layer])?;
     let mut count = 0;
     for (y, x) in session.pipelined(&batches, 16, TIMEOUT).zip(&batches) {

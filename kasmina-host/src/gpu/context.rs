@@ -121,10 +121,11 @@ impl Gpu {
 
     fn free(&self, memory: Release) {
         let freed = self.bind().and_then(|()| {
-            // SAFETY: the memory came from the driver and is given back once, by its owner, who
-            // no longer uses it.
             match memory {
+                // SAFETY: the memory came from the driver and is given back once, by its owner,
+                // who no longer uses it.
                 Release::Device(address) => unsafe { driver!(cuMemFree_v2(address)) },
+                // SAFETY: as above.
                 Release::Host(address) => unsafe {
                     driver!(cuMemFreeHost(ptr::with_exposed_provenance_mut(address)))
                 },
