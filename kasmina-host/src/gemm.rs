@@ -90,7 +90,7 @@ impl<T: Element> Forward<'_, T> {
         match hopper::select(T::DTYPE, self.layout, [m, n, k], sm_count, forced_tile) {
             Some(selected) if tier == Tier::Hopper => {
                 let params = self.hopper_params(extents, selected.tile, y, stream.gpu())?;
-                let blocks = params.tiles.num_tiles().min(sm_count);
+                let blocks = params.tiles.num_tiles().min(stream.gpu().free_multiprocessors());
                 launch.prepare(&selected.kernel)?;
                 self.ordered(y, || launch.run(&selected.kernel, blocks, &params))?;
             }

@@ -161,7 +161,7 @@ impl Resident {
         config.attribute_count = 1;
         let function: CUfunction = ptr::with_exposed_provenance_mut(self.function);
         if limit == u64::MAX && !self.stays {
-            gpu.stay();
+            gpu.stay(self.blocks);
             self.stays = true;
         }
         // SAFETY: the function takes one `PersistentParams` by value, which the driver copies; what
@@ -216,7 +216,7 @@ impl Drop for Resident {
             return;
         }
         if self.stays {
-            self.stream.gpu().leave();
+            self.stream.gpu().leave(self.blocks);
         }
         // SAFETY: each is dropped once, buffers before their streams.
         unsafe {

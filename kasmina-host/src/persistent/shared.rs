@@ -314,7 +314,7 @@ impl Parts<'_> {
             return Err(Error::Unsupported { op: OP, tier, reason });
         };
         let quarter = (stream.gpu().capability().sm_count / 4).max(1);
-        let blocks = self.config.blocks.unwrap_or_else(|| quarter.min(16)).max(1);
+        let blocks = self.config.blocks.unwrap_or_else(|| quarter.min(8)).max(1);
         let layout = Layout::new(blocks, self.slots(blocks));
         let words = PinnedWords::new(stream, layout.words() as usize)?;
         let slot_bytes = [self.in_features, self.out_features].map(|features| {
