@@ -326,7 +326,7 @@ fn updates<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
         let mut in_flight = session.submit(&x)?;
         let weight: Vec<f32> = layer.weight()?.iter().map(|w| 0.5 - w * 1.25).collect();
         layer.set_weight(&weight)?;
-        layer.set_bias(&vec![version as f32; 48])?;
+        layer.set_bias(&[version as f32; 48])?;
         session.update(&[&layer], TIMEOUT)?;
         before.compare(&x, &session.wait(&mut in_flight, TIMEOUT)?, tier)?;
         compare(&session, &Stack::of(&[&layer])?, 40)?;
