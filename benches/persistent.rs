@@ -20,19 +20,8 @@ use serde::Serialize;
 use streaming::echo::Echo;
 use streaming::latency::{Latency, measure};
 
-/// What of `measure` this bench needs.
-mod measure {
-    #[path = "../measure/capture.rs"]
-    pub(crate) mod capture;
-    #[path = "../measure/cuda.rs"]
-    pub(crate) mod cuda;
-    #[path = "../measure/random.rs"]
-    pub(crate) mod random;
-    #[path = "../measure/record.rs"]
-    pub(crate) mod record;
-    #[path = "../measure/statistics.rs"]
-    pub(crate) mod statistics;
-}
+#[allow(dead_code, reason = "the other benches need the rest of it")]
+mod measure;
 mod streaming;
 
 const USAGE: &str = "usage: persistent [option VALUE]...

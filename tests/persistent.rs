@@ -28,7 +28,7 @@ use kasmina::{
     SessionFault, StreamConfig, StreamPath, StreamSession, Tensor, Tier, WeightLayout,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
-use random::seed;
+use random::{Random, seed};
 use reference::{Poison, Stack, batch, bits};
 
 type Check = fn(&Device, Tier) -> Result<(), Failed>;
@@ -326,7 +326,7 @@ fn updates<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
         let mut in_flight = session.submit(&x)?;
         let weight: Vec<f32> = layer.weight()?.iter().map(|w| 0.5 - w * 1.25).collect();
         layer.set_weight(&weight)?;
-        layer.set_bias(&vec![version as f32; 48])?;
+        layer.set_bias(&[version as f32; 48])?;
         session.update(&[&layer], TIMEOUT)?;
         before.compare(&x, &session.wait(&mut in_flight, TIMEOUT)?, tier)?;
         compare(&session, &Stack::of(&[&layer])?, 40)?;
@@ -343,8 +343,9 @@ fn bf16_layer(device: &Device, tier: Tier) -> Result<KasminaLayer, Failed> {
 fn pipelined(device: &Device, tier: Tier) -> Result<(), Failed> {
     let layer = bf16_layer(device, tier)?;
     let session = open::<bf16>(&[&layer], tier, config())?;
-    let batches: Vec<Vec<bf16>> =
-        (1..=if reduced() { 5 } else { 200 }).map(|i| batch(1 + i % 40, 16)).collect();
+    let mut random = Random::of("pipelined");
+    let count = if reduced() { 5 } else { 200 };
+    let batches: Vec<Vec<bf16>> = (0..count).map(|_| batch(1 + random.below(40), 16)).collect();
     let stack = Stack::of(&[&layer])?;
     let mut count = 0;
     for (y, x) in session.pipelined(&batches, 16, TIMEOUT).zip(&batches) {

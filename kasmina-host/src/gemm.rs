@@ -112,7 +112,8 @@ impl<T: Element> Forward<'_, T> {
         match hopper::select(T::DTYPE, self.layout, problem, sm_count, forced) {
             Some(selected) if tier == Tier::Hopper => {
                 let params = self.hopper_params(extents, selected.tile, y, stream.gpu())?;
-                let blocks = selected.tile.num_blocks(params.tiles.num_tiles(), sm_count);
+                let free = stream.gpu().free_multiprocessors();
+                let blocks = selected.tile.num_blocks(params.tiles.num_tiles(), free);
                 launch.prepare(&selected.kernel)?;
                 self.ordered(y, || launch.run(&selected.kernel, blocks, &params))?;
             }

@@ -33,6 +33,10 @@ impl Gpu {
         match *self {}
     }
 
+    pub(crate) fn free_multiprocessors(&self) -> u32 {
+        match *self {}
+    }
+
     pub(crate) fn tensor_maps<const N: usize>(
         &self,
         _: &[TensorMapKey; N],

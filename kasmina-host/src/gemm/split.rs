@@ -163,7 +163,8 @@ impl<T: Element> Forward<'_, T> {
         launch.prepare(repair)?;
         self.ordered(y, || {
             launch.run(&split::SPLIT, blocks, &split_params)?;
-            launch.run(&selected.kernel, params.tiles.num_tiles().min(sm_count), &params)?;
+            let blocks = params.tiles.num_tiles().min(gpu.free_multiprocessors());
+            launch.run(&selected.kernel, blocks, &params)?;
             launch.run(repair, repair_tiles.num_tiles(), &repair_params)
         })
     }

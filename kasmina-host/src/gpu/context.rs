@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::ptr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use cust::context::Context;
@@ -34,6 +35,8 @@ pub(crate) struct Gpu {
     streams: Mutex<Vec<Weak<Stream>>>,
     /// Grids that stay, and what is to be freed once there is none.
     resident: Mutex<(u32, Vec<Release>)>,
+    /// Blocks of all those grids.
+    resident_blocks: AtomicU32,
 }
 
 static OPEN: Mutex<Vec<&'static Gpu>> = Mutex::new(Vec::new());
@@ -65,6 +68,7 @@ impl Gpu {
             default_stream: Mutex::new(Weak::new()),
             streams: Mutex::new(Vec::new()),
             resident: Mutex::new((0, Vec::new())),
+            resident_blocks: AtomicU32::new(0),
         }));
         open.push(gpu);
         Ok(gpu)
@@ -121,10 +125,11 @@ impl Gpu {
 
     fn free(&self, memory: Release) {
         let freed = self.bind().and_then(|()| {
-            // SAFETY: the memory came from the driver and is given back once, by its owner, who
-            // no longer uses it.
             match memory {
+                // SAFETY: the memory came from the driver and is given back once, by its owner,
+                // who no longer uses it.
                 Release::Device(address) => unsafe { driver!(cuMemFree_v2(address)) },
+                // SAFETY: as above.
                 Release::Host(address) => unsafe {
                     driver!(cuMemFreeHost(ptr::with_exposed_provenance_mut(address)))
                 },
@@ -156,13 +161,22 @@ impl Gpu {
         self.modules.function(kernel, ptx_dir)
     }
 
-    /// Notes that a grid stays on the GPU from now on.
-    pub(super) fn stay(&self) {
+    /// Notes that a grid of so many blocks stays on the GPU from now on.
+    pub(super) fn stay(&self, blocks: u32) {
         lock(&self.resident).0 += 1;
+        self.resident_blocks.fetch_add(blocks, Ordering::Relaxed);
+    }
+
+    /// Multiprocessors that no grid which stays occupies, at least 1: a grid that takes its tiles
+    /// in turns and had more blocks would wait for the last of them with all the others done.
+    pub(crate) fn free_multiprocessors(&self) -> u32 {
+        let resident = self.resident_blocks.load(Ordering::Relaxed);
+        self.capability.sm_count.saturating_sub(resident).max(1)
     }
 
     /// Notes that a grid has ended; with the last of them, memory that waited for it is freed.
-    pub(super) fn leave(&self) {
+    pub(super) fn leave(&self, blocks: u32) {
+        self.resident_blocks.fetch_sub(blocks, Ordering::Relaxed);
         let mut resident = lock(&self.resident);
         resident.0 -= 1;
         if resident.0 == 0 {

@@ -36,7 +36,8 @@ pub(crate) struct Resident {
     threads: u32,
     smem_bytes: u32,
     params: PersistentParams,
-    launched: bool,
+    /// Whether it was launched to stay.
+    stays: bool,
     /// Whether the grid may still run although it was told to end.
     lost: bool,
 }
@@ -127,7 +128,7 @@ impl Resident {
             threads: setup.kernel.block_dim,
             smem_bytes,
             params,
-            launched: false,
+            stays: false,
             lost: false,
         };
         let mut plans = vec![0u8; plan_bytes];
@@ -145,7 +146,8 @@ impl Resident {
         self.weights[version as usize % 2].write(region(0, packed.len()), packed)
     }
 
-    /// Launches the grid for the sequences from `first` up to `limit`. It does not run now.
+    /// Launches the grid for the sequences from `first` up to `limit`, or to stay if that is
+    /// `u64::MAX`. It does not run now.
     pub(crate) fn launch(&mut self, first: u64, limit: u64) -> Result<()> {
         let gpu = self.stream.gpu();
         gpu.bind()?;
@@ -158,9 +160,9 @@ impl Resident {
         config.attributes = &raw mut cooperative;
         config.attribute_count = 1;
         let function: CUfunction = ptr::with_exposed_provenance_mut(self.function);
-        if !self.launched {
-            gpu.stay();
-            self.launched = true;
+        if limit == u64::MAX && !self.stays {
+            gpu.stay(self.blocks);
+            self.stays = true;
         }
         // SAFETY: the function takes one `PersistentParams` by value, which the driver copies; what
         // it names lives until the grid has ended: buffers here, pinned memory in the session,
@@ -213,8 +215,8 @@ impl Drop for Resident {
             tracing::error!("a resident grid did not end: its memory is kept");
             return;
         }
-        if self.launched {
-            self.stream.gpu().leave();
+        if self.stays {
+            self.stream.gpu().leave(self.blocks);
         }
         // SAFETY: each is dropped once, buffers before their streams.
         unsafe {

@@ -49,7 +49,14 @@ pub(super) struct Shared<T: Element> {
 
 enum Backend<T: Element> {
     Threads { workers: Workers<T>, device: Device },
-    Resident { grid: Mutex<Grid>, plan: Box<StackPlan>, heartbeat: Mutex<Option<Heartbeat>> },
+    Resident(Box<Residence>),
+}
+
+/// A resident grid, what it was planned for, and what keeps it alive.
+struct Residence {
+    grid: Mutex<Grid>,
+    plan: StackPlan,
+    heartbeat: Mutex<Option<Heartbeat>>,
 }
 
 /// The grid, and the sequence up to which it was launched.
@@ -102,7 +109,7 @@ impl<T: Element> Shared<T> {
 
     pub(super) const fn path(&self) -> StreamPath {
         match &self.backend {
-            Backend::Resident { .. } => StreamPath::Resident,
+            Backend::Resident(_) => StreamPath::Resident,
             Backend::Threads { .. } if matches!(self.tier, Tier::Cpu) => StreamPath::Threads,
             Backend::Threads { .. } => StreamPath::LaunchPerBatch,
         }
@@ -122,11 +129,11 @@ impl<T: Element> Shared<T> {
 
     /// Launches the grid for what was submitted, if it is of the kind that does not stay.
     pub(super) fn begin_bounded_work(&self) -> Result<()> {
-        let Backend::Resident { grid, .. } = &self.backend else { return Ok(()) };
+        let Backend::Resident(residence) = &self.backend else { return Ok(()) };
         if !self.config.bounded {
             return Ok(());
         }
-        let mut grid = lock(grid);
+        let mut grid = lock(&residence.grid);
         let limit = self.ring.submitted();
         if limit > grid.launched && !grid.resident.is_running()? {
             let first = grid.launched;
@@ -138,7 +145,7 @@ impl<T: Element> Shared<T> {
 
     /// Fails the session if its kernel has ended or failed.
     pub(super) fn check_health(&self) {
-        let Backend::Resident { grid, .. } = &self.backend else { return };
+        let Backend::Resident(residence) = &self.backend else { return };
         let expired = || self.ring.statuses().any(|status| status == Status::LeaseExpired);
         if expired() {
             self.ring.fail(SessionFault::LeaseExpired { lease: self.config.lease });
@@ -146,7 +153,7 @@ impl<T: Element> Shared<T> {
             self.ring.command(Command::Stop);
             return;
         }
-        match lock(grid).resident.is_running() {
+        match lock(&residence.grid).resident.is_running() {
             Ok(true) => {}
             Ok(false) if self.config.bounded => {}
             Ok(false) if expired() => {
@@ -198,8 +205,9 @@ impl<T: Element> Shared<T> {
             Backend::Threads { workers, device } => {
                 workers.replace(version, parameters.stack(device)?);
             }
-            Backend::Resident { grid, plan, .. } => {
-                lock(grid).resident.upload(version, &parameters.pack::<T>(plan))?;
+            Backend::Resident(residence) => {
+                let packed = parameters.pack::<T>(&residence.plan);
+                lock(&residence.grid).resident.upload(version, &packed)?;
             }
         }
         self.ring.set_version(version);
@@ -223,9 +231,9 @@ impl<T: Element> Shared<T> {
                     Err(not_drained())
                 }
             }
-            Backend::Resident { grid, heartbeat, .. } => {
+            Backend::Resident(residence) => {
                 self.begin_bounded_work()?;
-                let mut grid = lock(grid);
+                let mut grid = lock(&residence.grid);
                 let mut ended = grid.resident.wait_for_end(timeout)?;
                 let drained = ended;
                 if !ended {
@@ -233,7 +241,7 @@ impl<T: Element> Shared<T> {
                     ended = grid.resident.wait_for_end(STOP_TIMEOUT)?;
                 }
                 // Without it the lease ends the grid.
-                drop(lock(heartbeat).take());
+                drop(lock(&residence.heartbeat).take());
                 if !ended {
                     ended = grid.resident.wait_for_end(self.config.lease + STOP_TIMEOUT)?;
                 }
@@ -247,8 +255,8 @@ impl<T: Element> Drop for Shared<T> {
     fn drop(&mut self) {
         if let Err(error) = self.close(self.config.drain_timeout) {
             tracing::warn!(%error, "a stream session was dropped with work in flight");
-            if let Backend::Resident { grid, .. } = &self.backend
-                && matches!(lock(grid).resident.is_running(), Ok(true))
+            if let Backend::Resident(residence) = &self.backend
+                && matches!(lock(&residence.grid).resident.is_running(), Ok(true))
             {
                 // The grid may still write to its memory.
                 std::mem::forget(Arc::clone(&self.ring));
@@ -306,7 +314,7 @@ impl Parts<'_> {
             return Err(Error::Unsupported { op: OP, tier, reason });
         };
         let quarter = (stream.gpu().capability().sm_count / 4).max(1);
-        let blocks = self.config.blocks.unwrap_or_else(|| quarter.min(16)).max(1);
+        let blocks = self.config.blocks.unwrap_or_else(|| quarter.min(8)).max(1);
         let layout = Layout::new(blocks, self.slots(blocks));
         let words = PinnedWords::new(stream, layout.words() as usize)?;
         let slot_bytes = [self.in_features, self.out_features].map(|features| {
@@ -332,11 +340,11 @@ impl Parts<'_> {
         let ring = Arc::new(Ring::new(layout, RingWords::Pinned(words), slots, streams));
         let heartbeat = Heartbeat::start(&ring, self.config.lease / BEATS);
         let (start_timeout, bounded) = (self.config.start_timeout, self.config.bounded);
-        let backend = Backend::Resident {
+        let backend = Backend::Resident(Box::new(Residence {
             grid: Mutex::new(Grid { resident, launched: 0 }),
-            plan: Box::new(plan),
+            plan,
             heartbeat: Mutex::new(Some(heartbeat)),
-        };
+        }));
         // From here on dropping the session ends the grid, in whatever state it is.
         let shared = self.share(ring, tier, backend);
         if !bounded {
@@ -365,8 +373,8 @@ impl Parts<'_> {
 impl<T: Element> Shared<T> {
     /// Launches the grid that stays, and waits until every block has said that it runs.
     fn start(&self, timeout: Duration) -> Result<()> {
-        let Backend::Resident { grid, .. } = &self.backend else { return Ok(()) };
-        let mut grid = lock(grid);
+        let Backend::Resident(residence) = &self.backend else { return Ok(()) };
+        let mut grid = lock(&residence.grid);
         grid.resident.launch(0, u64::MAX)?;
         grid.launched = u64::MAX;
         let start = Instant::now();

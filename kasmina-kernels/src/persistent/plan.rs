@@ -323,7 +323,7 @@ mod tests {
             }
             assert!(parts.iter().all(|(at, bytes)| at % 16 == 0 && bytes % 16 == 0));
             let (at, bytes) = parts[parts.len() - 1];
-            assert!(at + bytes <= plan.smem_bytes && plan.row_bytes % 16 == 0);
+            assert!(at + bytes <= plan.smem_bytes && plan.row_bytes.is_multiple_of(16));
         }
     }
 

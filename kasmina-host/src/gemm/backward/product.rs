@@ -142,7 +142,7 @@ impl<T: Element> Product<'_, T> {
             }
         }
         let items = u64::from(tiles.num_tiles()) * u64::from(parts);
-        let blocks = items.min(u64::from(gpu.capability().sm_count)) as u32;
+        let blocks = items.min(u64::from(gpu.free_multiprocessors())) as u32;
         launch.run(&plan.row.kernel, blocks, &params)
     }
 }
