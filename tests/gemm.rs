@@ -256,10 +256,13 @@ fn every_tile<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
     // The last gives blocks of every tile several in a row, with little to do between stores.
     let shapes = vec![[65, 72, 65], [129, 264, 200], [255, 130, 520], [1, 8, 1], [2180, 2312, 72]];
     let cases = cases(shortened(shapes, 1));
-    for tile in [[128, 256], [128, 128], [64, 128], [64, 64]] {
-        let config = KernelConfig::default().hopper_tile(tile);
+    let unshared = [[128, 256], [128, 128], [64, 128], [64, 64]].map(|tile| (tile, 1));
+    // Of a tile that two blocks share each has 1 to 5 steps of k, and several tiles in a row.
+    for (tile, split_k) in unshared.into_iter().chain([([64, 128], 2), ([64, 64], 2)]) {
+        let config = KernelConfig::default().hopper_tile(tile).hopper_split_k(split_k);
         each_with::<T>(device, tier, &config, &cases).map_err(|error| {
-            format!("tile {tile:?}: {}", error.message().unwrap_or("no message"))
+            let message = error.message().unwrap_or("no message");
+            format!("tile {tile:?} of {split_k} blocks: {message}")
         })?;
     }
     Ok(())
@@ -456,8 +459,13 @@ fn hopper_refuses(device: &Device) -> Result<(), Failed> {
     let forward = gemm::Forward { w: &w, ..forward };
     let config = KernelConfig::default().tier(Tier::Hopper).hopper_tile([64, 32]);
     match forward.run(&mut y, &config) {
-        Err(Error::Unsupported { reason: Obstacle::Tile([64, 32]), .. }) => Ok(()),
-        other => Err(format!("a tile of 64×32: {other:?}").into()),
+        Err(Error::Unsupported { reason: Obstacle::Tile([64, 32]), .. }) => {}
+        other => return Err(format!("a tile of 64×32: {other:?}").into()),
+    }
+    let config = KernelConfig::default().tier(Tier::Hopper).hopper_tile([128, 256]);
+    match forward.run(&mut y, &config.hopper_split_k(2)) {
+        Err(Error::Unsupported { reason: Obstacle::SplitK(2), .. }) => Ok(()),
+        other => Err(format!("two blocks for a tile of 128×256: {other:?}").into()),
     }
 }
 

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use kasmina_kernels::abi::Tier;
+use kasmina_kernels::gemm::hopper::Forced;
 
 use crate::error::{Error, Result};
 
@@ -21,13 +22,20 @@ const PTX_DIR_VARIABLE: &str = "KASMINA_PTX_DIR";
 pub struct KernelConfig {
     tier: Option<Tier>,
     hopper_tile: Option<[u32; 2]>,
+    hopper_split_k: Option<u32>,
     enable_tma: bool,
     ptx_dir: Option<PathBuf>,
 }
 
 impl Default for KernelConfig {
     fn default() -> Self {
-        Self { tier: None, hopper_tile: None, enable_tma: true, ptx_dir: None }
+        Self {
+            tier: None,
+            hopper_tile: None,
+            hopper_split_k: None,
+            enable_tma: true,
+            ptx_dir: None,
+        }
     }
 }
 
@@ -71,6 +79,15 @@ impl KernelConfig {
         self
     }
 
+    /// Forces how many blocks of a Hopper kernel share a tile, each with a part of k: 1, or 2 with
+    /// the tiles of 64 rows. Where k is at most 64 a tile has one block all the same. By default
+    /// each call gets what is expected to be fastest.
+    #[must_use]
+    pub const fn hopper_split_k(mut self, blocks: u32) -> Self {
+        self.hopper_split_k = Some(blocks);
+        self
+    }
+
     /// Whether kernels that load through TMA may be chosen; they may by default.
     #[must_use]
     pub const fn enable_tma(mut self, enable: bool) -> Self {
@@ -96,6 +113,17 @@ impl KernelConfig {
     #[must_use]
     pub const fn forced_hopper_tile(&self) -> Option<[u32; 2]> {
         self.hopper_tile
+    }
+
+    /// How many blocks are forced to share a tile of a Hopper kernel, if a number is.
+    #[must_use]
+    pub const fn forced_hopper_split_k(&self) -> Option<u32> {
+        self.hopper_split_k
+    }
+
+    /// What of Hopper kernels is forced.
+    pub(crate) const fn forced_hopper(&self) -> Forced {
+        Forced { tile: self.hopper_tile, split_k: self.hopper_split_k }
     }
 
     /// Whether kernels that load through TMA may be chosen.

@@ -324,6 +324,10 @@ pub enum Obstacle {
     /// The tier has no kernel of the tile that `KernelConfig::hopper_tile` forces.
     #[error("it has no kernel of {}×{} output tiles, which the KernelConfig forces", .0[0], .0[1])]
     Tile([u32; 2]),
+    /// The tier has no kernel of the forced tile that so many blocks share, as
+    /// `KernelConfig::hopper_split_k` forces.
+    #[error("it has no kernel whose output tiles {0} blocks share, which the KernelConfig forces")]
+    SplitK(u32),
     /// `KernelConfig::enable_tma(false)` rules it out.
     #[error("it is built on TMA, which the KernelConfig turns off")]
     TmaDisabled,

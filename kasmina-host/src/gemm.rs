@@ -10,7 +10,7 @@ pub use backward::{Backward, Gradients, Saved, Tiers};
 
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::{Activation, EpilogueActivation};
-use kasmina_kernels::gemm::hopper::{self, HopperGemmParams, Tile};
+use kasmina_kernels::gemm::hopper::{self, Forced, HopperGemmParams, Problem, Tile};
 use kasmina_kernels::gemm::portable::{self, PortableGemmParams};
 use kasmina_kernels::gemm::{InputLayout, WeightLayout};
 use kasmina_kernels::tile_scheduler::TileScheduler;
@@ -90,11 +90,15 @@ impl<T: Element> Forward<'_, T> {
         };
         let sm_count = stream.gpu().capability().sm_count;
         let Extents { m, n, k } = extents;
-        let forced_tile = config.forced_hopper_tile();
-        match hopper::select(T::DTYPE, self.layout, [m, n, k], sm_count, forced_tile) {
+        let forced = config.forced_hopper();
+        let straddles = |tensor: &Tensor<T>| Problem::straddles(row_stride_bytes(tensor));
+        let (x_straddles, w_straddles) = (straddles(self.x), straddles(self.w));
+        let problem = Problem { m, n, k, x_straddles, w_straddles };
+        let plain = InputLayout::Plain;
+        match hopper::select(T::DTYPE, plain, self.layout, problem, sm_count, forced) {
             Some(selected) if tier == Tier::Hopper => {
                 let params = self.hopper_params(extents, selected.tile, y, stream.gpu())?;
-                let blocks = params.tiles.num_tiles().min(sm_count);
+                let blocks = selected.tile.num_blocks(params.tiles.num_tiles(), sm_count);
                 launch.prepare(&selected.kernel)?;
                 self.ordered(y, || launch.run(&selected.kernel, blocks, &params))?;
             }
@@ -231,8 +235,8 @@ impl<T: Element> Forward<'_, T> {
             WeightLayout::InOut => ([n, k], [hopper::SLAB_N, hopper::BLOCK_K]),
             WeightLayout::OutIn => ([k, n], [hopper::BLOCK_K, tile.block_n]),
         };
-        let x_box = [hopper::BLOCK_K, tile.block_m];
-        let y_box = [hopper::SLAB_N, hopper::CONSUMER_M];
+        let x_box = [hopper::BLOCK_K, tile.x_rows(m)];
+        let y_box = [hopper::SLAB_N, tile.store_rows()];
         let [x_map, w_map, y_map] = gpu.tensor_maps(&[
             tensor_map_key(self.x, [k, m], x_box),
             tensor_map_key(self.w, w_extents, w_box),
@@ -247,7 +251,7 @@ impl<T: Element> Forward<'_, T> {
             k_blocks: k.div_ceil(hopper::BLOCK_K),
             tiles,
             activation: EpilogueActivation::new(self.activation),
-            reserved: 0,
+            stage_bytes: tile.stage_bytes(InputLayout::Plain, m),
         })
     }
 }
@@ -278,11 +282,15 @@ fn tensor_map_key<T: Element>(
 ) -> TensorMapKey {
     TensorMapKey {
         address: tensor.as_device_ptr(),
-        row_stride_bytes: (tensor.row_stride() * size_of::<T>()) as u64,
+        row_stride_bytes: row_stride_bytes(tensor),
         extents,
         box_extents,
         dtype: T::DTYPE,
     }
+}
+
+fn row_stride_bytes<T: Element>(tensor: &Tensor<T>) -> u64 {
+    (tensor.row_stride() * size_of::<T>()) as u64
 }
 
 /// What matters about an operand to the choice of a tier.
@@ -300,7 +308,7 @@ impl Operand {
             name,
             address: tensor.as_device_ptr(),
             row_bytes: (tensor.shape().columns() * size_of::<T>()) as u64,
-            row_stride_bytes: (tensor.row_stride() * size_of::<T>()) as u64,
+            row_stride_bytes: row_stride_bytes(tensor),
         }
     }
 
@@ -325,8 +333,7 @@ pub(crate) fn choose_tier(
             Tier::Hopper if !hopper::serves(dtype) => Some(Obstacle::DType(dtype)),
             Tier::Hopper if !config.tma_enabled() => Some(Obstacle::TmaDisabled),
             Tier::Hopper => {
-                let tile = config.forced_hopper_tile().filter(|&tile| !hopper::has_tile(tile));
-                tile.map(Obstacle::Tile).or_else(|| tma_obstacle(inputs, output))
+                kernel_obstacle(config.forced_hopper()).or_else(|| tma_obstacle(inputs, output))
             }
             _ => None,
         };
@@ -354,6 +361,13 @@ fn pick(
     }
     let (tier, reason) = refused;
     Err(reason.refuse(op, tier))
+}
+
+/// Why there is no Hopper kernel as it is forced.
+fn kernel_obstacle(forced: Forced) -> Option<Obstacle> {
+    let any_split = Forced { split_k: None, ..forced };
+    let tile = forced.tile.filter(|_| !any_split.exists()).map(Obstacle::Tile);
+    tile.or_else(|| forced.split_k.filter(|_| !forced.exists()).map(Obstacle::SplitK))
 }
 
 /// Why TMA cannot address one of the operands, or would write beyond the output's columns.

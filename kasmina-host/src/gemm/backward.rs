@@ -12,7 +12,7 @@ use kasmina_kernels::abi::Tier;
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::gemm::backward::{Chunks, GradientParams, gradient_kernel};
 use kasmina_kernels::gemm::hopper::weight_gradient::{self, Summed};
-use kasmina_kernels::gemm::{InputLayout, WeightLayout, hopper};
+use kasmina_kernels::gemm::{InputLayout, WeightLayout};
 
 use super::{Forward, Operand, check_shape, choose_tier, extent, ordered, pick, tma_obstacle};
 use crate::config::KernelConfig;
@@ -276,8 +276,9 @@ impl<T: Element> Backward<'_, T> {
                     }
                     Tier::Hopper if !config.tma_enabled() => Some(Obstacle::TmaDisabled),
                     Tier::Hopper => {
-                        let tile =
-                            config.forced_hopper_tile().filter(|&tile| !hopper::has_tile(tile));
+                        let tile = config
+                            .forced_hopper_tile()
+                            .filter(|&tile| !weight_gradient::has_tile(tile));
                         let of_operands = || tma_obstacle([x, dz], Operand::of("dw", dw));
                         tile.map(Obstacle::Tile).or_else(of_operands)
                     }

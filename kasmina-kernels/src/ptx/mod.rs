@@ -4,6 +4,8 @@
 //! `# Safety` section states that rule. Shared-memory addresses are `u32` in the shared window.
 
 mod barrier;
+#[cfg(kasmina_tier = "hopper")]
+mod cluster;
 mod convert;
 mod fence;
 mod global;
@@ -21,6 +23,8 @@ mod warp;
 pub(crate) mod wgmma;
 
 pub use barrier::*;
+#[cfg(kasmina_tier = "hopper")]
+pub use cluster::*;
 pub use convert::*;
 pub use fence::*;
 pub use global::*;

@@ -31,6 +31,20 @@ pub unsafe fn cp_async_bulk_tensor_2d_load(dst: u32, map: u64, x: u32, y: u32, b
     }
 }
 
+/// Starts fetching the box at `(x, y)` into L2. It reads nothing that the program sees, so it may
+/// run ahead of writes to the tensor.
+///
+/// # Safety
+/// `map` is the 64-aligned address of a valid rank-2 map.
+#[inline(always)]
+pub unsafe fn cp_async_bulk_prefetch_tensor_2d(map: u64, x: u32, y: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [{}, {{{}, {}}}];",
+             in(reg64) map, in(reg32) x, in(reg32) y, options(nostack));
+    }
+}
+
 /// Starts copying a box from shared memory to `(x, y)`; what lies outside the tensor is dropped.
 ///
 /// # Safety

@@ -72,7 +72,7 @@ impl Work {
 #[inline(always)]
 pub(super) unsafe fn produce(block: Block, operands: Matrices, work: Work) {
     // SAFETY: valid maps by the caller's contract.
-    unsafe { operands.prefetch() };
+    unsafe { operands.prefetch_maps() };
     let mut position = RingPosition::START;
     let mut index = ptx::block_index();
     let stage_bytes = work.tile.x_stage_bytes() + work.tile.w_stage_bytes();
@@ -387,14 +387,16 @@ macro_rules! entry {
         /// `gemm::Backward` has checked against the shape contract.
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $entry(params: WeightGradientParams) {
-            use crate::gemm::hopper::device::{$element, Block, Matrices, needs_registers};
+            use crate::gemm::hopper::device::{
+                $element, Block, Matrices, needs_registers, wait_for_predecessors,
+            };
             use crate::gemm::hopper::{CONSUMER_M, WARPGROUP};
             use crate::smem_layout::{Major, descriptor_step_k16, wgmma_descriptor};
             use crate::{pipeline::RingPosition, ptx};
             use device::*;
 
             const TILE: Tile =
-                Tile { block_m: $block_m, block_n: $block_n, num_stages: $num_stages };
+                Tile { block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1 };
             let x_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
             // to `params` in Rust would be a copy in local memory, useless to TMA.
@@ -425,6 +427,7 @@ macro_rules! entry {
             // SAFETY: the whole block is here.
             let (block, warp) = unsafe {
                 let block = Block::start_with(TILE, releases);
+                wait_for_predecessors();
                 (block, ptx::shfl_sync_idx_first(ptx::thread_index() / 32))
             };
             let warpgroup = warp / 4;

@@ -1,0 +1,58 @@
+//! Clusters of blocks and their distributed shared memory.
+
+use core::arch::asm;
+
+/// Waits until every thread of the cluster has arrived, and orders their memory accesses.
+///
+/// # Safety
+/// Every thread of the cluster executes it equally often.
+#[inline(always)]
+pub unsafe fn barrier_cluster() {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("barrier.cluster.arrive.release;", "barrier.cluster.wait.acquire;", options(nostack));
+    }
+}
+
+/// The address, in the cluster's shared window, of `address` in the block of this `rank`.
+#[must_use]
+#[inline(always)]
+pub fn mapa_shared_cluster(address: u32, rank: u32) -> u32 {
+    let value: u32;
+    // SAFETY: arithmetic on an address.
+    unsafe {
+        asm!("mapa.shared::cluster.u32 {}, {}, {};", out(reg32) value, in(reg32) address,
+             in(reg32) rank, options(pure, nomem, nostack, preserves_flags));
+    }
+    value
+}
+
+/// Starts copying `bytes` bytes from this block's shared memory to another's; they count on
+/// `barrier`, which is in the other block.
+///
+/// # Safety
+/// `src` is a 16-aligned address of this block, written before a `fence_proxy_async_shared` by
+/// each writer and a barrier, and not written again before the copy has completed; `dst` and
+/// `barrier` are addresses of `mapa_shared_cluster` for the same block, which runs until the copy
+/// completes and whose barrier expects the bytes; `bytes` is a multiple of 16.
+#[inline(always)]
+pub unsafe fn cp_async_bulk_shared_cluster(dst: u32, src: u32, bytes: u32, barrier: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes \
+              [{}], [{}], {}, [{}];",
+             in(reg32) dst, in(reg32) src, in(reg32) bytes, in(reg32) barrier, options(nostack));
+    }
+}
+
+/// Arrives once at a barrier of another block.
+///
+/// # Safety
+/// `barrier` is an address of `mapa_shared_cluster` of an initialised barrier; its block runs.
+#[inline(always)]
+pub unsafe fn mbarrier_arrive_shared_cluster(barrier: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("mbarrier.arrive.shared::cluster.b64 _, [{}];", in(reg32) barrier, options(nostack));
+    }
+}
