@@ -54,7 +54,8 @@ fn tool_trials() -> Vec<Trial> {
     };
     for &module in MODULES {
         add(module, "is_accepted_by_ptxas_without_stack_or_spill", assembles_cleanly);
-        if module.tier == Tier::Hopper && module.name.starts_with("gemm") {
+        let multiplies = ["gemm", "wgrad"].iter().any(|prefix| module.name.starts_with(prefix));
+        if module.tier == Tier::Hopper && multiplies {
             add(module, "compiles_to_wgmma_and_tma", uses_tensor_cores_and_tma);
             add(module, "main_loop_has_no_memory_barrier", main_loop_is_free_of_barriers);
         }

@@ -188,8 +188,9 @@ fn start() {
         );
     }
     if OVERLAPS {
-        ptx::griddepcontrol_launch_dependents();
+        // In this order everything before the predecessor is complete, too, when a grid starts.
         ptx::griddepcontrol_wait();
+        ptx::griddepcontrol_launch_dependents();
     }
 }
 

@@ -136,13 +136,14 @@ impl Plan {
         if tiles < most { tiles } else { most }
     }
 
-    /// Estimated cycles: those of the busiest multiprocessor, as `Tile::cost` has them for the
-    /// forward kernels, and with several parts a launch that reads what they have written, some
-    /// 2000 bytes a cycle.
+    /// Estimated cycles: those of the busiest multiprocessor, multiplying or loading as `Tile::cost`
+    /// has it for the forward kernels, and with several parts a launch that reads what they have
+    /// written, some 2000 bytes a cycle.
     const fn cost(&self, m: u32, n: u32, multiprocessors: u32) -> u64 {
-        let TileScheduler { tiles_m, tiles_n, .. } = self.row.tile.scheduler(m, n);
+        let tile = self.row.tile;
+        let TileScheduler { tiles_m, tiles_n, .. } = tile.scheduler(m, n);
         let items = tiles_m as u64 * tiles_n as u64 * self.parts as u64;
-        let step = self.row.tile.cycles_per_step(self.row.tile.block_m);
+        let step = tile.cycles_per_step(tile.block_m);
         let product =
             items.div_ceil(multiprocessors as u64) * (self.part_k_blocks + 2) as u64 * step as u64;
         if self.parts == 1 {
@@ -157,6 +158,12 @@ impl Plan {
 #[must_use]
 pub const fn serves(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::BF16)
+}
+
+/// Whether there are kernels of this tile, `[block_m, block_n]`.
+#[must_use]
+pub fn has_tile(tile: [u32; 2]) -> bool {
+    KERNELS.iter().any(|row| row.tile.extents() == tile)
 }
 
 /// The plan expected to be fastest on a GPU of so many multiprocessors, of the tile that is forced
@@ -265,6 +272,7 @@ mod tests {
             assert_eq!(plan.row.tile.extents(), tile);
         }
         assert!(select(DType::F16, [512; 3], 132, Some([64, 32])).is_none());
+        assert!(has_tile([64, 64]) && !has_tile([64, 32]));
     }
 
     #[test]
