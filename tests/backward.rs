@@ -8,6 +8,7 @@ mod support {
     pub(crate) mod gpu;
     pub(crate) mod gradients;
     pub(crate) mod operand;
+    pub(crate) mod poison;
     pub(crate) mod random;
 }
 

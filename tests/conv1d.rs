@@ -7,6 +7,10 @@
 mod activation;
 #[path = "support/convolution.rs"]
 mod convolution;
+#[path = "support/convolution_cases.rs"]
+mod convolution_cases;
+#[path = "support/convolution_faults.rs"]
+mod convolution_faults;
 #[path = "support/gpu.rs"]
 mod gpu;
 #[path = "support/poison.rs"]
@@ -14,19 +18,23 @@ mod poison;
 #[path = "support/random.rs"]
 mod random;
 
-use std::env;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use convolution::{
     Convolution, Shape, Sum, canonical, canonical_filter, filter_laid_out, laid_out,
 };
+use convolution_cases::{
+    Case, cases, crossed_cases, depthwise_cases, edge_cases, explicit, reduced, short_cases,
+    thinned, view_cases,
+};
+use convolution_faults::bad_input;
 use gpu::Gpu;
 use half::{bf16, f16};
 use kasmina::conv1d::{Backward, Forward, Gradients, Sequences, Window};
 use kasmina::{
-    Activation, Conv1dConfig, Conv1dFault, DType, Device, Error, FilterLayout, KernelConfig,
-    Padding, SequenceLayout, Tensor, Tier,
+    Activation, Conv1dConfig, DType, Device, Error, FilterLayout, KernelConfig, Padding,
+    SequenceLayout, Tensor, Tier,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use poison::{Poison, bits};
@@ -49,6 +57,15 @@ fn main() -> ExitCode {
     }
     trials.push(Trial::test("bad_input_is_a_typed_error_on_the_cpu", || bad_input(&Device::cpu())));
     trials.push(gpu.trial("bad_input_is_a_typed_error_on_the_gpu", bad_input));
+    trials.push(gpu.trial("the_best_tier_of_each_pass_matches_reference", |device| {
+        let config = KernelConfig::default();
+        for cases in [crossed_cases(), short_cases(), edge_cases(), depthwise_cases()] {
+            each_with::<f32>(device, &config, &thinned(cases.clone(), 3))?;
+            each_with::<f16>(device, &config, &thinned(cases.clone(), 2))?;
+            each_with::<bf16>(device, &config, &cases)?;
+        }
+        Ok(())
+    }));
     trials.push(gpu.trial("without_tiling_the_results_are_the_same", |device| {
         let config = KernelConfig::default().tier(Tier::Portable).enable_tiling(false);
         each_with::<f32>(device, &config, &thinned(crossed_cases(), 9))?;
@@ -94,168 +111,6 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
     let sentence = "layer_gradients_match_finite_differences";
     claims.push((format!("{tier}_f32_{sentence}"), finite_differences));
     claims
-}
-
-/// One convolution with how its operands lie.
-#[derive(Clone, Copy, Debug)]
-struct Case {
-    shape: Shape,
-    /// Of x, y, dz and dx.
-    layouts: [SequenceLayout; 4],
-    filter_layout: FilterLayout,
-    activation: Activation,
-    bias: bool,
-    /// Whether rows have gaps between them.
-    gaps: bool,
-    /// Whether the parameters' gradients are added to what is there.
-    accumulate: bool,
-}
-
-/// Cases of these shapes whose filter fits; layouts, activation, bias and accumulation go round.
-fn cases(shapes: impl IntoIterator<Item = Shape>) -> Vec<Case> {
-    let layout = |bit: usize| SequenceLayout::ALL[bit % 2];
-    shapes
-        .into_iter()
-        .filter(|shape| shape.output().is_some())
-        .enumerate()
-        .map(|(number, shape)| Case {
-            shape,
-            layouts: [
-                layout(number),
-                layout(number / 2 + number),
-                layout(number / 4),
-                layout(number / 8 + number),
-            ],
-            filter_layout: FilterLayout::ALL[number / 3 % 2],
-            activation: Activation::ALL[number % Activation::ALL.len()],
-            bias: number % 3 != 0,
-            gaps: false,
-            accumulate: number % 4 == 1,
-        })
-        .collect()
-}
-
-fn reduced() -> bool {
-    env::var_os("KASMINA_TEST_REDUCED").is_some_and(|value| value == "1")
-}
-
-/// The list, or every so-manieth of it.
-fn thinned<T: Copy>(list: Vec<T>, step: usize) -> Vec<T> {
-    list.into_iter().step_by(step).collect()
-}
-
-/// The list, or a few of it in a reduced run.
-fn shortened<T: Copy>(list: Vec<T>) -> Vec<T> {
-    let step = if reduced() { list.len().div_ceil(8).max(1) } else { 1 };
-    thinned(list, step)
-}
-
-fn explicit(left: u32, right: u32) -> Padding {
-    Padding::Explicit { left, right }
-}
-
-/// Every stride with every dilation, padding, kernel size and kind of groups; the lengths go round.
-fn crossed_cases() -> Vec<Case> {
-    const LENGTHS: [usize; 9] = [40, 1, 131, 17, 64, 300, 33, 8, 97];
-    const CHANNELS: [([usize; 2], usize); 6] =
-        [([5, 7], 1), ([8, 16], 1), ([6, 9], 3), ([4, 4], 4), ([3, 6], 3), ([16, 8], 2)];
-    let mut shapes = Vec::new();
-    for stride in [1, 2, 3, 5] {
-        for dilation in [1, 2, 3] {
-            for padding in [Padding::Valid, Padding::Same, explicit(2, 0), explicit(1, 19)] {
-                for taps in [1, 2, 3, 4, 5, 7, 8, 9, 12, 17] {
-                    let number = shapes.len() + shapes.len() / 9;
-                    let (channels, groups) = CHANNELS[number % CHANNELS.len()];
-                    let window = Window { stride, dilation, padding, groups };
-                    let (batch, length) = (1 + number % 3, LENGTHS[number % LENGTHS.len()]);
-                    shapes.push(Shape { batch, channels, length, taps, window });
-                }
-            }
-        }
-    }
-    shortened(cases(shapes))
-}
-
-/// Sequences from one position on, under filters that reach far beyond them.
-fn short_cases() -> Vec<Case> {
-    let mut shapes = Vec::new();
-    for length in [1, 2, 3, 5, 16, 31] {
-        for taps in [1, 3, 17] {
-            for (stride, dilation) in [(1, 1), (2, 1), (1, 4), (4, 6), (7, 3)] {
-                let padding = if taps == 1 { Padding::Valid } else { Padding::Same };
-                let window = Window { stride, dilation, padding, groups: 1 };
-                shapes.push(Shape { batch: 9, channels: [12, 10], length, taps, window });
-            }
-        }
-    }
-    // More padding than input and filter together: results of bias alone, and gradients of none.
-    for (left, right) in [(9, 9), (40, 0), (0, 40)] {
-        let window = Window { padding: explicit(left, right), ..Window::default() };
-        shapes.push(Shape { batch: 2, channels: [3, 4], length: 2, taps: 3, window });
-    }
-    // Strides beyond the input, and far dilations.
-    for (stride, dilation) in [(300, 1), (1, 290), (300, 70), (6, 290)] {
-        let window = Window { stride, dilation, padding: explicit(300, 300), groups: 2 };
-        shapes.push(Shape { batch: 3, channels: [10, 6], length: 200, taps: 3, window });
-    }
-    shortened(cases(shapes))
-}
-
-/// One off the edges of tiles of 8 to 64 rows, 256 to 2048 columns, and depths of 16.
-fn edge_cases() -> Vec<Case> {
-    let mut shapes = Vec::new();
-    let plain = Window { padding: Padding::Same, ..Window::default() };
-    for channels in [[1, 8], [9, 1], [15, 16], [17, 31], [33, 63], [64, 65], [65, 129]] {
-        for length in [255, 256, 257] {
-            shapes.push(Shape { batch: 2, channels, length, taps: 3, window: plain });
-        }
-    }
-    for length in [2047, 2048, 2049, 4100] {
-        shapes.push(Shape { batch: 1, channels: [4, 5], length, taps: 5, window: plain });
-        let window = Window { stride: 2, ..plain };
-        shapes.push(Shape { batch: 1, channels: [7, 40], length, taps: 4, window });
-    }
-    for taps in [15, 16, 17, 33] {
-        let window = Window { groups: 2, ..plain };
-        shapes.push(Shape { batch: 2, channels: [32, 80], length: 100, taps, window });
-    }
-    // Lengths that split into stages of 32 with one left or missing.
-    for length in [31, 32, 33, 63, 65] {
-        shapes.push(Shape { batch: 3, channels: [24, 72], length, taps: 2, window: plain });
-    }
-    shortened(cases(shapes))
-}
-
-/// A filter for every channel: the walks over aligned vectors, and what they cannot serve.
-fn depthwise_cases() -> Vec<Case> {
-    let mut shapes = Vec::new();
-    for taps in 1..=9 {
-        for (length, channels) in [(64, 6), (8, 64), (72, 70), (1000, 3), (2056, 2), (67, 66)] {
-            let left = (taps * 3 / 2) as u32 % 11;
-            for padding in [Padding::Same, explicit(left, taps as u32), explicit(0, 16)] {
-                let window = Window { padding, groups: channels, ..Window::default() };
-                let channels = [channels; 2];
-                shapes.push(Shape { batch: 2, channels, length, taps, window });
-            }
-        }
-    }
-    for (stride, dilation) in [(2, 1), (1, 2), (3, 4)] {
-        let window = Window { stride, dilation, padding: Padding::Same, groups: 34 };
-        shapes.push(Shape { batch: 2, channels: [34; 2], length: 300, taps: 11, window });
-    }
-    let mut cases = cases(shapes);
-    for (number, case) in cases.iter_mut().enumerate() {
-        // Most with one layout for all, which the fast walks need.
-        if number % 5 != 0 {
-            case.layouts = [SequenceLayout::ALL[number % 2]; 4];
-        }
-    }
-    shortened(cases)
-}
-
-fn view_cases() -> Vec<Case> {
-    let cases = thinned(crossed_cases(), 13).into_iter().chain(thinned(depthwise_cases(), 7));
-    cases.map(|case| Case { gaps: true, ..case }).collect()
 }
 
 fn enough_cases() -> Result<(), Failed> {
@@ -741,92 +596,6 @@ fn finite_differences(device: &Device, tier: Tier) -> Result<(), Failed> {
         }
     }
     Ok(())
-}
-
-/// What no kernel could compute is refused, and the device works on.
-fn bad_input(device: &Device) -> Result<(), Failed> {
-    let x = Tensor::<f32>::zeros(device, [2, 6, 10])?;
-    let config = KernelConfig::default();
-    let run = |x: &Tensor<f32>, w: [usize; 3], window: Window, y: [usize; 3]| {
-        let (w, mut y) = (Tensor::zeros(device, w)?, Tensor::zeros(device, y)?);
-        let forward = Forward {
-            x: Sequences::new(x, SequenceLayout::Ncl),
-            w: &w,
-            filter_layout: FilterLayout::OutInTap,
-            bias: None,
-            window,
-            activation: Activation::None,
-        };
-        forward.run(&mut y, SequenceLayout::Ncl, &config)
-    };
-    let plain = Window::default();
-    let fault = |result: Result<Tier, Error>| match result {
-        Err(Error::Convolution { fault, .. }) => Ok(fault),
-        other => Err(Failed::from(format!("{other:?}"))),
-    };
-    let fits = |fault: Conv1dFault, expected: &str| {
-        require(format!("{fault:?}").starts_with(expected), || format!("{fault:?}, not {expected}"))
-    };
-    let (w, y) = ([4, 6, 3], [2, 4, 8]);
-    fits(fault(run(&x, w, Window { stride: 0, ..plain }, y))?, "Zero")?;
-    fits(fault(run(&x, w, Window { dilation: 0, ..plain }, y))?, "Zero")?;
-    fits(fault(run(&x, w, Window { groups: 0, ..plain }, y))?, "Zero")?;
-    fits(fault(run(&x, [4, 6, 0], plain, y))?, "Zero")?;
-    fits(fault(run(&x, w, Window { groups: 4, ..plain }, y))?, "Groups")?;
-    fits(fault(run(&x, [5, 3, 3], Window { groups: 2, ..plain }, y))?, "Groups")?;
-    fits(fault(run(&x, [4, 6, 11], plain, y))?, "KernelTooLong")?;
-    fits(fault(run(&x, w, Window { dilation: 5, ..plain }, y))?, "KernelTooLong")?;
-    let huge = Window { dilation: 1 << 31, padding: Padding::Same, ..plain };
-    fits(fault(run(&x, w, huge, y))?, "Overflow")?;
-    let wide = Window { padding: explicit(u32::MAX, u32::MAX), ..plain };
-    fits(fault(run(&x, w, wide, y))?, "Overflow")?;
-
-    let shape = |result: Result<Tier, Error>, name: &str| match result {
-        Err(Error::Shape { operand, .. }) if operand == name => Ok(()),
-        other => Err(Failed::from(format!("{name}: {other:?}"))),
-    };
-    shape(run(&x, [4, 5, 3], plain, y), "w")?;
-    shape(run(&x, [4, 6, 3], Window { groups: 2, ..plain }, y), "w")?;
-    shape(run(&x, w, plain, [2, 4, 9]), "y")?;
-    shape(run(&x, w, plain, [1, 4, 8]), "y")?;
-    let matrix = Tensor::<f32>::zeros(device, [6, 10])?;
-    shape(run(&matrix, w, plain, y), "x")?;
-
-    let (w, mut dx) = (Tensor::<f32>::zeros(device, w)?, Tensor::zeros(device, [2, 6, 10])?);
-    let dz = Tensor::<f32>::zeros(device, y)?;
-    let backward = |dz: &Tensor<f32>, gradients: Gradients<'_, f32>| {
-        let backward = Backward {
-            x: Sequences::new(&x, SequenceLayout::Ncl),
-            w: &w,
-            filter_layout: FilterLayout::OutInTap,
-            dz: Sequences::new(dz, SequenceLayout::Ncl),
-            window: plain,
-            accumulate: false,
-        };
-        backward.run(gradients, &config)
-    };
-    let short = Tensor::<f32>::zeros(device, [2, 4, 7])?;
-    let wrong = backward(
-        &short,
-        Gradients { dx: Some((&mut dx, SequenceLayout::Ncl)), dw: None, db: None },
-    );
-    require(matches!(wrong, Err(Error::Shape { operand: "dz", .. })), || format!("{wrong:?}"))?;
-    let mut shared = x.clone();
-    let overlap = backward(
-        &dz,
-        Gradients { dx: Some((&mut shared, SequenceLayout::Ncl)), dw: None, db: None },
-    );
-    require(matches!(overlap, Err(Error::Overlap { operand: "x", .. })), || {
-        format!("{overlap:?}")
-    })?;
-    let mut db = Tensor::<f32>::zeros(device, [5])?;
-    let wrong = backward(&dz, Gradients { dx: None, dw: None, db: Some(&mut db) });
-    require(matches!(wrong, Err(Error::Shape { operand: "db", .. })), || format!("{wrong:?}"))?;
-    // None of it left a trace.
-    let served =
-        backward(&dz, Gradients { dx: Some((&mut dx, SequenceLayout::Ncl)), dw: None, db: None })?;
-    require(served[0].is_some() && served[1].is_none(), || format!("{served:?}"))?;
-    require(dx.to_vec()?.iter().all(|&value| value == 0.0), || "dx of zeros".to_owned())
 }
 
 fn require(holds: bool, message: impl FnOnce() -> String) -> Result<(), Failed> {

@@ -25,11 +25,6 @@ fn main() -> ExitCode {
         trials.push(Trial::test(name("holds_the_entries_the_host_launches"), || {
             entries_agree(module)
         }));
-        if module.name.starts_with("reduce") {
-            trials.push(Trial::test(name("exchanges_nothing_in_two_copies"), || {
-                exchanges_stand_once(module)
-            }));
-        }
         if module.tier == Tier::Hopper {
             trials.push(Trial::test(name("names_no_local_memory_and_no_panic"), || {
                 no_local_memory(module)
@@ -94,24 +89,6 @@ fn entries_agree(module: &Module) -> Result<(), Failed> {
     found.sort_unstable();
     listed.sort_unstable();
     require(found == listed, || format!("the PTX has {found:?}, the host launches {listed:?}"))
-}
-
-/// The compiler knows nothing of exchanges between threads. Where it makes two copies of one,
-/// behind a condition that threads answer differently, they wait for each other for ever.
-fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
-    for entry in module.ptx.split("\n.visible .entry ").skip(1) {
-        let name = entry.split('(').next().unwrap_or_default();
-        // Barriers as the sources have them: none between warps that have segments of their own,
-        // one in the single-stage sum, and of the others one per chunk, before and after.
-        let expected = match name.rsplit('_').next() {
-            Some("segments") => 0,
-            Some("naive") => 1,
-            _ => 3,
-        };
-        let barriers = entry.matches("bar.sync").count();
-        require(barriers == expected, || format!("{barriers} barriers in {name}"))?;
-    }
-    Ok(())
 }
 
 fn no_local_memory(module: &Module) -> Result<(), Failed> {

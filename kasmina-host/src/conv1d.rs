@@ -6,7 +6,6 @@
 //! tier → launch. A tier is chosen for every pass by itself.
 #![forbid(unsafe_code)]
 
-mod hopper;
 mod pass;
 mod portable;
 
@@ -103,9 +102,8 @@ impl<'a, T: Element> Sequences<'a, T> {
     }
 
     /// As kernels see it.
-    fn describe(self, operand: &'static str) -> Sequence {
+    fn describe(self) -> Sequence {
         Sequence {
-            operand,
             address: self.tensor.as_device_ptr(),
             layout: self.layout,
             row_stride: self.tensor.row_stride() as u64,
@@ -173,10 +171,7 @@ impl<T: Element> Forward<'_, T> {
             operation: Operation::Conv1dForward,
         };
         let operands = [Some(self.x.tensor), self.bias, Some(y.tensor)];
-        ordered(self.w, &operands, || match tier {
-            Tier::Hopper => hopper::forward(&launch, stream, &pass),
-            _ => portable::forward(&launch, &pass),
-        })?;
+        ordered(self.w, &operands, || portable::forward(&launch, &pass))?;
         Ok(tier)
     }
 
@@ -193,11 +188,11 @@ impl<T: Element> Forward<'_, T> {
         Ok(ForwardPass {
             shape,
             dtype: T::DTYPE,
-            x: self.x.describe("x"),
-            w: describe_filter("w", self.w, self.filter_layout),
+            x: self.x.describe(),
+            w: describe_filter(self.w, self.filter_layout),
             bias: self.bias.map_or(0, Tensor::as_device_ptr),
             activation: self.activation,
-            y: y.describe("y"),
+            y: y.describe(),
             tiled,
         })
     }
@@ -284,17 +279,17 @@ impl<T: Element> Backward<'_, T> {
         let dgrad = dx.map(|dx| DgradPass {
             shape,
             dtype: T::DTYPE,
-            dz: self.dz.describe("dz"),
-            w: describe_filter("w", self.w, self.filter_layout),
-            dx: dx.describe("dx"),
+            dz: self.dz.describe(),
+            w: describe_filter(self.w, self.filter_layout),
+            dx: dx.describe(),
             tiled: config.tiling_enabled(),
         });
         let wgrad = (dw.is_some() || db.is_some()).then(|| WgradPass {
             shape,
             dtype: T::DTYPE,
-            x: self.x.describe("x"),
-            dz: self.dz.describe("dz"),
-            dw: dw.map(|dw| describe_filter("dw", dw, self.filter_layout)),
+            x: self.x.describe(),
+            dz: self.dz.describe(),
+            dw: dw.map(|dw| describe_filter(dw, self.filter_layout)),
             db: db.map(Tensor::as_device_ptr),
             accumulate: self.accumulate,
         });
@@ -324,15 +319,9 @@ impl<T: Element> Backward<'_, T> {
             if let (Some(pass), Some(dx)) = (&dgrad, dx)
                 && !dx.tensor.is_empty()
             {
-                match dgrad_tier {
-                    Some(Tier::Hopper) => hopper::dgrad(&launch, stream, pass)?,
-                    _ => portable::dgrad(&launch, pass)?,
-                }
+                portable::dgrad(&launch, pass)?;
             }
-            wgrad.as_ref().map_or(Ok(()), |pass| match wgrad_tier {
-                Some(Tier::Hopper) => hopper::wgrad(&launch, stream, pass),
-                _ => portable::wgrad(&launch, stream, pass),
-            })
+            wgrad.as_ref().map_or(Ok(()), |pass| portable::wgrad(&launch, stream, pass))
         })?;
         Ok([dgrad_tier, wgrad_tier])
     }
@@ -399,7 +388,7 @@ pub(crate) fn activation_gradient<T: Element>(
     if dz.is_empty() {
         return Ok(dz);
     }
-    let [z_view, dy_view] = [z.describe("z"), dy.describe("dy")];
+    let [z_view, dy_view] = [z.describe(), dy.describe()];
     let Some(stream) = device.stream().gpu() else {
         let (z, dy) = (z.tensor.host_view(), dy.tensor.host_view());
         let mut result = zeroed(dz.len())?;
@@ -419,7 +408,7 @@ pub(crate) fn activation_gradient<T: Element>(
         activation,
         z: z_view,
         dy: dy_view,
-        dz: Sequences::new(&dz, dy.layout).describe("dz"),
+        dz: Sequences::new(&dz, dy.layout).describe(),
     };
     ordered(z.tensor, &[Some(dy.tensor)], || portable::activation_grad(&launch, &pass))?;
     Ok(dz)
@@ -459,12 +448,8 @@ fn shape_of<T: Element>(
     Ok(shape)
 }
 
-fn describe_filter<T: Element>(
-    operand: &'static str,
-    w: &Tensor<T>,
-    layout: FilterLayout,
-) -> Filter {
-    Filter { operand, address: w.as_device_ptr(), layout, row_stride: w.row_stride() as u64 }
+fn describe_filter<T: Element>(w: &Tensor<T>, layout: FilterLayout) -> Filter {
+    Filter { address: w.as_device_ptr(), layout, row_stride: w.row_stride() as u64 }
 }
 
 fn check_shape(

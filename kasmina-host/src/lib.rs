@@ -8,7 +8,7 @@
 //! | [`gemm`] | the linear layer's forward and backward pass as functions of their operands |
 //! | `device`, `stream` | where things run, and in which order |
 //! | `tensor`, `shape`, `element` | what they run on |
-//! | `reduce` | statistics of whole tensors and of their segments |
+//! | `reduce` | statistics of whole tensors |
 //! | `layer`, `conv1d_layer` | what they are used through |
 //! | `persistent` | layers that stay resident for streams of small batches |
 //! | `config` | how kernels are chosen |
@@ -52,8 +52,7 @@ pub use persistent::{
     should_use_persistent,
 };
 pub use reduce::{
-    NanPolicy, PendingReduction, PendingSummaries, PendingSummary, ReducerConfig, Reduction,
-    Segments, Summary, TelemetryReducer,
+    PendingReduction, PendingSummary, ReducerConfig, Reduction, Summary, TelemetryReducer,
 };
 pub use shape::Shape;
 pub use stream::Stream;

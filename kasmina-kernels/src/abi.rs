@@ -3,7 +3,7 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use crate::conv1d::{self, hopper as conv1d_hopper};
+use crate::conv1d;
 use crate::gemm::hopper::{self, split, weight_gradient};
 use crate::gemm::{backward, portable};
 use crate::persistent;
@@ -151,7 +151,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 30] = [
+    const FIRST: [&Module; 25] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -162,9 +162,6 @@ pub static MODULES: &[&Module] = &{
         &backward::PORTABLE_F32,
         &backward::PORTABLE_F16,
         &backward::PORTABLE_BF16,
-        &backward::HOPPER_F32,
-        &backward::HOPPER_F16,
-        &backward::HOPPER_BF16,
         &reduce::PORTABLE_F32,
         &reduce::PORTABLE_F16,
         &reduce::PORTABLE_BF16,
@@ -180,16 +177,11 @@ pub static MODULES: &[&Module] = &{
         &conv1d::portable::F32,
         &conv1d::portable::F16,
         &conv1d::portable::BF16,
-        &conv1d_hopper::pack::MODULE,
-        &conv1d_hopper::wgrad::sum::MODULE,
     ];
     const GEMM: usize = FIRST.len();
     const GEMM_WGRAD: usize = GEMM + hopper::KERNELS.len();
     const SPLIT: usize = GEMM_WGRAD + weight_gradient::KERNELS.len();
-    const GATHER: usize = SPLIT + split::NUM_MODULES;
-    const WGRAD: usize = GATHER + conv1d_hopper::gather::KERNELS.len();
-    const HALO: usize = WGRAD + conv1d_hopper::wgrad::KERNELS.len();
-    let mut modules = [FIRST[0]; HALO + conv1d_hopper::gather::halo::KERNELS.len()];
+    let mut modules = [FIRST[0]; SPLIT + split::NUM_MODULES];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
@@ -198,14 +190,8 @@ pub static MODULES: &[&Module] = &{
             hopper::KERNELS[row - GEMM].kernel.module
         } else if row < SPLIT {
             weight_gradient::KERNELS[row - GEMM_WGRAD].kernel.module
-        } else if row < GATHER {
-            split::module(row - SPLIT)
-        } else if row < WGRAD {
-            conv1d_hopper::gather::KERNELS[row - GATHER].kernel.module
-        } else if row < HALO {
-            conv1d_hopper::wgrad::KERNELS[row - WGRAD].kernel.module
         } else {
-            conv1d_hopper::gather::halo::KERNELS[row - HALO].kernel.module
+            split::module(row - SPLIT)
         };
         row += 1;
     }

@@ -14,18 +14,14 @@
 //! ([`SequenceLayout`]), and so has the filter ([`FilterLayout`]). f16 and bf16 accumulate in f32
 //! and are rounded once.
 
-pub mod hopper;
-
 use core::fmt;
 
 use crate::tile_scheduler::div;
 
 pub mod depthwise;
-#[cfg(target_arch = "nvptx64")]
+#[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 mod parked;
 pub mod portable;
-#[cfg(target_arch = "nvptx64")]
-mod unroll;
 
 /// Which way round the channels and positions of a tensor lie in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -14,6 +14,7 @@
 //! | [`tile_scheduler`] | which output tile a block computes, in which order |
 //! | [`reduce`] | statistics of all elements: chunks, parameters, arithmetic, kernels |
 //! | [`smem_layout`] | swizzles, wgmma descriptors and fragment positions |
+//! | `unroll` | device only: repetition by the macro expander |
 //! | `ptx` | device only: one function, one instruction |
 #![no_std]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -33,6 +34,8 @@ pub mod ptx;
 pub mod reduce;
 pub mod smem_layout;
 pub mod tile_scheduler;
+#[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
+mod unroll;
 
 #[cfg(target_arch = "nvptx64")]
 #[panic_handler]

@@ -4,15 +4,12 @@ use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::conv1d::{Conv1dShape, FilterLayout, SequenceLayout};
 
-use super::hopper;
 use crate::config::KernelConfig;
 use crate::error::Obstacle;
 
 /// A tensor of sequences in device memory; `address` is 0 for one in host memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sequence {
-    /// Its name in errors.
-    pub(crate) operand: &'static str,
     pub(crate) address: u64,
     pub(crate) layout: SequenceLayout,
     /// Elements from row to row: of positions in NCL, of channels in NLC.
@@ -22,8 +19,6 @@ pub(crate) struct Sequence {
 /// A filter in device memory; `address` is 0 for one in host memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Filter {
-    /// Its name in errors.
-    pub(crate) operand: &'static str,
     pub(crate) address: u64,
     pub(crate) layout: FilterLayout,
     /// Elements from row to row: of taps, or of input channels.
@@ -85,21 +80,25 @@ pub(crate) struct ActivationGradPass {
 
 impl ForwardPass {
     /// Why `tier` cannot serve this pass, on a device that has the tier.
-    pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
-        (tier == Tier::Hopper).then(|| hopper::forward_obstacle(self, config)).flatten()
+    pub(crate) fn obstacle(&self, tier: Tier, _: &KernelConfig) -> Option<Obstacle> {
+        no_tensor_cores(tier)
     }
 }
 
 impl DgradPass {
     /// Why `tier` cannot serve this pass, on a device that has the tier.
-    pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
-        (tier == Tier::Hopper).then(|| hopper::dgrad_obstacle(self, config)).flatten()
+    pub(crate) fn obstacle(&self, tier: Tier, _: &KernelConfig) -> Option<Obstacle> {
+        no_tensor_cores(tier)
     }
 }
 
 impl WgradPass {
     /// Why `tier` cannot serve this pass, on a device that has the tier.
-    pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
-        (tier == Tier::Hopper).then(|| hopper::wgrad_obstacle(self, config)).flatten()
+    pub(crate) fn obstacle(&self, tier: Tier, _: &KernelConfig) -> Option<Obstacle> {
+        no_tensor_cores(tier)
     }
+}
+
+fn no_tensor_cores(tier: Tier) -> Option<Obstacle> {
+    (tier == Tier::Hopper).then_some(Obstacle::Operation)
 }

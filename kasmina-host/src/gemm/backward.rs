@@ -162,11 +162,6 @@ impl<T: Element> Backward<'_, T> {
             self.run_on_cpu(extents, gradients)?;
             return Ok(tiers);
         };
-        // Elementwise kernels serve any shape on any GPU.
-        let device = self.w.device();
-        let forced = config.forced_tier().or(device.defaults().forced_tier());
-        let hopper = device.obstacle(Tier::Hopper).is_none();
-        let elementwise = forced.unwrap_or(if hopper { Tier::Hopper } else { Tier::Portable });
         let launch = Launch {
             stream,
             ptx_dir: config.ptx_override().or(self.w.device().defaults().ptx_override()),
@@ -179,7 +174,7 @@ impl<T: Element> Backward<'_, T> {
         let devices: Vec<_> = operands.map(|operand| operand.device().clone()).collect();
         let streams = devices.iter().map(Device::stream);
         ordered(self.w.device().stream(), streams, || {
-            let partials = Partials::new(stream, elementwise);
+            let partials = Partials::new(stream);
             self.enqueue(extents, gradients, tiers, config, &launch, partials)
         })?;
         Ok(tiers)
@@ -253,13 +248,6 @@ impl<T: Element> Backward<'_, T> {
 
     fn choose_tiers(&self, gradients: &Gradients<'_, T>, config: &KernelConfig) -> Result<Tiers> {
         let device = self.w.device();
-        // Also where no product is wanted.
-        let forced = config.forced_tier().or(device.defaults().forced_tier());
-        if let Some(tier) = forced
-            && let Some(reason) = device.obstacle(tier)
-        {
-            return Err(reason.refuse(OP, tier));
-        }
         let dz = if self.activation == Activation::None {
             Operand::of("dy", self.dy)
         } else {
@@ -279,6 +267,7 @@ impl<T: Element> Backward<'_, T> {
             choose_forward_tier(device, config, pass)
         };
         let of_dw = |dw: &Tensor<T>| {
+            let forced = config.forced_tier().or(device.defaults().forced_tier());
             pick(OP, forced, |tier| {
                 let of_call = || match tier {
                     Tier::Hopper if !weight_gradient::serves(T::DTYPE) => {
@@ -383,9 +372,7 @@ impl<T: Element> Backward<'_, T> {
         partials: &mut Partials<'_>,
         launch: &Launch<'_>,
     ) -> Result<()> {
-        let tier = partials.tier();
-        let kernel = gradient_kernel(tier, T::DTYPE);
-        let kernel = kernel.ok_or_else(|| Obstacle::GpuMemory.refuse(OP, tier))?;
+        let kernel = gradient_kernel(T::DTYPE);
         launch.prepare(kernel)?;
         let chunks = Chunks::of(m, n, T::DTYPE);
         let stride = |tensor: &Tensor<T>| tensor.row_stride() as u64;

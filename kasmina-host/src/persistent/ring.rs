@@ -52,7 +52,7 @@ pub(super) struct HostPayload<T> {
 }
 
 impl<T: Element> Slot<T> {
-    pub(super) const fn index(&self) -> u16 {
+    pub(super) fn index(&self) -> u16 {
         match self {
             Self::Host { index, .. } => *index,
             Self::Pinned(slot) => slot.index(),

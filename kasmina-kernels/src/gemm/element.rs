@@ -3,17 +3,11 @@
 use super::portable::bf16_from_f32;
 use crate::ptx;
 
-/// Whether grids start before their predecessor has ended. What that one wrote meanwhile may not
-/// be read through the read-only path.
-pub(crate) const OVERLAPS: bool = cfg!(kasmina_tier = "hopper");
-
 /// An element type in global memory. Bits travel in the lower end of a `u32`.
 pub(crate) trait Element {
     const SIZE: u32;
     fn widen(bits: u32) -> f32;
     fn round(value: f32) -> u32;
-    /// Loads through the read-only path, but for the kernels that overlap their predecessor.
-    ///
     /// # Safety
     /// As [`ptx::ld_global_nc_u32`], for `SIZE` bytes.
     unsafe fn load(address: u64) -> u32;
@@ -39,9 +33,7 @@ impl Element for F32 {
     #[inline(always)]
     unsafe fn load(address: u64) -> u32 {
         // SAFETY: the caller's contract.
-        unsafe {
-            if OVERLAPS { ptx::ld_global_u32(address) } else { ptx::ld_global_nc_u32(address) }
-        }
+        unsafe { ptx::ld_global_nc_u32(address) }
     }
     #[inline(always)]
     unsafe fn store(address: u64, bits: u32) {
@@ -65,13 +57,7 @@ macro_rules! sixteen_bit_element {
             #[inline(always)]
             unsafe fn load(address: u64) -> u32 {
                 // SAFETY: the caller's contract.
-                u32::from(unsafe {
-                    if OVERLAPS {
-                        ptx::ld_global_u16(address)
-                    } else {
-                        ptx::ld_global_nc_u16(address)
-                    }
-                })
+                u32::from(unsafe { ptx::ld_global_nc_u16(address) })
             }
             #[inline(always)]
             unsafe fn store(address: u64, bits: u32) {
@@ -83,15 +69,3 @@ macro_rules! sixteen_bit_element {
 }
 sixteen_bit_element!(F16, |bits| ptx::cvt_f32_f16(bits as u16), ptx::cvt_rn_f16_f32);
 sixteen_bit_element!(BF16, |bits: u32| f32::from_bits(bits << 16), bf16_from_f32);
-
-/// Repeats a block with a name bound to each literal. A loop would be unrolled too late (or not
-/// at all) for the arrays it indexes to become registers.
-macro_rules! unroll {
-    ($index:ident: $type:ident in [$($literal:literal)+] $body:block) => {
-        $({
-            let $index: $type = $literal;
-            $body
-        })+
-    };
-}
-pub(crate) use unroll;

@@ -11,8 +11,12 @@ pub(super) use simt::{BF16, F16, F32, Stack};
 #[cfg(kasmina_tier = "hopper")]
 pub(super) use tensor::{BF16, F16, Stack};
 
-use super::protocol::{self, COMMAND, Command, HEARTBEAT, LINE, Layout, Lease, Status, Words};
-use super::{EchoParams, LayerPlan, MAILBOX_BYTES, MAX_LAYERS, PersistentParams, THREADS};
+#[cfg(kasmina_tier = "portable")]
+use super::EchoParams;
+#[cfg(kasmina_tier = "portable")]
+use super::protocol::LINE;
+use super::protocol::{self, COMMAND, Command, HEARTBEAT, Layout, Lease, Status, Words};
+use super::{LayerPlan, MAILBOX_BYTES, MAX_LAYERS, PersistentParams, THREADS};
 use crate::ptx;
 
 /// Polls between two looks at the control line, about 0.1 ms apart.
@@ -51,7 +55,7 @@ impl Words for Mapped {
 
 /// A unit of work as the block sees it.
 #[derive(Clone, Copy)]
-struct Unit {
+pub(in crate::persistent) struct Unit {
     rows: u32,
     version: u32,
     input: u64,
@@ -60,7 +64,7 @@ struct Unit {
 
 /// What the parameters say, in registers.
 #[derive(Clone, Copy)]
-struct Grid<'a> {
+pub(in crate::persistent) struct Grid<'a> {
     params: &'a PersistentParams,
     thread: u32,
     /// Address of the dynamic shared memory.
@@ -278,6 +282,7 @@ impl Grid<'_> {
 ///
 /// # Safety
 /// The parameters name two lines of mapped pinned memory.
+#[cfg(kasmina_tier = "portable")]
 #[inline(always)]
 pub(super) unsafe fn echo(params: &EchoParams) {
     if ptx::thread_index() != 0 {

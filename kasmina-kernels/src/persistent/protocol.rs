@@ -7,8 +7,7 @@
 //! ```text
 //! line 0              command, heartbeat                        host → device
 //! lines 1 ..          status, one line per block                device → host
-//! descriptors         one line per position of the ring,        host → device
-//!                     two words of which are used
+//! descriptors         two words per position of the ring        host → device
 //! slots               two lines each: the sequence that         device → host
 //!                     completed, plus 1; two addresses          host → device
 //! ```
@@ -17,9 +16,6 @@
 //! which it was written, so a consumer that finds both tags of the lap it is in has both words, and
 //! nothing is ever cleared. Payloads lie in *slots*, which are numbered apart from positions: a
 //! result that nobody fetches holds its slot and not the ring.
-//!
-//! Consumers that wait poll different lines, so that what one reads over and over is not what the
-//! host is writing for another.
 //!
 //! Consumers take sequences from a counter of their own, each once, and wait for the descriptor at
 //! that position. So several may wait at a time, each for another position, and work is taken in
@@ -88,14 +84,15 @@ impl Layout {
     #[must_use]
     #[inline(always)]
     pub const fn descriptor(&self, sequence: u64) -> u32 {
-        (1 + self.consumers + (sequence as u32 & (self.positions() - 1))) * LINE
+        (1 + self.consumers) * LINE + (sequence as u32 & (self.positions() - 1)) * 2
     }
 
     /// The completion word of a slot.
     #[must_use]
     #[inline(always)]
     pub const fn completion(&self, slot: u32) -> u32 {
-        (1 + self.consumers + self.positions() + slot * 2) * LINE
+        let descriptors = (self.positions() * 2).next_multiple_of(LINE);
+        (1 + self.consumers) * LINE + descriptors + slot * 2 * LINE
     }
 
     /// The first of the two address words of a slot.

@@ -3,10 +3,10 @@
 use super::*;
 use crate::activation::Activation;
 use crate::conv1d::parked::Parked;
-use crate::conv1d::unroll::unroll;
 use crate::gemm::element::Element;
 use crate::ptx;
 use crate::tile_scheduler::div;
+use crate::unroll::unroll;
 
 /// A thread's results: eight rows of eight columns.
 type Sums = [[f32; 8]; 8];
@@ -369,7 +369,7 @@ unsafe fn multiply_stage<const UNIT: bool>(
 
 /// The activation of eight results, chosen once for all of them, and their bits once rounded.
 #[inline(always)]
-fn finish<E: Element>(activation: Activation, values: [f32; 8]) -> [u32; 8] {
+pub(in crate::conv1d) fn finish<E: Element>(activation: Activation, values: [f32; 8]) -> [u32; 8] {
     let mut bits = [0; 8];
     macro_rules! each {
         ($($variant:ident)+) => {
@@ -469,7 +469,12 @@ unsafe fn store<E: Element>(params: &GatherParams, block: Block, sums: &Sums, sm
 /// # Safety
 /// They exist and are writable.
 #[inline(always)]
-unsafe fn store_channels<E: Element>(address: u64, stride: u64, bits: [u32; 8], count: u32) {
+pub(in crate::conv1d) unsafe fn store_channels<E: Element>(
+    address: u64,
+    stride: u64,
+    bits: [u32; 8],
+    count: u32,
+) {
     if stride == u64::from(E::SIZE) && count >= 8 && address % 16 == 0 {
         let [a, b, c, d, e, f, g, h] = bits;
         // SAFETY: eight neighbouring elements, 16-aligned.

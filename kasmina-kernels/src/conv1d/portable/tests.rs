@@ -1,3 +1,4 @@
+use super::plan::gather_values;
 use super::*;
 use crate::conv1d::{Conv1dExtents, Padding};
 use std::collections::HashSet;

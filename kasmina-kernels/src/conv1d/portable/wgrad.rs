@@ -2,10 +2,10 @@
 
 use super::*;
 use crate::conv1d::parked::Parked;
-use crate::conv1d::unroll::unroll;
 use crate::gemm::element::Element;
 use crate::ptx;
 use crate::tile_scheduler::div;
+use crate::unroll::unroll;
 
 /// A thread's sums: eight output channels of eight pairs of input channel and tap.
 type Sums = [[f32; 8]; 8];

@@ -9,13 +9,12 @@
 //!   its own that leaves f32 partials, which the sum kernel adds in the order of the parts.
 //! - The result may be added to what is there, by a TMA store that adds.
 //! - Two warps of the producer's warpgroup, idle otherwise, add the rows of dZ while they lie in
-//!   shared memory. So db costs no pass over dZ. Adding takes longer than multiplying, so the tiles
-//!   that see the same columns of dZ take turns, stage by stage: the ring has time to catch up. Each
-//!   of them leaves a row of partial sums for the sum kernel.
+//!   shared memory, for the tiles that are first in the other direction. So db costs no pass over
+//!   dZ, and no memory traffic but its own.
 //!
 //! ```text
 //! producer   warp 0, one thread: wait empty[s] ─ TMA of both operands into stage s ─ next s
-//!            warps 1 and 2: wait full[s] ─ in turn, add 64 rows of every other slab ─ release s
+//!            warps 1 and 2: wait full[s] ─ add the 64 rows of every other slab of dZ ─ release s
 //! consumers  wait full[s] ─ 4 × wgmma m64nNk16 ─ release stage s−1
 //! epilogue   one part: round ─ stmatrix ─ TMA store or add;  several: f32 to the partials
 //! ```
@@ -38,8 +37,6 @@ const SUMMING_WARPS: u32 = 2;
 const MIN_PART: u32 = 4;
 /// The most parts.
 const MAX_PARTS: u32 = 16;
-/// The most tiles that take turns to sum: enough that a stage in so many costs no time.
-const MAX_TURNS: u32 = 16;
 
 /// Which operand's columns are summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,8 +62,8 @@ pub struct WeightGradientParams {
     pub product_map: TensorMap,
     /// Device address of f32 `[parts, m, n]` with several parts; unused with one.
     pub partials: u64,
-    /// Where the sums go: with one part and one turn the device address of elements, else of f32
-    /// `[parts, turns, columns of the summed operand]`.
+    /// Where the sums go: with one part the device address of elements, else of f32
+    /// `[parts, columns of the summed operand]`.
     pub sums: u64,
     /// Columns of the first operand, rows of the product.
     pub m: u32,
@@ -82,18 +79,13 @@ pub struct WeightGradientParams {
     pub tiles: TileScheduler,
     /// [`Summed`] as its discriminant.
     pub summed: u32,
-    /// Tiles that take turns to sum the same columns.
-    pub turns: u32,
-    /// 1 to add to what the product holds with one part, and the sums with one part and one turn;
-    /// else 0.
+    /// 1 to add to what product and sums hold, with one part; else 0.
     pub accumulate: u32,
-    /// Keeps the size a multiple of 8 without padding.
-    pub reserved: u32,
 }
 
-// SAFETY: repr(C); 384 bytes of maps, two u64 and twelve 32-bit fields: no padding.
+// SAFETY: repr(C); 384 bytes of maps, two u64 and ten 32-bit fields: no padding.
 unsafe impl KernelParams for WeightGradientParams {}
-const _: () = assert!(size_of::<WeightGradientParams>() == 3 * 128 + 2 * 8 + 12 * 4);
+const _: () = assert!(size_of::<WeightGradientParams>() == 3 * 128 + 2 * 8 + 10 * 4);
 
 /// A weight-gradient kernel and what it serves.
 pub struct WeightGradientKernel {
@@ -122,28 +114,13 @@ impl Plan {
         Self { row, part_k_blocks, parts: k_blocks.div_ceil(part_k_blocks) }
     }
 
-    /// How many tiles of an `[m, n]` product take turns to sum an operand's columns.
-    #[must_use]
-    pub const fn turns(&self, m: u32, n: u32, summed: Summed) -> u32 {
-        let TileScheduler { tiles_m, tiles_n, .. } = self.row.tile.scheduler(m, n);
-        let tiles = match summed {
-            Summed::Neither => 1,
-            Summed::First => tiles_n,
-            Summed::Second => tiles_m,
-        };
-        // Every one of them gets at least a stage of the first part.
-        let most = if self.part_k_blocks < MAX_TURNS { self.part_k_blocks } else { MAX_TURNS };
-        if tiles < most { tiles } else { most }
-    }
-
-    /// Estimated cycles: those of the busiest multiprocessor, multiplying or loading as `Tile::cost`
-    /// has it for the forward kernels, and with several parts a launch that reads what they have
-    /// written, some 2000 bytes a cycle.
+    /// Estimated cycles: those of the busiest multiprocessor, as `Tile::cost` has them for the
+    /// forward kernels, and with several parts a launch that reads what they have written, some
+    /// 2000 bytes a cycle.
     const fn cost(&self, m: u32, n: u32, multiprocessors: u32) -> u64 {
-        let tile = self.row.tile;
-        let TileScheduler { tiles_m, tiles_n, .. } = tile.scheduler(m, n);
+        let TileScheduler { tiles_m, tiles_n, .. } = self.row.tile.scheduler(m, n);
         let items = tiles_m as u64 * tiles_n as u64 * self.parts as u64;
-        let step = tile.cycles_per_step(tile.block_m);
+        let step = self.row.tile.cycles_per_step(self.row.tile.block_m);
         let product =
             items.div_ceil(multiprocessors as u64) * (self.part_k_blocks + 2) as u64 * step as u64;
         if self.parts == 1 {
@@ -158,12 +135,6 @@ impl Plan {
 #[must_use]
 pub const fn serves(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::BF16)
-}
-
-/// Whether there are kernels of this tile, `[block_m, block_n]`.
-#[must_use]
-pub fn has_tile(tile: [u32; 2]) -> bool {
-    KERNELS.iter().any(|row| row.tile.extents() == tile)
 }
 
 /// The plan expected to be fastest on a GPU of so many multiprocessors, of the tile that is forced
@@ -255,16 +226,6 @@ mod tests {
     }
 
     #[test]
-    fn turns_are_no_more_than_tiles_or_stages() {
-        let plan = |k| Plan::new(&KERNELS[0], k, 1);
-        assert_eq!(plan(64).turns(4096, 4096, Summed::Second), MAX_TURNS);
-        assert_eq!(plan(64).turns(256, 4096, Summed::Second), 2);
-        assert_eq!(plan(64).turns(4096, 512, Summed::First), 2);
-        assert_eq!(plan(1).turns(4096, 4096, Summed::First), 1);
-        assert_eq!(plan(64).turns(4096, 4096, Summed::Neither), 1);
-    }
-
-    #[test]
     fn f32_has_no_kernel_and_a_forced_tile_is_the_one_that_is_used() {
         assert!(select(DType::F32, [64; 3], 132, None).is_none());
         for tile in [[128, 256], [128, 128], [64, 128], [64, 64]] {
@@ -272,7 +233,6 @@ mod tests {
             assert_eq!(plan.row.tile.extents(), tile);
         }
         assert!(select(DType::F16, [512; 3], 132, Some([64, 32])).is_none());
-        assert!(has_tile([64, 64]) && !has_tile([64, 32]));
     }
 
     #[test]

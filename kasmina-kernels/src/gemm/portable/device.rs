@@ -2,10 +2,10 @@
 
 use super::*;
 use crate::activation::Activation;
-use crate::gemm::element::unroll;
 pub(super) use crate::gemm::element::{BF16, Element, F16, F32};
 use crate::gemm::parts::{needs_repair, of_block};
 use crate::ptx;
+use crate::unroll::unroll;
 
 /// Which axis of an operand is contiguous.
 pub(super) trait Axis {

@@ -12,8 +12,8 @@ const WARPS: u32 = THREADS / 32;
 const FRAGMENT_BYTES: u32 = 512;
 /// Bytes of the four fragments of 32 outputs and 32 inputs.
 const STEP_BYTES: u32 = 4 * FRAGMENT_BYTES;
-/// Steps of 32 inputs whose weights are on their way at a time.
-const GROUP: u32 = 4;
+/// Steps of 32 inputs whose weights are on their way at a time when they come from the L2 cache.
+const STREAM_STEPS: u32 = 4;
 
 /// An element type of the kernels.
 pub(in crate::persistent) trait Stack {
@@ -306,16 +306,22 @@ impl Product {
             let mut step = 0;
             // SAFETY: this contract; steps and pairs are those of the packed matrix.
             unsafe {
-                while step + GROUP <= self.steps {
-                    ptx::nounroll();
-                    self.group::<E, N, STREAMED>(&mut sums, pair, step);
-                    step += GROUP;
-                }
-                while step < self.steps {
-                    ptx::nounroll();
-                    let weights = self.weights::<STREAMED>(pair, step);
-                    self.step::<E, N>(&mut sums, step, weights);
-                    step += 1;
+                if STREAMED {
+                    while step + STREAM_STEPS <= self.steps {
+                        ptx::nounroll();
+                        self.streamed_steps::<E, N>(&mut sums, pair, step);
+                        step += STREAM_STEPS;
+                    }
+                    while step < self.steps {
+                        ptx::nounroll();
+                        self.step::<E, N>(&mut sums, step, self.streamed(pair, step));
+                        step += 1;
+                    }
+                } else {
+                    while step < self.steps {
+                        self.step::<E, N>(&mut sums, step, self.resident(pair, step));
+                        step += 1;
+                    }
                 }
                 self.finish::<E, N>(&sums, pair);
             }
@@ -326,9 +332,9 @@ impl Product {
     /// Several steps whose weights are all loaded before the first is used.
     ///
     /// # Safety
-    /// As [`run`](Self::run), with `GROUP` steps from `step` on.
+    /// As [`run`](Self::run), with `STREAM_STEPS` steps from `step` on.
     #[inline(always)]
-    unsafe fn group<E: Element, const N: u32, const STREAMED: bool>(
+    unsafe fn streamed_steps<E: Element, const N: u32>(
         &self,
         sums: &mut Sums,
         pair: u32,
@@ -336,22 +342,12 @@ impl Product {
     ) {
         // SAFETY: this contract.
         unsafe {
-            let weights = [0, 1, 2, 3].map(|ahead| self.weights::<STREAMED>(pair, step + ahead));
+            let weights = [0, 1, 2, 3].map(|ahead| self.streamed(pair, step + ahead));
             self.step::<E, N>(sums, step, weights[0]);
             self.step::<E, N>(sums, step + 1, weights[1]);
             self.step::<E, N>(sums, step + 2, weights[2]);
             self.step::<E, N>(sums, step + 3, weights[3]);
         }
-    }
-
-    /// The four fragments of a step.
-    ///
-    /// # Safety
-    /// The matrix has the step, and stays in shared memory unless it is streamed.
-    #[inline(always)]
-    unsafe fn weights<const STREAMED: bool>(&self, pair: u32, step: u32) -> [[u32; 4]; 4] {
-        // SAFETY: this contract.
-        unsafe { if STREAMED { self.streamed(pair, step) } else { self.resident(pair, step) } }
     }
 
     /// The four fragments of a step, from shared memory.

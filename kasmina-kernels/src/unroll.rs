@@ -10,4 +10,4 @@ macro_rules! unroll {
         })+
     };
 }
-pub(in crate::conv1d) use unroll;
+pub(crate) use unroll;
