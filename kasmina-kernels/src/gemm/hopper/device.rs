@@ -573,6 +573,11 @@ macro_rules! entry {
                 }
                 epilogue.finish();
             }
+            if TILE.split_k > 1 {
+                // SAFETY: every thread of both blocks, at the end. Until then the other may be
+                // reading what this one sends, out of this one's shared memory.
+                unsafe { ptx::barrier_cluster() };
+            }
         }
     };
 }

@@ -6,6 +6,8 @@
 //! warps of the peer's rows   wait free ─ sums to shared memory ─ bulk copy to the peer
 //! warps of the own rows      wait received ─ add ─ arrive at the peer's free ─ epilogue
 //! ```
+//! Both end together: a copy reads the shared memory of the block it comes from.
+//!
 //! Two numbers are added, so the order does not matter, and both blocks take the same part of
 //! every tile: the result has the same bits each time.
 
