@@ -34,7 +34,7 @@ const USAGE: &str = "usage: conv1d [option VALUE]...
   --layout ncl|nlc       default both
   --pass forward|dgrad|wgrad
                          default all
-  --tier hopper|portable forces a tier; default the best
+  --tier portable        forces a tier; default the best
   --tiling on|off        off is the kernel without any reuse; default on
   --regime burst|steady|graph
                          default burst

@@ -6,13 +6,14 @@
 /// What the tests of operations share, as far as it is used here.
 mod support {
     pub(crate) mod gpu;
+    pub(crate) mod gradient_cases;
     pub(crate) mod gradients;
     pub(crate) mod operand;
     pub(crate) mod poison;
     pub(crate) mod random;
+    pub(crate) mod reduced;
 }
 
-use std::env;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -23,9 +24,11 @@ use kasmina::{
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::gpu::Gpu;
+use support::gradient_cases::{Case, activation_cases, cases, edge_cases, long_cases, prime_cases};
 use support::gradients::Gradients;
 use support::operand::{Placed, Placement, Poison, bits};
 use support::random::{Random, seed};
+use support::reduced::{reduced, shortened};
 
 type Check = fn(&Device, Tier) -> Result<(), Failed>;
 
@@ -100,107 +103,6 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
         claims.extend(of_dtype.into_iter().map(|(sentence, check)| (name(sentence), check)));
     }
     claims
-}
-
-/// One backward pass to compare.
-#[derive(Clone, Copy, Debug)]
-struct Case {
-    /// m, n, k: rows, output features, input features.
-    shape: [usize; 3],
-    layout: WeightLayout,
-    activation: Activation,
-    /// Whether the pre-activation is given where the output would do.
-    pre_activation: bool,
-    accumulate: bool,
-    placement: Placement,
-}
-
-/// Both layouts of each shape; everything else goes round.
-fn cases(shapes: impl IntoIterator<Item = [usize; 3]>) -> Vec<Case> {
-    let mut number = 0;
-    let mut cases = Vec::new();
-    for shape in shapes {
-        for layout in WeightLayout::ALL {
-            cases.push(Case {
-                shape,
-                layout,
-                activation: Activation::ALL[number % Activation::ALL.len()],
-                pre_activation: number % 4 < 2,
-                accumulate: number % 3 == 0,
-                placement: [Placement::Contiguous, Placement::Aligned][number / 2 % 2],
-            });
-            number += 1;
-        }
-    }
-    cases
-}
-
-fn reduced() -> bool {
-    env::var_os("KASMINA_TEST_REDUCED").is_some_and(|value| value == "1")
-}
-
-/// The list, or its start in a reduced run.
-fn shortened<T>(mut list: Vec<T>, reduced_len: usize) -> Vec<T> {
-    if reduced() {
-        list.truncate(reduced_len);
-    }
-    list
-}
-
-fn edge_cases() -> Vec<Case> {
-    const EDGES: [usize; 10] = [65, 129, 255, 64, 1, 127, 257, 63, 128, 256];
-    let of = |i: usize| EDGES[i % EDGES.len()];
-    let shapes = (0..20).map(|i| [of(i), of(i + 1 + i / 10), of(i + 4 + i / 10)]).collect();
-    cases(shortened(shapes, 2))
-}
-
-fn prime_cases() -> Vec<Case> {
-    let shapes = vec![
-        [2, 3, 5],
-        [7, 11, 13],
-        [31, 37, 41],
-        [61, 67, 71],
-        [97, 101, 103],
-        [131, 127, 137],
-        [509, 31, 17],
-        [17, 509, 31],
-        [31, 17, 509],
-    ];
-    cases(shortened(shapes, 1))
-}
-
-fn activation_cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for layout in WeightLayout::ALL {
-        for activation in Activation::ALL {
-            for accumulate in [false, true] {
-                for pre_activation in [false, true] {
-                    let (shape, placement) = ([140, 136, 72], Placement::Contiguous);
-                    cases.push(Case {
-                        shape,
-                        layout,
-                        activation,
-                        pre_activation,
-                        accumulate,
-                        placement,
-                    });
-                }
-            }
-        }
-    }
-    shortened(cases, 6)
-}
-
-/// Batches that are cut into chunks of rows and into parts, and more tiles than an H200 has
-/// multiprocessors.
-fn long_cases(tier: Tier) -> Vec<Case> {
-    let mut shapes = vec![[4099, 72, 64], [2049, 40, 300], [1537, 264, 130]];
-    if tier != Tier::Cpu {
-        shapes.extend([[70_001, 16, 8], [129, 1544, 1032], [66, 2312, 2184]]);
-    }
-    // Three of each in both layouts, so that every shape meets every activation.
-    let shapes = shortened(shapes, 1).into_iter().flat_map(|shape| [shape; 3]);
-    cases(shapes)
 }
 
 /// Compares cases, which are sorted by shape.
@@ -618,6 +520,13 @@ fn refusals(device: &Device) -> Result<(), Failed> {
     let gradients = gemm::Gradients { dw: Some(&mut dw), ..gemm::Gradients::default() };
     let run = backward(Saved::Output(&y), Activation::Relu).run(gradients, &forced);
     refused!(run, Error::Unsupported { tier: Tier::Hopper, .. });
+    if !device.is_cuda() {
+        // Nor where no product is wanted.
+        let mut db = Tensor::zeros(device, [40])?;
+        let gradients = gemm::Gradients { db: Some(&mut db), ..gemm::Gradients::default() };
+        let run = backward(Saved::Output(&y), Activation::Relu).run(gradients, &forced);
+        refused!(run, Error::Unsupported { tier: Tier::Hopper, .. });
+    }
 
     device.synchronize()?;
     let same = layer.backward(&x, &y, &dy)?.dw.to_vec()? == expected;

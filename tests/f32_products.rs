@@ -241,6 +241,9 @@ fn repaired(device: &Device) -> Result<(), Failed> {
         // What underflows, times what makes it count.
         scaled(m, n, k, 1e-39, 1e20),
         scaled(m, n, k, 1e20, 1e-39),
+        // Products that overflow, whose parts would be infinities of both signs.
+        scaled(m, n, k, 1e30, 1e30),
+        scaled(m, n, k, 1e38, 1e-3),
     ];
     for (number, product) in products.iter().enumerate() {
         let got = product.run(device, &hopper())?;

@@ -5,7 +5,6 @@
 
 mod support;
 
-use std::env;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -19,6 +18,7 @@ use support::gpu::Gpu;
 use support::linear::Linear;
 use support::operand::{Placed, Placement, Poison, bits};
 use support::random::seed;
+use support::reduced::{reduced, shortened};
 
 type Check = fn(&Device, Tier) -> Result<(), Failed>;
 
@@ -136,18 +136,6 @@ fn cases(shapes: impl IntoIterator<Item = [usize; 3]>) -> Vec<Case> {
         }
     }
     cases
-}
-
-fn reduced() -> bool {
-    env::var_os("KASMINA_TEST_REDUCED").is_some_and(|value| value == "1")
-}
-
-/// The list, or its start in a reduced run.
-fn shortened<T>(mut list: Vec<T>, reduced_len: usize) -> Vec<T> {
-    if reduced() {
-        list.truncate(reduced_len);
-    }
-    list
 }
 
 fn edge_cases() -> Vec<Case> {

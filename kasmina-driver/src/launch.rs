@@ -96,8 +96,6 @@ impl FunctionAttribute {
     /// The largest dynamic shared memory a launch may ask for, in bytes. More than 48 KiB has to be
     /// requested here first.
     pub const MAX_DYNAMIC_SHARED_SIZE_BYTES: Self = Self(8);
-    /// Whether clusters of more than eight blocks are allowed (CUDA 11.8).
-    pub const NON_PORTABLE_CLUSTER_SIZE_ALLOWED: Self = Self(14);
 }
 
 impl From<CUfunction_attribute> for FunctionAttribute {

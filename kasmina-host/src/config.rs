@@ -88,7 +88,8 @@ impl KernelConfig {
 
     /// Forces how many blocks of a Hopper kernel share a tile, each with a part of k: 1, or 2 with
     /// the tiles of 64 rows. Where k is at most 64 a tile has one block all the same. By default
-    /// each call gets what is expected to be fastest.
+    /// each call gets what is expected to be fastest. f32 kernels and the weight's gradient take no
+    /// notice.
     #[must_use]
     pub const fn hopper_split_k(mut self, blocks: u32) -> Self {
         self.hopper_split_k = Some(blocks);

@@ -4,6 +4,10 @@
 //! [`Forward`] is one pass, [`Backward`] up to two: the gradient of the input (dgrad), and those of
 //! filter and bias (wgrad). The way of a call: check the operands → describe the pass → choose its
 //! tier → launch. A tier is chosen for every pass by itself.
+//!
+//! Positions beyond the ends of the input count as zeros. Whether an infinite or NaN tap beside them
+//! makes NaN differs between kernels, and so does whether an infinite or NaN input that no output
+//! reads reaches the filter's gradient.
 #![forbid(unsafe_code)]
 
 mod pass;
@@ -16,11 +20,13 @@ use kasmina_kernels::conv1d::{Conv1dExtents, Conv1dShape, FilterLayout, Padding,
 use crate::config::KernelConfig;
 use crate::cpu;
 use crate::element::Element;
-use crate::error::{Error, Obstacle, Result};
+use crate::error::{Error, Result};
+use crate::gemm::{self, check_shape, pick};
 use crate::gpu::Launch;
 use crate::shape::Shape;
 use crate::stream::Operation;
 use crate::tensor::{Tensor, zeroed};
+use pass::no_tensor_cores;
 pub(crate) use pass::{ActivationGradPass, DgradPass, Filter, ForwardPass, Sequence, WgradPass};
 
 /// How the filter moves over the input.
@@ -151,7 +157,7 @@ impl<T: Element> Forward<'_, T> {
     ) -> Result<Tier> {
         let y = Sequences::new(y, y_layout);
         let pass = self.check(y, config.tiling_enabled())?;
-        let tier = choose_tier(Self::OP, self.w, config, |tier| pass.obstacle(tier, config))?;
+        let tier = choose_tier(Self::OP, self.w, config)?;
         if y.tensor.is_empty() {
             return Ok(tier);
         }
@@ -294,14 +300,8 @@ impl<T: Element> Backward<'_, T> {
             accumulate: self.accumulate,
         });
         // Both before anything is enqueued.
-        let dgrad_tier = dgrad
-            .as_ref()
-            .map(|pass| choose_tier(op, self.w, config, |tier| pass.obstacle(tier, config)))
-            .transpose()?;
-        let wgrad_tier = wgrad
-            .as_ref()
-            .map(|pass| choose_tier(op, self.w, config, |tier| pass.obstacle(tier, config)))
-            .transpose()?;
+        let dgrad_tier = dgrad.as_ref().map(|_| choose_tier(op, self.w, config)).transpose()?;
+        let wgrad_tier = wgrad.as_ref().map(|_| choose_tier(op, self.w, config)).transpose()?;
 
         let device = self.w.device();
         let Some(stream) = device.stream().gpu() else {
@@ -316,12 +316,16 @@ impl<T: Element> Backward<'_, T> {
         let operands = inputs.into_iter().chain(outputs).map(|(_, tensor)| tensor);
         let operands: Vec<_> = operands.collect();
         ordered(self.w, &operands, || {
+            // First the one that needs memory: where there is none, nothing has been enqueued.
+            if let Some(pass) = &wgrad {
+                portable::wgrad(&launch, stream, pass)?;
+            }
             if let (Some(pass), Some(dx)) = (&dgrad, dx)
                 && !dx.tensor.is_empty()
             {
                 portable::dgrad(&launch, pass)?;
             }
-            wgrad.as_ref().map_or(Ok(()), |pass| portable::wgrad(&launch, stream, pass))
+            Ok(())
         })?;
         Ok([dgrad_tier, wgrad_tier])
     }
@@ -452,18 +456,6 @@ fn describe_filter<T: Element>(w: &Tensor<T>, layout: FilterLayout) -> Filter {
     Filter { address: w.as_device_ptr(), layout, row_stride: w.row_stride() as u64 }
 }
 
-fn check_shape(
-    op: &'static str,
-    operand: &'static str,
-    expected: Shape,
-    got: &Shape,
-) -> Result<()> {
-    if expected == *got {
-        return Ok(());
-    }
-    Err(Error::Shape { op, operand, expected, got: *got })
-}
-
 fn check_devices<'a, T: Element>(
     op: &'static str,
     w: &Tensor<T>,
@@ -493,28 +485,10 @@ fn check_overlap<'a, T: Element>(
 }
 
 /// The forced tier, or the most demanding one that nothing speaks against.
-fn choose_tier<T: Element>(
-    op: &'static str,
-    w: &Tensor<T>,
-    config: &KernelConfig,
-    of_pass: impl Fn(Tier) -> Option<Obstacle>,
-) -> Result<Tier> {
+fn choose_tier<T: Element>(op: &'static str, w: &Tensor<T>, config: &KernelConfig) -> Result<Tier> {
     let device = w.device();
-    let obstacle = |tier| device.obstacle(tier).or_else(|| of_pass(tier));
-    if let Some(tier) = config.forced_tier().or(device.defaults().forced_tier()) {
-        return obstacle(tier).map_or(Ok(tier), |reason| Err(reason.refuse(op, tier)));
-    }
-    let mut refused = (Tier::Cpu, Obstacle::GpuMemory);
-    for tier in Tier::ALL.into_iter().rev() {
-        match obstacle(tier) {
-            None => return Ok(tier),
-            // Of the tiers on a GPU the least demanding one has the reason worth reading.
-            Some(reason) if tier != Tier::Cpu => refused = (tier, reason),
-            Some(_) => {}
-        }
-    }
-    let (tier, reason) = refused;
-    Err(reason.refuse(op, tier))
+    let forced = config.forced_tier().or(device.defaults().forced_tier());
+    pick(op, forced, |tier| device.obstacle(tier).or_else(|| no_tensor_cores(tier)))
 }
 
 /// Enqueues on the stream of `w` between the streams' waits for each other.
@@ -523,16 +497,6 @@ pub(crate) fn ordered<T: Element>(
     operands: &[Option<&Tensor<T>>],
     enqueue: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    let own = w.device().stream();
-    let streams = || operands.iter().flatten().map(|operand| operand.device().stream());
-    for stream in streams() {
-        own.wait(stream)?;
-    }
-    enqueue()?;
-    let mut outcome = Ok(());
-    for stream in streams() {
-        outcome = outcome.and(stream.wait(own));
-    }
-    // A stream that does not wait might give memory of this pass away while it runs.
-    outcome.or_else(|error| own.synchronize().and(Err(error)))
+    let streams = operands.iter().flatten().map(|operand| operand.device().stream());
+    gemm::ordered(w.device().stream(), streams, enqueue)
 }

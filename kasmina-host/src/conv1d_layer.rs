@@ -174,8 +174,8 @@ impl Conv1dConfig {
     /// as PyTorch's `nn.Conv1d` does. The same seed gives the same values on every machine.
     ///
     /// # Errors
-    /// [`Error::Convolution`] for a config that no input fits, [`Error::OutOfMemory`],
-    /// [`Error::Driver`].
+    /// [`Error::Convolution`] for a config that no input fits, [`Error::Overflow`] if the filter is
+    /// too large to address, [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn build(self, device: &Device) -> Result<KasminaConv1d> {
         let op = "Conv1dConfig::build";
         // An input that any filter fits, as none is known yet; the length is checked with each.
@@ -343,9 +343,20 @@ impl KasminaConv1d {
         gradients: Gradients<'_, T>,
         accumulate: bool,
     ) -> Result<[Option<Tier>; 2]> {
-        let op = "KasminaConv1d::backward";
+        let op = "KasminaConv1d::backward_into";
         let config = &self.config;
         let filter = self.filter::<T>(op)?;
+        let [batch, channels, length] = self.output_extents(op, x)?;
+        for (operand, tensor, layout) in [("y", y, config.y_layout), ("dy", dy, config.dy_layout)] {
+            let expected = Shape::from(layout.extents(batch, channels, length));
+            if *tensor.shape() != expected {
+                return Err(Error::Shape { op, operand, expected, got: *tensor.shape() });
+            }
+            let (expected, got) = (self.device.id(), tensor.device().id());
+            if got != expected {
+                return Err(Error::DeviceMismatch { op, operand, expected, got });
+            }
+        }
         let before = if config.activation.needs_pre_activation() {
             let mut z = self.output(op, x)?;
             self.run(filter, x, Activation::None, &mut z)?;
@@ -408,13 +419,18 @@ impl KasminaConv1d {
 
     /// A tensor for the output of `x`.
     fn output<T: Element>(&self, op: &'static str, x: &Tensor<T>) -> Result<Tensor<T>> {
-        let config = &self.config;
         // Checked before memory is taken, whose size a wrong input would decide.
+        let [batch, channels, length] = self.output_extents(op, x)?;
+        let extents = self.config.y_layout.extents(batch, channels, length);
+        Tensor::uninitialised(&self.device, extents.into(), op)
+    }
+
+    /// Batch, channels and length of the output for an input, which is checked.
+    fn output_extents<T: Element>(&self, op: &'static str, x: &Tensor<T>) -> Result<[usize; 3]> {
+        let config = &self.config;
         let [batch, _, length] = self.input_extents(op, x)?;
         let shape = config.window.shape(op, config.channels(), [batch, length])?;
-        let [batch, channels, length] = conv1d::out_extents(&shape);
-        let extents = config.y_layout.extents(batch, channels, length);
-        Tensor::uninitialised(&self.device, extents.into(), op)
+        Ok(conv1d::out_extents(&shape))
     }
 
     fn filter<T: Element>(&self, op: &'static str) -> Result<&Filter<T>> {

@@ -285,7 +285,7 @@ impl<T: Element> Forward<'_, T> {
 }
 
 /// Enqueues on `own` what uses tensors of `streams`, between the streams' waits for each other.
-fn ordered<'a>(
+pub(crate) fn ordered<'a>(
     own: &Stream,
     streams: impl Iterator<Item = &'a Stream> + Clone,
     enqueue: impl FnOnce() -> Result<()>,
@@ -293,13 +293,14 @@ fn ordered<'a>(
     for stream in streams.clone() {
         own.wait(stream)?;
     }
-    enqueue()?;
-    let mut outcome = Ok(());
+    // Part of it may have been enqueued where it fails: the streams wait all the same.
+    let enqueued = enqueue();
+    let mut waited = Ok(());
     for stream in streams {
-        outcome = outcome.and(stream.wait(own));
+        waited = waited.and(stream.wait(own));
     }
     // A stream that does not wait might give memory of this operation away while it runs.
-    outcome.or_else(|error| own.synchronize().and(Err(error)))
+    enqueued.and(waited.or_else(|error| own.synchronize().and(Err(error))))
 }
 
 /// Extents and box with the columns first, the order of the driver.
@@ -370,7 +371,7 @@ pub(crate) fn choose_tier(
 }
 
 /// The forced tier, or the most demanding one that nothing speaks against.
-fn pick(
+pub(crate) fn pick(
     op: &'static str,
     forced: Option<Tier>,
     obstacle: impl Fn(Tier) -> Option<Obstacle>,
@@ -416,7 +417,7 @@ fn tma_obstacle(inputs: [Operand; 2], output: Operand) -> Option<Obstacle> {
     })
 }
 
-fn check_shape(
+pub(crate) fn check_shape(
     op: &'static str,
     operand: &'static str,
     expected: Shape,

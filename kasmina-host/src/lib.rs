@@ -14,7 +14,7 @@
 //! | `config` | how kernels are chosen |
 //! | `error` | what can go wrong |
 //! | `cpu` | the CPU tier |
-//! | `gpu` | everything that calls the driver, and with it the crate's unsafe code |
+//! | `gpu` | everything that calls the driver, and with it most of the crate's unsafe code |
 // The GPU tiers' share of what is written once for all tiers.
 #![cfg_attr(not(feature = "cuda"), allow(dead_code))]
 

@@ -6,3 +6,4 @@ pub(crate) mod linear;
 pub(crate) mod operand;
 pub(crate) mod poison;
 pub(crate) mod random;
+pub(crate) mod reduced;

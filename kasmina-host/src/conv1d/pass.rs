@@ -4,7 +4,6 @@ use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::conv1d::{Conv1dShape, FilterLayout, SequenceLayout};
 
-use crate::config::KernelConfig;
 use crate::error::Obstacle;
 
 /// A tensor of sequences in device memory; `address` is 0 for one in host memory.
@@ -78,27 +77,7 @@ pub(crate) struct ActivationGradPass {
     pub(crate) dz: Sequence,
 }
 
-impl ForwardPass {
-    /// Why `tier` cannot serve this pass, on a device that has the tier.
-    pub(crate) fn obstacle(&self, tier: Tier, _: &KernelConfig) -> Option<Obstacle> {
-        no_tensor_cores(tier)
-    }
-}
-
-impl DgradPass {
-    /// Why `tier` cannot serve this pass, on a device that has the tier.
-    pub(crate) fn obstacle(&self, tier: Tier, _: &KernelConfig) -> Option<Obstacle> {
-        no_tensor_cores(tier)
-    }
-}
-
-impl WgradPass {
-    /// Why `tier` cannot serve this pass, on a device that has the tier.
-    pub(crate) fn obstacle(&self, tier: Tier, _: &KernelConfig) -> Option<Obstacle> {
-        no_tensor_cores(tier)
-    }
-}
-
-fn no_tensor_cores(tier: Tier) -> Option<Obstacle> {
+/// Why `tier` cannot serve convolutions, on a device that has the tier.
+pub(crate) fn no_tensor_cores(tier: Tier) -> Option<Obstacle> {
     (tier == Tier::Hopper).then_some(Obstacle::Operation)
 }

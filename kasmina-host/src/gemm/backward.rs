@@ -104,6 +104,8 @@ impl<T: Element> Default for Gradients<'_, T> {
 }
 
 /// Which tier computes the products; `None` for one that is not wanted.
+///
+/// On a GPU, dZ and where it is summed by itself db come from `portable` whatever the tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiers {
     /// `dZ·Wᵀ`
@@ -150,14 +152,14 @@ impl<T: Element> Backward<'_, T> {
     ///
     /// # Errors
     /// Before anything is enqueued: [`Error::DeviceMismatch`], [`Error::Shape`],
-    /// [`Error::Saved`], [`Error::Overlap`], [`Error::Overflow`], [`Error::OutOfMemory`] for want of
-    /// memory for dZ and partial results, and [`Error::Unsupported`] where the tier that the config
-    /// or `KASMINA_TIER` forces cannot serve the call. On the first use of a kernel:
-    /// [`Error::DriverTooOld`], [`Error::ModuleRejected`], [`Error::EntryMissing`],
-    /// [`Error::PtxUnreadable`]. Always: [`Error::Driver`].
+    /// [`Error::Saved`], [`Error::Overlap`], [`Error::Overflow`], and [`Error::Unsupported`] where the
+    /// tier that the config or `KASMINA_TIER` forces cannot serve the call. When some gradients may
+    /// have been written: [`Error::OutOfMemory`] for want of memory for dZ and partial results, on the
+    /// first use of a kernel [`Error::DriverTooOld`], [`Error::ModuleRejected`],
+    /// [`Error::EntryMissing`] and [`Error::PtxUnreadable`], and always [`Error::Driver`].
     pub fn run(&self, gradients: Gradients<'_, T>, config: &KernelConfig) -> Result<Tiers> {
         let extents = self.check(&gradients)?;
-        let tiers = self.choose_tiers(&gradients, config)?;
+        let mut tiers = self.choose_tiers(&gradients, config)?;
         let Some(stream) = self.w.device().stream().gpu() else {
             self.run_on_cpu(extents, gradients)?;
             return Ok(tiers);
@@ -175,7 +177,7 @@ impl<T: Element> Backward<'_, T> {
         let streams = devices.iter().map(Device::stream);
         ordered(self.w.device().stream(), streams, || {
             let partials = Partials::new(stream);
-            self.enqueue(extents, gradients, tiers, config, &launch, partials)
+            self.enqueue(extents, gradients, &mut tiers, config, &launch, partials)
         })?;
         Ok(tiers)
     }
@@ -248,6 +250,13 @@ impl<T: Element> Backward<'_, T> {
 
     fn choose_tiers(&self, gradients: &Gradients<'_, T>, config: &KernelConfig) -> Result<Tiers> {
         let device = self.w.device();
+        // Also where no product is wanted.
+        let forced = config.forced_tier().or(device.defaults().forced_tier());
+        if let Some(tier) = forced
+            && let Some(reason) = device.obstacle(tier)
+        {
+            return Err(reason.refuse(OP, tier));
+        }
         let dz = if self.activation == Activation::None {
             Operand::of("dy", self.dy)
         } else {
@@ -267,7 +276,6 @@ impl<T: Element> Backward<'_, T> {
             choose_forward_tier(device, config, pass)
         };
         let of_dw = |dw: &Tensor<T>| {
-            let forced = config.forced_tier().or(device.defaults().forced_tier());
             pick(OP, forced, |tier| {
                 let of_call = || match tier {
                     Tier::Hopper if !weight_gradient::serves(T::DTYPE) => {
@@ -296,7 +304,7 @@ impl<T: Element> Backward<'_, T> {
         &self,
         extents: Extents,
         gradients: Gradients<'_, T>,
-        tiers: Tiers,
+        tiers: &mut Tiers,
         config: &KernelConfig,
         launch: &Launch<'_>,
         mut partials: Partials<'_>,
@@ -343,7 +351,8 @@ impl<T: Element> Backward<'_, T> {
             let layout = self.layout.transposed();
             let product =
                 Forward { x: dz, w: self.w, bias: None, layout, activation: Activation::None };
-            product.run(dx, config)?;
+            // Not always the tier that was chosen: f32 in parts needs memory.
+            tiers.dx = Some(product.run(dx, config)?);
         }
         if let (Some(dw), Some(how)) = (dw, weight_gradient) {
             let (first, second, summed) = match self.layout {

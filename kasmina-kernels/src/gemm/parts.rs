@@ -22,11 +22,14 @@ pub const NOT_FINITE: u32 = 1;
 pub const INEXACT: u32 = 2;
 /// Some element is 2¹⁶ or more in magnitude.
 pub const LARGE: u32 = 4;
+/// Some element is 2⁶³ or more in magnitude.
+pub const HUGE: u32 = 8;
 /// How far the findings of W are shifted to stand beside those of X.
 pub const W_SHIFT: u32 = 4;
 
-/// Bits of 2¹⁶ and of infinity.
+/// Bits of 2¹⁶, of 2⁶³ and of infinity.
 const LARGE_BITS: u32 = 0x4780_0000;
+const HUGE_BITS: u32 = 0x5F00_0000;
 const INFINITY_BITS: u32 = 0x7F80_0000;
 
 /// The upper half of the bits of the bf16 nearest to `x`, ties to even, in place; a finite `x`
@@ -77,7 +80,7 @@ impl Findings {
         Self { largest, missed: self.missed | missed.to_bits() }
     }
 
-    /// As bits: [`NOT_FINITE`], [`INEXACT`], [`LARGE`].
+    /// As bits: [`NOT_FINITE`], [`INEXACT`], [`LARGE`], [`HUGE`].
     #[must_use]
     #[inline(always)]
     pub const fn bits(self) -> u32 {
@@ -91,6 +94,9 @@ impl Findings {
         if self.largest >= LARGE_BITS {
             bits |= LARGE;
         }
+        if self.largest >= HUGE_BITS {
+            bits |= HUGE;
+        }
         bits
     }
 }
@@ -98,12 +104,13 @@ impl Findings {
 /// Whether a product has to be computed without parts, from the findings of X and, shifted by
 /// [`W_SHIFT`], of W.
 ///
-/// Where it need not, elements that underflow change a product by less than 2⁻¹³⁴·2¹⁶ = 2⁻¹¹⁸.
+/// Where it need not, elements that underflow change a product by less than 2⁻¹³⁴·2¹⁶ = 2⁻¹¹⁸, and
+/// no product overflows: one that does would leave infinities of both signs in its parts.
 #[must_use]
 #[inline(always)]
 pub const fn needs_repair(findings: u32) -> bool {
     let (x, w) = (findings, findings >> W_SHIFT);
-    (x | w) & NOT_FINITE != 0
+    (x | w) & (NOT_FINITE | HUGE) != 0
         || x & INEXACT != 0 && w & LARGE != 0
         || w & INEXACT != 0 && x & LARGE != 0
 }
@@ -200,8 +207,11 @@ mod tests {
             assert!(needs_repair(findings) && needs_repair(findings << W_SHIFT));
         }
         let largest = Findings::NONE.with(f32::MAX, split(f32::MAX).1).bits();
-        assert_eq!(largest, LARGE);
-        assert!(!needs_repair(largest | largest << W_SHIFT));
+        assert_eq!(largest, LARGE | HUGE);
+        assert!(needs_repair(largest) && needs_repair(largest << W_SHIFT));
+        let below = f32::from_bits(HUGE_BITS - 1);
+        let below = Findings::NONE.with(below, split(below).1).bits();
+        assert!(!needs_repair(below | below << W_SHIFT));
     }
 
     #[test]
