@@ -326,12 +326,15 @@ pub enum SessionFault {
         /// What it lacks.
         lacks: &'static str,
     },
-    /// The blocks cannot all be resident at the same time.
-    #[error("{blocks} blocks are to be resident and {fit} fit; ask for fewer `blocks`")]
+    /// The blocks cannot all be resident at the same time, beside those of other sessions.
+    #[error(
+        "{blocks} blocks are to be resident and {fit} fit; ask for fewer `blocks`, or close \
+         another session"
+    )]
     NoRoom {
         /// Blocks that were asked for.
         blocks: u32,
-        /// Blocks that the occupancy of the kernel lets the GPU hold.
+        /// Blocks that the GPU can hold on the multiprocessors that no other session occupies.
         fit: u32,
     },
     /// The blocks did not begin in time: other work holds the GPU, or another process shares it.
@@ -372,11 +375,27 @@ pub enum SessionFault {
         /// The kernel.
         kernel: &'static str,
     },
+    /// The resident kernel ended without having been told to.
+    #[error("the resident kernel ended without having been told to; open another session")]
+    Ended,
+    /// A thread that computes a session's batches panicked.
+    #[error("a worker thread of the session panicked; open another session")]
+    WorkerPanicked,
+    /// A batch could not be computed, which ends the session.
+    #[error("a batch could not be computed: {cause}; remove the cause and open another session")]
+    Batch {
+        /// Why, in short; the log has the whole error.
+        cause: &'static str,
+    },
     /// The session was closed.
     #[error("the session was closed; open another")]
     Closed,
-    /// The session did not end in time. Its memory is kept for as long as the process lives.
-    #[error("work was still in flight after {after:?}; it is lost, and the memory is kept")]
+    /// The session did not do all its work in time. Memory that its kernel may still use is kept for
+    /// as long as the process lives.
+    #[error(
+        "work was still in flight after {after:?}; what was not computed is lost, and memory that \
+         a kernel may still use is kept: close with a longer timeout"
+    )]
     NotDrained {
         /// The time it was given.
         after: Duration,
@@ -390,6 +409,15 @@ pub enum SessionFault {
     /// The ticket's result has been taken.
     #[error("the ticket's result has been taken; a ticket gives it once")]
     Spent,
+    /// The ticket was given by another session.
+    #[error("the ticket is of another session; wait for it with the session that gave it")]
+    OtherSession,
+    /// The result of a ticket of `submit_tensors` goes to its tensor, that of another to the host.
+    #[error("the result goes elsewhere; wait for this ticket with `{use_instead}`")]
+    TicketKind {
+        /// What takes such a ticket.
+        use_instead: &'static str,
+    },
 }
 
 fn plan_message(fault: &PlanFault) -> String {

@@ -12,6 +12,8 @@ mod ring;
 mod shared;
 mod stack;
 mod statistics;
+#[cfg(test)]
+mod tests;
 mod ticket;
 mod workers;
 
@@ -22,7 +24,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kasmina_kernels::abi::Tier;
-use kasmina_kernels::persistent::PART_ROWS;
+use kasmina_kernels::persistent::part_rows;
 
 pub use config::StreamConfig;
 pub use decision::{PersistentTrial, should_use_persistent};
@@ -30,7 +32,7 @@ pub use statistics::StreamStats;
 pub use ticket::{Pipelined, Ticket};
 
 use crate::element::Element;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, SessionFault};
 use crate::layer::KasminaLayer;
 use crate::shape::Shape;
 use crate::tensor::{Tensor, zeroed};
@@ -240,9 +242,12 @@ impl<T: Element> StreamSession<T> {
     ///
     /// # Errors
     /// [`Error::Timeout`], after which the ticket can be waited for again; [`Error::Session`] if
-    /// the session failed, or the result was taken before.
+    /// the session failed or was closed before it did the batch, the result was taken before, or
+    /// the ticket is of another session or of [`submit_tensors`](Self::submit_tensors).
     pub fn wait(&self, ticket: &mut Ticket<T>, timeout: Duration) -> Result<Vec<T>> {
-        ticket.wait_until_complete("StreamSession::wait", timeout)?;
+        let op = "StreamSession::wait";
+        self.check_ticket(op, ticket, false)?;
+        ticket.wait_until_complete(op, timeout)?;
         let mut values = zeroed(ticket.rows * self.shared().out_features)?;
         ticket.take(&mut values);
         Ok(values)
@@ -260,6 +265,7 @@ impl<T: Element> StreamSession<T> {
         timeout: Duration,
     ) -> Result<()> {
         let op = "StreamSession::wait_into";
+        self.check_ticket(op, ticket, false)?;
         let expected = ticket.rows * self.shared().out_features;
         if values.len() != expected {
             let (expected, got) = ([expected].into(), [values.len()].into());
@@ -274,20 +280,20 @@ impl<T: Element> StreamSession<T> {
     /// tensor.
     ///
     /// # Errors
-    /// As [`wait`](Self::wait); [`Error::Driver`].
+    /// As [`wait`](Self::wait), of which it takes the tickets that `wait` refuses;
+    /// [`Error::Driver`].
     pub fn wait_tensors(&self, ticket: &mut Ticket<T>, timeout: Duration) -> Result<()> {
-        ticket.wait_until_complete("StreamSession::wait_tensors", timeout)?;
-        match ticket.tensors.take() {
-            Some([_, mut y]) if self.path() != StreamPath::Resident => {
-                let mut values = zeroed(y.len())?;
-                ticket.take(&mut values);
-                y.copy_from_slice(&values)
-            }
-            _ => {
-                ticket.finish();
-                Ok(())
-            }
+        let op = "StreamSession::wait_tensors";
+        self.check_ticket(op, ticket, true)?;
+        ticket.wait_until_complete(op, timeout)?;
+        if self.path() == StreamPath::Resident {
+            ticket.finish();
+            return Ok(());
         }
+        let mut values = zeroed(ticket.rows * self.shared().out_features)?;
+        let tensors = ticket.tensors.take();
+        ticket.take(&mut values);
+        tensors.map_or(Ok(()), |[_, mut y]| y.copy_from_slice(&values))
     }
 
     /// The result of a batch if it has been computed.
@@ -296,18 +302,16 @@ impl<T: Element> StreamSession<T> {
     /// [`Error::Session`] as [`wait`](Self::wait).
     pub fn try_poll(&self, ticket: &mut Ticket<T>) -> Result<Option<Vec<T>>> {
         let op = "StreamSession::try_poll";
-        ticket.check_unspent(op)?;
+        self.check_ticket(op, ticket, false)?;
         if !ticket.is_complete() {
             self.shared().begin_bounded_work()?;
             if ticket.submitted.elapsed() > Duration::from_millis(1) {
                 self.shared().check_health();
             }
-            return match self.shared().ring.fault() {
-                Some(fault) if fault != crate::error::SessionFault::Closed => {
-                    Err(Error::Session { op, fault })
-                }
-                _ => Ok(None),
-            };
+            let futile = self.shared().futile();
+            if !ticket.is_complete() {
+                return futile.map_or(Ok(None), |fault| Err(Error::Session { op, fault }));
+            }
         }
         let mut values = zeroed(ticket.rows * self.shared().out_features)?;
         ticket.take(&mut values);
@@ -339,8 +343,10 @@ impl<T: Element> StreamSession<T> {
         Ok(elapsed)
     }
 
-    /// The results of a sequence of batches, in its order, with up to `depth` of them in flight.
-    /// `timeout` is for each.
+    /// The results of a sequence of batches, in its order, with up to `depth` of them in flight, or
+    /// as many as there is room for. `timeout` is for each.
+    ///
+    /// A batch that is refused gives its error in its place, and the next ones follow.
     pub fn pipelined<B: AsRef<[T]>, I: IntoIterator<Item = B>>(
         &self,
         batches: I,
@@ -350,6 +356,7 @@ impl<T: Element> StreamSession<T> {
         Pipelined {
             session: self,
             batches: batches.into_iter(),
+            pending: None,
             in_flight: VecDeque::new(),
             depth: depth.max(1),
             timeout,
@@ -408,16 +415,36 @@ impl<T: Element> StreamSession<T> {
     /// computed can still be taken.
     ///
     /// # Errors
-    /// [`Error::Session`] if work was still in flight after `timeout` and was stopped;
-    /// [`Error::Driver`] if the kernel had failed.
+    /// [`Error::Session`] if batches were not computed, because they were still in flight after
+    /// `timeout`, or for the reason for which the session had ended before; [`Error::Driver`] if
+    /// the kernel had failed.
     pub fn close(&self, timeout: Duration) -> Result<()> {
         self.shared().close(timeout)
     }
 
     fn request(&self, op: &'static str, rows: usize) -> Request {
-        let config = &self.shared().config;
-        let part_rows = config.part_rows.map(|rows| rows.clamp(8, PART_ROWS).next_multiple_of(8));
+        let shared = self.shared();
+        let part_rows = shared.config.cut().or_else(|| {
+            // Threads' bits depend on the cut, which therefore is not to depend on the load.
+            let fixed = shared.path() != StreamPath::Resident;
+            fixed.then(|| part_rows(rows as u32, shared.ring.layout.consumers))
+        });
         Request { op, rows, part_rows, stream: self.stream.index }
+    }
+
+    /// Whether this session gave the ticket, and its result goes where the caller expects it.
+    fn check_ticket(&self, op: &'static str, ticket: &Ticket<T>, tensors: bool) -> Result<()> {
+        let fault = if !Arc::ptr_eq(&self.stream.shared, &ticket.stream.shared) {
+            SessionFault::OtherSession
+        } else if ticket.spent {
+            SessionFault::Spent
+        } else if ticket.tensors.is_some() != tensors {
+            let use_instead = if tensors { "wait" } else { "wait_tensors" };
+            SessionFault::TicketKind { use_instead }
+        } else {
+            return Ok(());
+        };
+        Err(Error::Session { op, fault })
     }
 
     fn check_rows(&self, op: &'static str, rows: usize, whole: bool, len: usize) -> Result<()> {

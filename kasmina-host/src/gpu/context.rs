@@ -161,10 +161,36 @@ impl Gpu {
         self.modules.function(kernel, ptx_dir)
     }
 
-    /// Notes that a grid of so many blocks stays on the GPU from now on.
-    pub(super) fn stay(&self, blocks: u32) {
-        lock(&self.resident).0 += 1;
+    /// Whether a grid of so many blocks, of which a multiprocessor holds so many, can run beside
+    /// the grids that stay: it would wait for them to end if not.
+    pub(super) fn check_room(
+        &self,
+        blocks: u32,
+        per_multiprocessor: u32,
+        op: &'static str,
+    ) -> Result<()> {
+        let resident = self.resident_blocks.load(Ordering::Relaxed);
+        let fit = room(self.capability.sm_count, resident, per_multiprocessor);
+        if blocks > fit {
+            let fault = SessionFault::NoRoom { blocks, fit };
+            return Err(Error::Session { op, fault });
+        }
+        Ok(())
+    }
+
+    /// Notes that a grid of so many blocks stays on the GPU from now on, if there is room.
+    pub(super) fn stay(
+        &self,
+        blocks: u32,
+        per_multiprocessor: u32,
+        op: &'static str,
+    ) -> Result<()> {
+        // Held from the look to the note, so that two grids do not take the same room.
+        let mut resident = lock(&self.resident);
+        self.check_room(blocks, per_multiprocessor, op)?;
+        resident.0 += 1;
         self.resident_blocks.fetch_add(blocks, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Multiprocessors that no grid which stays occupies, at least 1: a grid that takes its tiles
@@ -176,8 +202,8 @@ impl Gpu {
 
     /// Notes that a grid has ended; with the last of them, memory that waited for it is freed.
     pub(super) fn leave(&self, blocks: u32) {
-        self.resident_blocks.fetch_sub(blocks, Ordering::Relaxed);
         let mut resident = lock(&self.resident);
+        self.resident_blocks.fetch_sub(blocks, Ordering::Relaxed);
         resident.0 -= 1;
         if resident.0 == 0 {
             for memory in std::mem::take(&mut resident.1) {
@@ -281,6 +307,12 @@ fn capability_of(device: Device, driver: DriverVersion) -> Result<Capability> {
     })
 }
 
+/// Blocks, of which a multiprocessor holds so many, that have room beside `resident` others. Each
+/// of those may lie on a multiprocessor of its own and leave no room there.
+const fn room(sm_count: u32, resident: u32, per_multiprocessor: u32) -> u32 {
+    sm_count.saturating_sub(resident).saturating_mul(per_multiprocessor)
+}
+
 /// Why a GPU of this capability cannot run a tier.
 fn obstacle(tier: Tier, capability: &Capability) -> Option<Obstacle> {
     if tier == Tier::Cpu {
@@ -332,6 +364,14 @@ mod tests {
             obstacle(Tier::Hopper, &old),
             Some(Obstacle::Driver { driver: (11, 7), required }) if required >= (11, 8)
         ));
+    }
+
+    #[test]
+    fn blocks_that_stay_leave_the_other_multiprocessors() {
+        assert_eq!(room(132, 0, 1), 132);
+        assert_eq!(room(132, 8, 2), 248);
+        assert_eq!(room(132, 132, 2), 0);
+        assert_eq!(room(132, 200, 1), 0);
     }
 
     #[test]

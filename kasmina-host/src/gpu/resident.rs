@@ -4,7 +4,7 @@ use std::mem::ManuallyDrop;
 use std::path::Path;
 use std::ptr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kasmina_driver::cust_raw::{CUdevice_attribute as Attribute, CUfunction};
 use kasmina_driver::{CUlaunchAttribute, CUlaunchConfig, RawError};
@@ -16,6 +16,8 @@ use super::{Buffer, Stream, driver, failed};
 use crate::error::{Error, Result, SessionFault};
 use crate::tensor::Region;
 
+/// The operation that errors of a launch name.
+const OP: &str = "StreamSession";
 /// `CUDA_ERROR_NOT_READY`.
 const NOT_READY: u32 = 600;
 /// Where in device memory the plans lie; the counter lies before them.
@@ -36,10 +38,11 @@ pub(crate) struct Resident {
     threads: u32,
     smem_bytes: u32,
     params: PersistentParams,
-    /// Whether it was launched to stay.
+    /// Blocks that one multiprocessor holds.
+    per_multiprocessor: u32,
+    /// Whether it was launched at all, and whether to stay.
+    launched: bool,
     stays: bool,
-    /// Whether the grid may still run although it was told to end.
-    lost: bool,
 }
 
 /// What a grid is made of.
@@ -94,11 +97,8 @@ impl Resident {
         gpu.bind()?;
         let function = gpu.function(setup.kernel, setup.ptx_dir)?;
         let (blocks, smem_bytes) = (setup.layout.consumers, setup.plan.smem_bytes);
-        let fit = resident_blocks(&stream, function, setup.kernel.block_dim, smem_bytes)?;
-        if blocks > fit {
-            let fault = SessionFault::NoRoom { blocks, fit };
-            return Err(Error::Session { op, fault });
-        }
+        let per_multiprocessor = occupancy(function, setup.kernel.block_dim, smem_bytes)?;
+        gpu.check_room(blocks, per_multiprocessor, op)?;
         let plan_bytes = MAX_LAYERS * size_of::<LayerPlan>();
         let control = stream.allocate(PLANS_AT + plan_bytes)?;
         let packed = setup.plan.packed_bytes as usize;
@@ -128,8 +128,9 @@ impl Resident {
             threads: setup.kernel.block_dim,
             smem_bytes,
             params,
+            per_multiprocessor,
+            launched: false,
             stays: false,
-            lost: false,
         };
         let mut plans = vec![0u8; plan_bytes];
         for (place, plan) in plans.chunks_exact_mut(size_of::<LayerPlan>()).zip(setup.plan.layers())
@@ -160,10 +161,14 @@ impl Resident {
         config.attributes = &raw mut cooperative;
         config.attribute_count = 1;
         let function: CUfunction = ptr::with_exposed_provenance_mut(self.function);
-        if limit == u64::MAX && !self.stays {
-            gpu.stay(self.blocks);
+        // Again, as another grid may have begun to stay since: this one would wait for its end.
+        if limit < u64::MAX {
+            gpu.check_room(self.blocks, self.per_multiprocessor, OP)?;
+        } else if !self.stays {
+            gpu.stay(self.blocks, self.per_multiprocessor, OP)?;
             self.stays = true;
         }
+        self.launched = true;
         // SAFETY: the function takes one `PersistentParams` by value, which the driver copies; what
         // it names lives until the grid has ended: buffers here, pinned memory in the session,
         // which drops this first.
@@ -178,7 +183,7 @@ impl Resident {
         .map_err(failed)
     }
 
-    /// Whether the grid runs; an error if it failed.
+    /// Whether the grid runs. After an error nobody knows: it may still run.
     pub(crate) fn is_running(&self) -> Result<bool> {
         self.stream.gpu().bind()?;
         // SAFETY: the stream lives as long as `self`.
@@ -188,31 +193,13 @@ impl Resident {
             Err(error) => Err(failed(error)),
         }
     }
-
-    /// Waits until the grid, which was told to end, has ended; gives up after `timeout`.
-    pub(crate) fn wait_for_end(&mut self, timeout: Duration) -> Result<bool> {
-        let start = Instant::now();
-        loop {
-            match self.is_running() {
-                Ok(true) if start.elapsed() < timeout => {
-                    std::thread::sleep(Duration::from_micros(50));
-                }
-                Ok(running) => {
-                    self.lost = running;
-                    return Ok(!running);
-                }
-                // A failed grid does not run.
-                Err(error) => return Err(error),
-            }
-        }
-    }
 }
 
 impl Drop for Resident {
     fn drop(&mut self) {
-        if self.lost {
+        if self.launched && !matches!(self.is_running(), Ok(false)) {
             // The grid may still use all of it, and freeing any of it would wait for the grid.
-            tracing::error!("a resident grid did not end: its memory is kept");
+            tracing::error!("a resident grid is not known to have ended: its memory is kept");
             return;
         }
         if self.stays {
@@ -234,13 +221,8 @@ const fn region(offset: usize, bytes: usize) -> Region {
     Region { offset, rows: 1, row_bytes: bytes, row_stride: bytes }
 }
 
-/// Blocks of this size that the GPU runs at the same time when nothing else does.
-fn resident_blocks(
-    stream: &Stream,
-    function: CUfunction,
-    threads: u32,
-    smem_bytes: u32,
-) -> Result<u32> {
+/// Blocks of this size that a multiprocessor runs at the same time when it runs nothing else.
+fn occupancy(function: CUfunction, threads: u32, smem_bytes: u32) -> Result<u32> {
     let mut blocks = 0;
     // SAFETY: the pointer is valid for writing one `int`; the function was found in this context.
     unsafe {
@@ -252,5 +234,5 @@ fn resident_blocks(
         ))
     }
     .map_err(failed)?;
-    Ok(blocks.unsigned_abs() * stream.gpu().capability().sm_count)
+    Ok(blocks.unsigned_abs())
 }

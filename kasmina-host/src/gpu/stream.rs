@@ -173,6 +173,10 @@ impl Stream {
         // Taken before waiting: a block that is freed meanwhile may still be in use by something
         // enqueued meanwhile.
         let blocks = lock(&self.free_blocks).drain();
+        if blocks.is_empty() {
+            // Waiting would gain nothing, and for the stream of a grid that stays never end.
+            return Ok(());
+        }
         if let Err(error) = self.synchronize() {
             lock(&self.free_blocks).undrain(blocks);
             return Err(error);
@@ -196,7 +200,7 @@ impl Drop for Stream {
     fn drop(&mut self) {
         // Every buffer holds the stream, so all blocks are back. Errors have nowhere to go, and
         // after one the context is lost anyway.
-        if let Err(error) = self.trim() {
+        if let Err(error) = self.synchronize().and_then(|()| self.trim()) {
             tracing::warn!(%error, "a stream was dropped with its work failed");
         }
         if !self.event.is_null() {

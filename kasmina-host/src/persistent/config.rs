@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use kasmina_kernels::persistent::PART_ROWS;
+
 /// What a [`StreamSession`](super::StreamSession) is to be.
 #[derive(Clone, Debug)]
 #[must_use = "a config does nothing until a session is opened with it"]
@@ -68,8 +70,9 @@ impl StreamConfig {
     }
 
     /// Rows of the parts into which a batch is cut, rounded up to 8, 16, 24 or 32. By default a
-    /// batch is spread over the blocks that have nothing to do. The bits of the result do not
-    /// depend on it.
+    /// batch is spread over the blocks that have nothing to do, or over all the threads. The bits
+    /// of a resident kernel's results do not depend on it; threads and a launch per batch choose
+    /// their order of summation by the rows of a part, so there only equal cuts give equal bits.
     pub const fn part_rows(mut self, rows: u32) -> Self {
         self.part_rows = Some(rows);
         self
@@ -98,6 +101,11 @@ impl StreamConfig {
     pub const fn fallback(mut self, allowed: bool) -> Self {
         self.fallback = allowed;
         self
+    }
+
+    /// The rows of the parts, if they were asked for.
+    pub(super) fn cut(&self) -> Option<u32> {
+        self.part_rows.map(|rows| rows.clamp(8, PART_ROWS).next_multiple_of(8))
     }
 
     /// Launches the kernel when a result is waited for and ends it with the last batch submitted,

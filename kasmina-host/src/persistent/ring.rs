@@ -175,9 +175,13 @@ impl<T: Element> Ring<T> {
             .map(|consumer| Status::decode(self.words.load(self.layout.status(consumer))))
     }
 
-    /// Refuses everything from now on, for the first reason that is given.
+    /// Refuses everything from now on, for the first failure that is given; having been closed is
+    /// none, and gives way to one.
     pub(super) fn fail(&self, fault: SessionFault) {
-        lock(&self.state).fault.get_or_insert(fault);
+        let mut state = lock(&self.state);
+        if matches!(state.fault, None | Some(SessionFault::Closed)) {
+            state.fault = Some(fault);
+        }
     }
 
     pub(super) fn fault(&self) -> Option<SessionFault> {
@@ -305,6 +309,13 @@ impl<T: Element> Ring<T> {
         state.occupants.iter().flatten().all(|&(slot, sequence)| {
             sequence >= state.version_since
                 || protocol::is_complete(&self.words, &self.layout, slot, sequence)
+        })
+    }
+
+    /// Whether everything that was submitted has been done.
+    pub(super) fn all_complete(&self) -> bool {
+        lock(&self.state).occupants.iter().flatten().all(|&(slot, sequence)| {
+            protocol::is_complete(&self.words, &self.layout, slot, sequence)
         })
     }
 

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::persistent::protocol::{Command, Layout, Status};
-use kasmina_kernels::persistent::{LayerShape, PART_ROWS, PlanFault, StackPlan, kernel};
+use kasmina_kernels::persistent::{LayerShape, PART_ROWS, PlanFault, StackPlan, kernel, part_rows};
 
 use super::config::StreamConfig;
 use super::ring::{HostPayload, Ring, RingWords, Slot, lock};
 use super::stack::Parameters;
 use super::statistics::Histogram;
 use super::workers::Workers;
-use super::{OP, StreamPath};
+use super::{MAX_BATCH, OP, StreamPath};
 use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Error, Obstacle, Result, SessionFault};
@@ -27,6 +27,8 @@ use crate::shape::Shape;
 const BEATS: u32 = 10;
 /// How long a kernel that was told to stop may take before the lease is left to end it.
 const STOP_TIMEOUT: Duration = Duration::from_millis(200);
+/// Between two looks at whether the session has ended.
+const NAP: Duration = Duration::from_micros(50);
 /// Slots begin on lines.
 const SLOT_ALIGN: usize = 64;
 const MAX_SLOTS: usize = 1 << 15;
@@ -143,30 +145,76 @@ impl<T: Element> Shared<T> {
         Ok(())
     }
 
-    /// Fails the session if its kernel has ended or failed.
+    /// Fails the session if its kernel failed, or ended before it was closed.
     pub(super) fn check_health(&self) {
         let Backend::Resident(residence) = &self.backend else { return };
-        let expired = || self.ring.statuses().any(|status| status == Status::LeaseExpired);
+        // From then on the kernel is to end.
+        let closed = self.ring.fault() == Some(SessionFault::Closed);
+        let expired =
+            || !closed && self.ring.statuses().any(|status| status == Status::LeaseExpired);
         if expired() {
             self.ring.fail(SessionFault::LeaseExpired { lease: self.config.lease });
             // Those of the grid that had work when the others gave up.
             self.ring.command(Command::Stop);
             return;
         }
-        match lock(&residence.grid).resident.is_running() {
+        let running = lock(&residence.grid).resident.is_running();
+        match running {
             Ok(true) => {}
-            Ok(false) if self.config.bounded => {}
+            Ok(false) if self.config.bounded || closed => {}
             Ok(false) if expired() => {
                 self.ring.fail(SessionFault::LeaseExpired { lease: self.config.lease });
             }
-            Ok(false) => self.ring.fail(SessionFault::Closed),
+            // Unless it was closed since, which tells the kernel to end.
+            Ok(false) if self.ring.fault().is_none() => self.ring.fail(SessionFault::Ended),
+            Ok(false) => {}
             Err(Error::Driver { code, name, .. }) => {
                 self.ring.fail(SessionFault::Kernel { code, name });
             }
             Err(error) => {
                 tracing::error!(%error, "the state of a resident kernel is unknown");
-                self.ring.fail(SessionFault::Closed);
+                self.ring.fail(SessionFault::Ended);
             }
+        }
+    }
+
+    /// Why waiting for a batch that is not complete has no end, if so: asked before the batch is
+    /// looked at for the last time. A session that is closing still does what is in flight.
+    pub(super) fn futile(&self) -> Option<SessionFault> {
+        match self.ring.fault()? {
+            SessionFault::Closed => {
+                matches!(self.has_ended(), Ok(true)).then_some(SessionFault::Closed)
+            }
+            fault => Some(fault),
+        }
+    }
+
+    /// Whether those who serve the session, having been told to end, have done so.
+    fn has_ended(&self) -> Result<bool> {
+        match &self.backend {
+            Backend::Threads { workers, .. } => Ok(workers.have_ended()),
+            Backend::Resident(residence) => {
+                let grid = lock(&residence.grid);
+                // A bounded grid may have to be launched once more.
+                let launched = grid.launched >= self.ring.submitted();
+                Ok(!grid.resident.is_running()? && launched)
+            }
+        }
+    }
+
+    /// Waits until they have; false after `timeout`. Nothing is locked between two looks, so that
+    /// others who wait keep to their own time.
+    fn wait_for_end(&self, timeout: Duration) -> Result<bool> {
+        let start = Instant::now();
+        loop {
+            self.begin_bounded_work()?;
+            if self.has_ended()? {
+                return Ok(true);
+            }
+            if start.elapsed() >= timeout {
+                return Ok(false);
+            }
+            thread::sleep(NAP);
         }
     }
 
@@ -217,50 +265,43 @@ impl<T: Element> Shared<T> {
     /// Refuses new work, lets that in flight finish, and ends whoever serves it.
     pub(super) fn close(&self, timeout: Duration) -> Result<()> {
         let op = "StreamSession::close";
+        // What ended the session before now is the reason that counts.
+        self.check_health();
         self.ring.fail(SessionFault::Closed);
         self.ring.command(Command::Drain(self.ring.submitted()));
-        let not_drained = || {
-            let fault = SessionFault::NotDrained { after: timeout };
-            Error::Session { op, fault }
-        };
-        match &self.backend {
-            Backend::Threads { workers, .. } => {
-                if workers.wait_for_end(timeout) {
-                    Ok(())
-                } else {
-                    Err(not_drained())
-                }
+        let mut ended = self.wait_for_end(timeout);
+        if let Backend::Resident(residence) = &self.backend {
+            if !matches!(ended, Ok(true)) {
+                self.ring.command(Command::Stop);
+                ended = self.wait_for_end(STOP_TIMEOUT);
             }
-            Backend::Resident(residence) => {
-                self.begin_bounded_work()?;
-                let mut grid = lock(&residence.grid);
-                let mut ended = grid.resident.wait_for_end(timeout)?;
-                let drained = ended;
-                if !ended {
-                    self.ring.command(Command::Stop);
-                    ended = grid.resident.wait_for_end(STOP_TIMEOUT)?;
-                }
-                // Without it the lease ends the grid.
-                drop(lock(&residence.heartbeat).take());
-                if !ended {
-                    ended = grid.resident.wait_for_end(self.config.lease + STOP_TIMEOUT)?;
-                }
-                if drained && ended { Ok(()) } else { Err(not_drained()) }
+            // Without it the lease ends the grid.
+            drop(lock(&residence.heartbeat).take());
+            if !matches!(ended, Ok(true)) {
+                ended = self.wait_for_end(self.config.lease + STOP_TIMEOUT);
             }
         }
+        if ended? && self.ring.all_complete() {
+            return Ok(());
+        }
+        let fault = match self.ring.fault() {
+            Some(fault) if fault != SessionFault::Closed => fault,
+            _ => SessionFault::NotDrained { after: timeout },
+        };
+        Err(Error::Session { op, fault })
     }
 }
 
 impl<T: Element> Drop for Shared<T> {
     fn drop(&mut self) {
         if let Err(error) = self.close(self.config.drain_timeout) {
-            tracing::warn!(%error, "a stream session was dropped with work in flight");
-            if let Backend::Resident(residence) = &self.backend
-                && matches!(lock(&residence.grid).resident.is_running(), Ok(true))
-            {
-                // The grid may still write to its memory.
-                std::mem::forget(Arc::clone(&self.ring));
-            }
+            tracing::warn!(%error, "a stream session was dropped with work undone");
+        }
+        if let Backend::Resident(residence) = &self.backend
+            && !matches!(lock(&residence.grid).resident.is_running(), Ok(false))
+        {
+            // The grid may still write to its memory.
+            std::mem::forget(Arc::clone(&self.ring));
         }
     }
 }
@@ -275,17 +316,21 @@ struct Parts<'a> {
 }
 
 impl Parts<'_> {
-    /// Slots: as many as `depth` of the largest batches need when they are cut coarsely, and one
-    /// more per consumer, as batches are cut finely only to occupy idle ones.
-    fn slots(&self, consumers: u32) -> u32 {
-        let parts = self.config.max_batch.clamp(1, 256).div_ceil(PART_ROWS as usize);
+    /// Slots: as many as `depth` batches need of those that are cut into the most parts, and one
+    /// more per consumer. `idle` is for how many consumers a batch is cut unless the config says
+    /// otherwise: 1 for a resident grid, which cuts more finely only to occupy idle blocks.
+    fn slots(&self, consumers: u32, idle: u32) -> u32 {
+        let cut = self.config.cut();
+        let parts_of = |rows: u32| rows.div_ceil(cut.unwrap_or_else(|| part_rows(rows, idle)));
+        let most = self.config.max_batch.clamp(1, MAX_BATCH) as u32;
+        let parts = (1..=most).map(parts_of).max().unwrap_or(1) as usize;
         let slots = self.config.depth.clamp(1, MAX_SLOTS) * parts;
         slots.min(MAX_SLOTS) as u32 + consumers
     }
 
     fn on_threads<T: Element>(self, threads: u32, device: Device, tier: Tier) -> Result<Shared<T>> {
         let stack = self.parameters.stack::<T>(&device)?;
-        let layout = Layout::new(threads.max(1), self.slots(threads.max(1)));
+        let layout = Layout::new(threads.max(1), self.slots(threads.max(1), threads.max(1)));
         let words = (0..layout.words()).map(|_| AtomicU64::new(0)).collect();
         let payloads: Arc<[Mutex<HostPayload<T>>]> = (0..layout.slots)
             .map(|_| Mutex::new(HostPayload { input: Vec::new(), output: Vec::new() }))
@@ -315,7 +360,7 @@ impl Parts<'_> {
         };
         let quarter = (stream.gpu().capability().sm_count / 4).max(1);
         let blocks = self.config.blocks.unwrap_or_else(|| quarter.min(8)).max(1);
-        let layout = Layout::new(blocks, self.slots(blocks));
+        let layout = Layout::new(blocks, self.slots(blocks, 1));
         let words = PinnedWords::new(stream, layout.words() as usize)?;
         let slot_bytes = [self.in_features, self.out_features].map(|features| {
             (features * PART_ROWS as usize * T::DTYPE.size()).next_multiple_of(SLOT_ALIGN)

@@ -1,6 +1,7 @@
 //! A batch that was submitted.
 #![forbid(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 use std::thread;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::ring::Part;
 use super::{LogicalStream, StreamSession};
 use crate::element::Element;
-use crate::error::{Error, Result, SessionFault};
+use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
 /// How long a waiting thread does nothing but look, and how long it only lets others run.
@@ -56,17 +57,12 @@ impl<T: Element> Ticket<T> {
         true
     }
 
-    pub(super) const fn check_unspent(&self, op: &'static str) -> Result<()> {
-        if self.spent { Err(Error::Session { op, fault: SessionFault::Spent }) } else { Ok(()) }
-    }
-
-    /// Waits until the batch has been computed.
+    /// Waits until the batch, whose result was not taken yet, has been computed.
     pub(super) fn wait_until_complete(
         &mut self,
         op: &'static str,
         timeout: Duration,
     ) -> Result<()> {
-        self.check_unspent(op)?;
         let mut start = None;
         loop {
             for _ in 0..LOOKS {
@@ -85,8 +81,7 @@ impl<T: Element> Ticket<T> {
                     self.stream.shared.check_health();
                     thread::sleep(NAP);
                 }
-                if let Some(fault) = self.stream.shared.ring.fault()
-                    && fault != SessionFault::Closed
+                if let Some(fault) = self.stream.shared.futile()
                     && !self.is_complete()
                 {
                     return Err(Error::Session { op, fault });
@@ -149,10 +144,13 @@ impl<T: Element> fmt::Debug for Ticket<T> {
 }
 
 /// The results of batches, in the order of the batches; made by [`StreamSession::pipelined`].
-pub struct Pipelined<'a, T: Element, I> {
+pub struct Pipelined<'a, T: Element, I: Iterator> {
     pub(super) session: &'a StreamSession<T>,
     pub(super) batches: I,
-    pub(super) in_flight: std::collections::VecDeque<Ticket<T>>,
+    /// A batch that found no room.
+    pub(super) pending: Option<I::Item>,
+    /// A batch that was refused keeps its place.
+    pub(super) in_flight: VecDeque<Result<Ticket<T>>>,
     pub(super) depth: usize,
     pub(super) timeout: Duration,
 }
@@ -162,18 +160,27 @@ impl<T: Element, B: AsRef<[T]>, I: Iterator<Item = B>> Iterator for Pipelined<'_
 
     fn next(&mut self) -> Option<Self::Item> {
         while self.in_flight.len() < self.depth {
-            let Some(batch) = self.batches.next() else { break };
-            match self.session.submit_blocking(batch.as_ref(), self.timeout) {
-                Ok(ticket) => self.in_flight.push_back(ticket),
-                Err(error) => return Some(Err(error)),
-            }
+            let Some(batch) = self.pending.take().or_else(|| self.batches.next()) else { break };
+            let outcome = match self.session.submit(batch.as_ref()) {
+                Err(Error::QueueFull { .. }) if !self.in_flight.is_empty() => {
+                    // The slots may be those of the tickets here, of which the oldest goes first.
+                    self.pending = Some(batch);
+                    break;
+                }
+                // All the slots are others'.
+                Err(Error::QueueFull { .. }) => {
+                    self.session.submit_blocking(batch.as_ref(), self.timeout)
+                }
+                outcome => outcome,
+            };
+            self.in_flight.push_back(outcome);
         }
-        let mut ticket = self.in_flight.pop_front()?;
-        Some(self.session.wait(&mut ticket, self.timeout))
+        let outcome = self.in_flight.pop_front()?;
+        Some(outcome.and_then(|mut ticket| self.session.wait(&mut ticket, self.timeout)))
     }
 }
 
-impl<T: Element, I> fmt::Debug for Pipelined<'_, T, I> {
+impl<T: Element, I: Iterator> fmt::Debug for Pipelined<'_, T, I> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pipelined")
             .field("in_flight", &self.in_flight.len())

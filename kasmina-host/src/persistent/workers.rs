@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kasmina_kernels::persistent::protocol::{self, COMMAND, Command, Descriptor, Words};
 
@@ -60,16 +60,9 @@ impl<T: Element> Workers<T> {
         *place.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(stack);
     }
 
-    /// Whether all threads, which were told to end, end in time.
-    pub(super) fn wait_for_end(&self, timeout: Duration) -> bool {
-        let start = Instant::now();
-        while !self.threads.iter().all(JoinHandle::is_finished) {
-            if start.elapsed() >= timeout {
-                return false;
-            }
-            thread::sleep(NAP);
-        }
-        true
+    /// Whether all threads have ended.
+    pub(super) fn have_ended(&self) -> bool {
+        self.threads.iter().all(JoinHandle::is_finished)
     }
 }
 
@@ -79,9 +72,22 @@ struct OnPanic<'a, T: Element>(&'a Ring<T>);
 impl<T: Element> Drop for OnPanic<'_, T> {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.0.fail(SessionFault::Closed);
+            self.0.fail(SessionFault::WorkerPanicked);
         }
     }
+}
+
+/// What a batch's error means for its session.
+const fn fault_of(error: &Error) -> SessionFault {
+    let cause = match error {
+        &Error::Driver { code, name, .. } => return SessionFault::Kernel { code, name },
+        &Error::Session { fault, .. } => return fault,
+        Error::OutOfMemory { .. } => "memory ran out",
+        Error::Unsupported { .. } => "no kernel takes it",
+        Error::Shape { .. } => "its values are not the rows that it claims",
+        _ => "the log tells",
+    };
+    SessionFault::Batch { cause }
 }
 
 impl<T: Element> Job<T> {
@@ -92,10 +98,7 @@ impl<T: Element> Job<T> {
             let Some(descriptor) = self.await_unit(sequence) else { return };
             if let Err(error) = self.compute(descriptor) {
                 tracing::error!(%error, "a batch of a stream session failed");
-                self.ring.fail(match error {
-                    Error::Driver { code, name, .. } => SessionFault::Kernel { code, name },
-                    _ => SessionFault::Closed,
-                });
+                self.ring.fail(fault_of(&error));
                 return;
             }
             let Descriptor { slot, .. } = descriptor;
