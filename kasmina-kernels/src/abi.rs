@@ -151,7 +151,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 25] = [
+    const FIRST: [&Module; 28] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -162,6 +162,9 @@ pub static MODULES: &[&Module] = &{
         &backward::PORTABLE_F32,
         &backward::PORTABLE_F16,
         &backward::PORTABLE_BF16,
+        &backward::HOPPER_F32,
+        &backward::HOPPER_F16,
+        &backward::HOPPER_BF16,
         &reduce::PORTABLE_F32,
         &reduce::PORTABLE_F16,
         &reduce::PORTABLE_BF16,

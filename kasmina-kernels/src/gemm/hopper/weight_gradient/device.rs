@@ -100,12 +100,13 @@ pub(super) unsafe fn produce(block: Block, operands: Matrices, work: Work) {
 /// Where the sums of an operand's columns go.
 #[derive(Clone, Copy)]
 pub(super) struct Sums {
-    /// Elements with one part, else f32 for each part.
+    /// Elements with one part and turn, else f32 for each part and turn.
     pub(super) address: u64,
     /// Whether it is the first operand that is summed.
     pub(super) of_first: bool,
     /// Columns of the operand.
     pub(super) columns: u32,
+    pub(super) turns: u32,
     pub(super) accumulate: bool,
 }
 
@@ -126,7 +127,11 @@ pub(super) unsafe fn sum_columns<E: Element>(block: Block, work: Work, warp: u32
     let mut index = ptx::block_index();
     while index < work.items() {
         let item = work.item(index);
-        let summed = mine && (if sums.of_first { item.n } else { item.m }) == 0;
+        // Powers of two known to the compiler: shifts.
+        let turn =
+            if sums.of_first { item.n / work.tile.block_n } else { item.m / work.tile.block_m };
+        let takes_turns = mine && turn < sums.turns;
+        let mut steps_until_turn = turn;
         let mut first = [0.0f32; 4];
         let mut second = [0.0f32; 4];
         let mut step = 0;
@@ -135,7 +140,8 @@ pub(super) unsafe fn sum_columns<E: Element>(block: Block, work: Work, warp: u32
             // and bytes lie inside its slabs.
             unsafe {
                 block.ring.wait_full(position);
-                if summed {
+                if takes_turns && steps_until_turn == 0 {
+                    steps_until_turn = sums.turns;
                     let stage = position.stage;
                     let operand =
                         if sums.of_first { block.x_stage(stage) } else { block.w_stage(stage) };
@@ -150,17 +156,18 @@ pub(super) unsafe fn sum_columns<E: Element>(block: Block, work: Work, warp: u32
                     ptx::mbarrier_arrive(block.ring.empty(position.stage));
                 }
             }
+            steps_until_turn = steps_until_turn.wrapping_sub(1);
             position = position.next(work.tile.num_stages);
             step += 1;
         }
-        if summed {
+        if takes_turns {
             let column = (if sums.of_first { item.m } else { item.n }) + warp * SLAB_N + byte / 2;
-            // SAFETY: the whole warp, as `summed` is the same in all lanes; the caller's contract.
+            // SAFETY: the whole warp, as all lanes take turns or none; the caller's contract.
             unsafe {
-                store_sums::<E>(work, item, sums, column, first);
+                store_sums::<E>(work, item.part * sums.turns + turn, sums, column, first);
                 if second_slab {
                     let column = column + SUMMING_WARPS * SLAB_N;
-                    store_sums::<E>(work, item, sums, column, second);
+                    store_sums::<E>(work, item.part * sums.turns + turn, sums, column, second);
                 }
             }
         }
@@ -196,18 +203,13 @@ unsafe fn add_rows<E: Element>(sums: &mut [f32; 4], slab: u32, low: u32, byte: u
     }
 }
 
-/// Stores the sums of four columns once both halves of the warp are added.
+/// Stores the sums of four columns, in this row of partial sums, once both halves of the warp are
+/// added.
 ///
 /// # Safety
 /// The whole warp calls it; `sums.address` is writable as its field says.
 #[inline(always)]
-unsafe fn store_sums<E: Element>(
-    work: Work,
-    item: Item,
-    sums: Sums,
-    column: u32,
-    values: [f32; 4],
-) {
+unsafe fn store_sums<E: Element>(work: Work, row: u32, sums: Sums, column: u32, values: [f32; 4]) {
     macro_rules! column {
         ($($i:literal)+) => {$({
             // SAFETY: the whole warp, by the caller's contract.
@@ -217,7 +219,7 @@ unsafe fn store_sums<E: Element>(
             if ptx::thread_index() % 32 < 16 && column < sums.columns {
                 // SAFETY: an element of the result, which one warp of the grid has.
                 unsafe {
-                    if work.parts == 1 {
+                    if work.parts * sums.turns == 1 {
                         let address = sums.address + 2 * u64::from(column);
                         let before = if sums.accumulate {
                             E::widen(ptx::ld_global_u16(address))
@@ -226,7 +228,7 @@ unsafe fn store_sums<E: Element>(
                         };
                         ptx::st_global_u16(address, E::pack(0.0, before + sum) as u16);
                     } else {
-                        let row = u64::from(item.part) * u64::from(sums.columns);
+                        let row = u64::from(row) * u64::from(sums.columns);
                         let address = sums.address + 4 * (row + u64::from(column));
                         ptx::st_global_u32(address, sum.to_bits());
                     }
@@ -446,6 +448,7 @@ macro_rules! entry {
                             address: params.sums,
                             of_first,
                             columns: if of_first { params.m } else { params.n },
+                            turns: params.turns,
                             accumulate: params.accumulate != 0,
                         };
                         sum_columns::<$element>(block, work, warp - 1, sums);
