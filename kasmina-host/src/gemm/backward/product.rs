@@ -125,18 +125,15 @@ impl<T: Element> Product<'_, T> {
             parts,
             tiles,
             summed: Summed::Neither as u32,
-            turns: 1,
             accumulate: u32::from(self.accumulate),
-            reserved: 0,
         };
         if parts > 1 {
             params.partials = partials.add(parts, dw, self.accumulate)?;
         }
         if let Some((db, summed)) = db {
             params.summed = summed as u32;
-            params.turns = plan.turns(m, n, summed);
-            if parts * params.turns > 1 {
-                params.sums = partials.add(parts * params.turns, db, self.accumulate)?;
+            if parts > 1 {
+                params.sums = partials.add(parts, db, self.accumulate)?;
             } else {
                 params.sums = db.as_device_ptr();
             }

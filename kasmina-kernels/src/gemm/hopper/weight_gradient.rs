@@ -8,15 +8,14 @@
 //! - A long batch with few tiles is cut into *parts* along k. Each part of a tile is a work item of
 //!   its own that leaves f32 partials, which the sum kernel adds in the order of the parts.
 //! - The result may be added to what is there, by a TMA store that adds.
-//! - Two warps of the producer's warpgroup, idle otherwise, add the rows of dZ while they lie in
-//!   shared memory. So db costs no pass over dZ. Adding takes longer than multiplying, so the tiles
-//!   that see the same columns of dZ take turns, stage by stage: the ring has time to catch up. Each
-//!   of them leaves a row of partial sums for the sum kernel.
+//! - The tiles that are first in the other direction add the rows of dZ while they lie in shared
+//!   memory, as a product with 8 columns of ones. So db costs no pass over dZ, and no memory traffic
+//!   but its own.
 //!
 //! ```text
-//! producer   warp 0, one thread: wait empty[s] ─ TMA of both operands into stage s ─ next s
-//!            warps 1 and 2: wait full[s] ─ in turn, add 64 rows of every other slab ─ release s
-//! consumers  wait full[s] ─ 4 × wgmma m64nNk16 ─ release stage s−1
+//! producer   one thread: wait empty[s] ─ TMA of both operands into stage s ─ next s
+//! consumers  wait full[s] ─ 4 × wgmma m64n8k16 of dZ and ones ─ 4 × wgmma m64nNk16 ─
+//!            release stage s−1
 //! epilogue   one part: round ─ stmatrix ─ TMA store or add;  several: f32 to the partials
 //! ```
 //!
@@ -31,15 +30,13 @@ use crate::tile_scheduler::TileScheduler;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
 
-/// Warps that add the rows of dZ.
+/// Bytes of the operand of ones, 16 by 8 elements.
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
-const SUMMING_WARPS: u32 = 2;
+const ONES_BYTES: u32 = 256;
 /// The fewest steps of a part: below, filling the pipeline would cost as much.
 const MIN_PART: u32 = 4;
 /// The most parts.
 const MAX_PARTS: u32 = 16;
-/// The most tiles that take turns to sum: enough that a stage in so many costs no time.
-const MAX_TURNS: u32 = 16;
 
 /// Which operand's columns are summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,8 +62,8 @@ pub struct WeightGradientParams {
     pub product_map: TensorMap,
     /// Device address of f32 `[parts, m, n]` with several parts; unused with one.
     pub partials: u64,
-    /// Where the sums go: with one part and one turn the device address of elements, else of f32
-    /// `[parts, turns, columns of the summed operand]`.
+    /// Where the sums go: with one part the device address of elements, else of f32
+    /// `[parts, columns of the summed operand]`.
     pub sums: u64,
     /// Columns of the first operand, rows of the product.
     pub m: u32,
@@ -82,18 +79,13 @@ pub struct WeightGradientParams {
     pub tiles: TileScheduler,
     /// [`Summed`] as its discriminant.
     pub summed: u32,
-    /// Tiles that take turns to sum the same columns.
-    pub turns: u32,
-    /// 1 to add to what the product holds with one part, and the sums with one part and one turn;
-    /// else 0.
+    /// 1 to add to what product and sums hold, with one part; else 0.
     pub accumulate: u32,
-    /// Keeps the size a multiple of 8 without padding.
-    pub reserved: u32,
 }
 
-// SAFETY: repr(C); 384 bytes of maps, two u64 and twelve 32-bit fields: no padding.
+// SAFETY: repr(C); 384 bytes of maps, two u64 and ten 32-bit fields: no padding.
 unsafe impl KernelParams for WeightGradientParams {}
-const _: () = assert!(size_of::<WeightGradientParams>() == 3 * 128 + 2 * 8 + 12 * 4);
+const _: () = assert!(size_of::<WeightGradientParams>() == 3 * 128 + 2 * 8 + 10 * 4);
 
 /// A weight-gradient kernel and what it serves.
 pub struct WeightGradientKernel {
@@ -120,20 +112,6 @@ impl Plan {
     const fn new(row: &'static WeightGradientKernel, k_blocks: u32, parts: u32) -> Self {
         let part_k_blocks = k_blocks.div_ceil(parts);
         Self { row, part_k_blocks, parts: k_blocks.div_ceil(part_k_blocks) }
-    }
-
-    /// How many tiles of an `[m, n]` product take turns to sum an operand's columns.
-    #[must_use]
-    pub const fn turns(&self, m: u32, n: u32, summed: Summed) -> u32 {
-        let TileScheduler { tiles_m, tiles_n, .. } = self.row.tile.scheduler(m, n);
-        let tiles = match summed {
-            Summed::Neither => 1,
-            Summed::First => tiles_n,
-            Summed::Second => tiles_m,
-        };
-        // Every one of them gets at least a stage of the first part.
-        let most = if self.part_k_blocks < MAX_TURNS { self.part_k_blocks } else { MAX_TURNS };
-        if tiles < most { tiles } else { most }
     }
 
     /// Estimated cycles: those of the busiest multiprocessor, multiplying or loading as `Tile::cost`
@@ -245,16 +223,6 @@ mod tests {
         assert!(parts > 1, "{parts}");
         let (_, parts) = selected(64, 64, 1 << 17);
         assert_eq!(parts, MAX_PARTS);
-    }
-
-    #[test]
-    fn turns_are_no_more_than_tiles_or_stages() {
-        let plan = |k| Plan::new(&KERNELS[0], k, 1);
-        assert_eq!(plan(64).turns(4096, 4096, Summed::Second), MAX_TURNS);
-        assert_eq!(plan(64).turns(256, 4096, Summed::Second), 2);
-        assert_eq!(plan(64).turns(4096, 512, Summed::First), 2);
-        assert_eq!(plan(1).turns(4096, 4096, Summed::First), 1);
-        assert_eq!(plan(64).turns(4096, 4096, Summed::Neither), 1);
     }
 
     #[test]
