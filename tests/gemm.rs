@@ -248,25 +248,42 @@ fn needs_tma_rows<T: Poison>(tier: Tier) -> bool {
 /// Every tile on shapes of which some would not get it by themselves.
 fn every_tile<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
     // The last gives blocks of every tile several in a row, with little to do between stores.
-    let shapes = vec![[65, 72, 65], [129, 264, 200], [255, 130, 520], [1, 8, 1], [2180, 2312, 72]];
+    // Of a tile that blocks share each has 1 to 10 steps of k; the fourth gives them several tiles
+    // in a row.
+    let shapes = vec![
+        [65, 72, 65],
+        [129, 264, 200],
+        [255, 130, 520],
+        [600, 1160, 1096],
+        [33, 200, 4100],
+        [1, 8, 1],
+        [2180, 2312, 72],
+    ];
     let cases = cases(shortened(shapes, 1));
-    // Of a tile that two blocks share each has 1 to 5 steps of k, and several tiles in a row.
-    let tiles = match T::DTYPE {
-        DType::F32 => vec![([128, 128], 1), ([64, 128], 1)],
+    each_kernel::<T>(device, tier, &cases)
+}
+
+/// The cases with every kernel: tile, blocks that share it, blocks that W is loaded into.
+fn each_kernel<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result<(), Failed> {
+    let kernels = match T::DTYPE {
+        DType::F32 => vec![([128, 128], 1, 1), ([64, 128], 1, 1)],
         _ => vec![
-            ([128, 256], 1),
-            ([128, 128], 1),
-            ([64, 128], 1),
-            ([64, 64], 1),
-            ([64, 128], 2),
-            ([64, 64], 2),
+            ([128, 256], 1, 1),
+            ([128, 128], 1, 1),
+            ([64, 128], 1, 1),
+            ([64, 64], 1, 1),
+            ([64, 128], 1, 2),
+            ([64, 64], 2, 1),
+            ([64, 64], 4, 1),
+            ([64, 64], 8, 1),
         ],
     };
-    for (tile, split_k) in tiles {
-        let config = KernelConfig::default().hopper_tile(tile).hopper_split_k(split_k);
-        each_with::<T>(device, tier, &config, &cases).map_err(|error| {
+    for (tile, split_k, multicast) in kernels {
+        let config = KernelConfig::default().hopper_tile(tile);
+        let config = config.hopper_split_k(split_k).hopper_multicast(multicast);
+        each_with::<T>(device, tier, &config, cases).map_err(|error| {
             let message = error.message().unwrap_or("no message");
-            format!("tile {tile:?} of {split_k} blocks: {message}")
+            format!("tile {tile:?} of {split_k} blocks, W into {multicast}: {message}")
         })?;
     }
     Ok(())
@@ -462,8 +479,13 @@ fn hopper_refuses(device: &Device) -> Result<(), Failed> {
     }
     let config = KernelConfig::default().tier(Tier::Hopper).hopper_tile([128, 256]);
     match forward.run(&mut y, &config.hopper_split_k(2)) {
-        Err(Error::Unsupported { reason: Obstacle::SplitK(2), .. }) => Ok(()),
-        other => Err(format!("two blocks for a tile of 128×256: {other:?}").into()),
+        Err(Error::Unsupported { reason: Obstacle::SplitK(2), .. }) => {}
+        other => return Err(format!("two blocks for a tile of 128×256: {other:?}").into()),
+    }
+    let config = KernelConfig::default().tier(Tier::Hopper).hopper_split_k(4).hopper_multicast(2);
+    match forward.run(&mut y, &config) {
+        Err(Error::Unsupported { reason: Obstacle::Multicast(2), .. }) => Ok(()),
+        other => Err(format!("multicast and blocks that share a tile: {other:?}").into()),
     }
 }
 

@@ -500,6 +500,10 @@ pub enum Obstacle {
     /// `KernelConfig::hopper_split_k` forces.
     #[error("it has no kernel whose output tiles {0} blocks share, which the KernelConfig forces")]
     SplitK(u32),
+    /// The tier has no kernel of the forced tile that loads W into so many blocks, as
+    /// `KernelConfig::hopper_multicast` forces.
+    #[error("it has no kernel that loads W into {0} blocks, which the KernelConfig forces")]
+    Multicast(u32),
     /// The tier has no kernel for this operation.
     #[error("it has no kernel for this operation")]
     Operation,
