@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::{bf16, f16};
 use kasmina::{
     Activation, DType, Device, Error, KernelConfig, LinearConfig, Obstacle, Tensor, Tier,
-    WeightLayout, gemm,
+    WeightLayout, Without, gemm,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::gpu::Gpu;
@@ -41,6 +41,9 @@ fn main() -> ExitCode {
         trials.extend([
             gpu.trial("operands_that_tma_cannot_address_are_served_by_portable", hands_over),
             gpu.trial("forced_hopper_refuses_what_it_cannot_serve", hopper_refuses),
+            gpu.trial("hopper_bf16_gemm_without_a_part_matches_reference", |device| {
+                without_a_part(device, Tier::Hopper)
+            }),
         ]);
     }
     trials.extend([
@@ -287,6 +290,30 @@ fn each_kernel<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result
         })?;
     }
     Ok(())
+}
+
+/// Every kernel that goes without a part, and the calls that none of them serves.
+fn without_a_part(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let shapes = vec![[65, 72, 65], [129, 264, 200], [255, 130, 520], [1, 8, 1], [2180, 2312, 72]];
+    let (served, refused): (Vec<_>, Vec<_>) = cases(shortened(shapes, 1))
+        .into_iter()
+        .partition(|case| case.layout == WeightLayout::InOut);
+    for without in Without::ALL {
+        for tile in [[128, 256], [64, 64]] {
+            let config = KernelConfig::default().hopper_tile(tile).hopper_without(without);
+            each_with::<bf16>(device, tier, &config, &served).map_err(|error| {
+                let message = error.message().unwrap_or("no message");
+                format!("tile {tile:?} without {without}: {message}")
+            })?;
+        }
+    }
+    let case = refused[0];
+    let [m, n, k] = served_shape::<bf16>(tier, case.shape);
+    let config = KernelConfig::default().hopper_without(Without::TmaLoads);
+    match run(device, tier, &config, &Linear::<bf16>::random([m, n, k]), &case) {
+        Err(message) if message.contains("without TMA loads") => Ok(()),
+        other => Err(format!("W as [out, in]: {:?}", other.err()).into()),
+    }
 }
 
 /// Runs a case on the tier into poisoned memory and gives the result and its tensor.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use kasmina_kernels::abi::Tier;
 use kasmina_kernels::gemm::F32Products;
 use kasmina_kernels::gemm::hopper::Forced;
+use kasmina_kernels::gemm::hopper::comparison::Without;
 
 use crate::error::{Error, Result};
 
@@ -25,6 +26,7 @@ pub struct KernelConfig {
     hopper_tile: Option<[u32; 2]>,
     hopper_split_k: Option<u32>,
     hopper_multicast: Option<u32>,
+    without: Option<Without>,
     f32_products: F32Products,
     enable_tma: bool,
     enable_persistent_kernels: bool,
@@ -39,6 +41,7 @@ impl Default for KernelConfig {
             hopper_tile: None,
             hopper_split_k: None,
             hopper_multicast: None,
+            without: None,
             f32_products: F32Products::Six,
             enable_tma: true,
             enable_persistent_kernels: true,
@@ -107,6 +110,17 @@ impl KernelConfig {
         self
     }
 
+    /// Takes a Hopper kernel that goes without one of its parts, to measure what that part gains:
+    /// of the forced tile, else of 128×256. Forward passes on the `hopper` tier that there is no
+    /// such kernel for are [`Error::Unsupported`](crate::Error::Unsupported): TMA loads and warp
+    /// specialisation are left out only for bf16, W as `[in, out]`, and tiles of 128×256 and 64×64.
+    /// What else runs takes no notice.
+    #[must_use]
+    pub const fn hopper_without(mut self, part: Without) -> Self {
+        self.without = Some(part);
+        self
+    }
+
     /// Which products of bf16 parts make up an f32 product on the `hopper` tier: how accurate it is.
     /// By default the six that give the full accuracy of f32. Other tiers multiply f32 as it is and
     /// take no notice.
@@ -171,6 +185,12 @@ impl KernelConfig {
     #[must_use]
     pub const fn forced_hopper_multicast(&self) -> Option<u32> {
         self.hopper_multicast
+    }
+
+    /// The part that Hopper's forward kernels are to go without, if one is.
+    #[must_use]
+    pub const fn left_out(&self) -> Option<Without> {
+        self.without
     }
 
     /// What of Hopper kernels is forced.

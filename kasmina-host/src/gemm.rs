@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod backward;
+mod comparison;
 mod split;
 
 pub use backward::{Backward, Gradients, Saved, Tiers};
@@ -103,6 +104,10 @@ impl<T: Element> Forward<'_, T> {
                 outcome => outcome.map(|()| tier),
             };
         }
+        if let Some(without) = config.left_out().filter(|_| tier == Tier::Hopper) {
+            self.run_without(without, extents, y, &launch, stream.gpu(), config)?;
+            return Ok(tier);
+        }
         let sm_count = stream.gpu().capability().sm_count;
         let Extents { m, n, k } = extents;
         let forced = config.forced_hopper();
@@ -192,7 +197,11 @@ impl<T: Element> Forward<'_, T> {
             inputs: [Operand::of("x", self.x), Operand::of("w", self.w)],
             output: Operand::of("y", y),
         };
-        choose_forward_tier(self.w.device(), config, pass)
+        let tier = choose_forward_tier(self.w.device(), config, pass)?;
+        match comparison::obstacle(config, T::DTYPE, self.layout) {
+            Some(obstacle) if tier == Tier::Hopper => Err(obstacle.refuse(OP, tier)),
+            _ => Ok(tier),
+        }
     }
 
     /// Enqueues the pass between the streams' waits for each other.
