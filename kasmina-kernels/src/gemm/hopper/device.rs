@@ -407,8 +407,8 @@ impl Epilogue {
     }
 }
 
-/// A comment for `cargo xtask ptx` where blocks share tiles or columns of W. A cluster of one is not declared: it
-/// would start more slowly.
+/// A comment for `cargo xtask ptx` where blocks share tiles or columns of W. A cluster of one is
+/// not declared: it would start more slowly.
 macro_rules! cluster_marker {
     (1 1) => {
         ""
