@@ -11,9 +11,25 @@ pub(crate) struct TensorMapKey {
     pub(crate) extents: [u32; 2],
     pub(crate) box_extents: [u32; 2],
     pub(crate) dtype: DType,
+    pub(crate) promotion: Promotion,
+}
+
+/// How much a load brings into the L2 cache at least, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Promotion {
+    /// A line, and so nothing that was not asked for.
+    Bytes128,
+    /// Two lines.
+    #[default]
+    Bytes256,
 }
 
 impl TensorMapKey {
+    /// The same with this promotion.
+    pub(crate) const fn promoted(self, promotion: Promotion) -> Self {
+        Self { promotion, ..self }
+    }
+
     /// Where in the table it goes. Addresses and strides are multiples of 16 bytes and usually of
     /// more, so their upper bits must reach the lower ones.
     const fn slot(&self) -> usize {
@@ -24,6 +40,7 @@ impl TensorMapKey {
         hash ^= (columns as u64 | (rows as u64) << 32).wrapping_mul(0x94D0_49BB_1331_11EB);
         let [box_columns, box_rows] = self.box_extents;
         hash ^= box_columns as u64 | (box_rows as u64) << 16 | (self.dtype as u64) << 32;
+        hash ^= (self.promotion as u64) << 40;
         (hash.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - SLOT_BITS)) as usize
     }
 }
@@ -72,6 +89,7 @@ mod tests {
         extents: [4096, 1024],
         box_extents: [64, 128],
         dtype: DType::BF16,
+        promotion: Promotion::Bytes256,
     };
 
     fn encode(key: &TensorMapKey) -> Result<TensorMap, ()> {
@@ -93,6 +111,7 @@ mod tests {
             TensorMapKey { extents: [1024, 4096], ..KEY },
             TensorMapKey { box_extents: [64, 64], ..KEY },
             TensorMapKey { dtype: DType::F16, ..KEY },
+            KEY.promoted(Promotion::Bytes128),
         ];
         let mut cache = TensorMapCache::new();
         cache.get_or_encode(&KEY, encode).unwrap();

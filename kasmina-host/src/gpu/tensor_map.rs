@@ -10,7 +10,7 @@ use kasmina_kernels::abi::{DType, TensorMap};
 
 use super::{driver, failed};
 use crate::error::{Error, Result};
-use crate::tensor_map::TensorMapKey;
+use crate::tensor_map::{Promotion, TensorMapKey};
 
 /// The map of this key: boxes of 64-byte or 128-byte rows, swizzled over as many bytes, zeros
 /// beyond the edges.
@@ -25,6 +25,10 @@ pub(super) fn encode(key: &TensorMapKey) -> Result<TensorMap> {
     let swizzle = match box_columns as usize * key.dtype.size() {
         64 => CUtensorMapSwizzle::Bytes64,
         _ => CUtensorMapSwizzle::Bytes128,
+    };
+    let promotion = match key.promotion {
+        Promotion::Bytes128 => CUtensorMapL2promotion::Bytes128,
+        Promotion::Bytes256 => CUtensorMapL2promotion::Bytes256,
     };
     let extents = key.extents.map(u64::from);
     let element_strides = [1u32, 1];
@@ -44,7 +48,7 @@ pub(super) fn encode(key: &TensorMapKey) -> Result<TensorMap> {
             element_strides.as_ptr(),
             CUtensorMapInterleave::None,
             swizzle,
-            CUtensorMapL2promotion::Bytes256,
+            promotion,
             CUtensorMapFloatOOBfill::Zeros,
         ))
     }
