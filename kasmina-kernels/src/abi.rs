@@ -3,7 +3,7 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use crate::conv1d;
+use crate::conv1d::{self, hopper as conv1d_hopper};
 use crate::gemm::hopper::{self, split, weight_gradient};
 use crate::gemm::{backward, portable};
 use crate::persistent;
@@ -151,7 +151,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 25] = [
+    const FIRST: [&Module; 27] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -177,11 +177,15 @@ pub static MODULES: &[&Module] = &{
         &conv1d::portable::F32,
         &conv1d::portable::F16,
         &conv1d::portable::BF16,
+        &conv1d_hopper::pack::MODULE,
+        &conv1d_hopper::wgrad::sum::MODULE,
     ];
     const GEMM: usize = FIRST.len();
     const GEMM_WGRAD: usize = GEMM + hopper::KERNELS.len();
     const SPLIT: usize = GEMM_WGRAD + weight_gradient::KERNELS.len();
-    let mut modules = [FIRST[0]; SPLIT + split::NUM_MODULES];
+    const GATHER: usize = SPLIT + split::NUM_MODULES;
+    const WGRAD: usize = GATHER + conv1d_hopper::gather::KERNELS.len();
+    let mut modules = [FIRST[0]; WGRAD + conv1d_hopper::wgrad::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
@@ -190,8 +194,12 @@ pub static MODULES: &[&Module] = &{
             hopper::KERNELS[row - GEMM].kernel.module
         } else if row < SPLIT {
             weight_gradient::KERNELS[row - GEMM_WGRAD].kernel.module
-        } else {
+        } else if row < GATHER {
             split::module(row - SPLIT)
+        } else if row < WGRAD {
+            conv1d_hopper::gather::KERNELS[row - GATHER].kernel.module
+        } else {
+            conv1d_hopper::wgrad::KERNELS[row - WGRAD].kernel.module
         };
         row += 1;
     }

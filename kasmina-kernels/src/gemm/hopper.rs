@@ -34,7 +34,7 @@ pub mod split;
 pub mod weight_gradient;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
-mod device;
+pub(crate) mod device;
 
 /// Depth of one pipeline stage: 128 bytes of a 16-bit type, the span of the widest swizzle.
 pub const BLOCK_K: u32 = 64;
@@ -60,24 +60,28 @@ pub struct Tile {
 }
 
 impl Tile {
-    const fn num_consumers(self) -> u32 {
+    pub(crate) const fn num_consumers(self) -> u32 {
         self.block_m / CONSUMER_M
     }
 
-    /// Slabs a consumer fills in turn: a second where a tile has more than one.
-    const fn slab_buffers(self) -> u32 {
-        if self.block_n > SLAB_N { 2 } else { 1 }
+    /// Slabs a consumer fills in turn: all of the tile's where they fit beside the stages, so that
+    /// none waits for a store of its own tile, else two.
+    pub(crate) const fn slab_buffers(self) -> u32 {
+        let slabs = self.block_n / SLAB_N;
+        let stages = self.num_stages * (self.x_stage_bytes() + self.w_stage_bytes());
+        let fits = stages + self.num_consumers() * slabs * SLAB_BYTES <= 208 * 1024;
+        if fits || slabs == 1 { slabs } else { 2 }
     }
 
-    const fn block_dim(self) -> u32 {
+    pub(crate) const fn block_dim(self) -> u32 {
         WARPGROUP * (1 + self.num_consumers())
     }
 
-    const fn x_stage_bytes(self) -> u32 {
+    pub(crate) const fn x_stage_bytes(self) -> u32 {
         self.block_m * BLOCK_K * 2
     }
 
-    const fn w_stage_bytes(self) -> u32 {
+    pub(crate) const fn w_stage_bytes(self) -> u32 {
         self.block_n * BLOCK_K * 2
     }
 
@@ -108,7 +112,7 @@ impl Tile {
         self.exchange_offset() + if self.split_k > 1 { 2 * self.exchange_bytes() } else { 0 }
     }
 
-    const fn smem_bytes(self) -> u32 {
+    pub(crate) const fn smem_bytes(self) -> u32 {
         // Two barriers of the exchange follow those of the ring.
         self.barrier_offset()
             + RingBarriers::bytes(self.num_stages)

@@ -1,0 +1,105 @@
+use super::*;
+use crate::conv1d::{Conv1dExtents, Conv1dShape, Padding};
+use std::collections::HashSet;
+
+fn shape(stride: usize) -> Conv1dShape {
+    let extents = Conv1dExtents {
+        batch: 3,
+        in_channels: 96,
+        out_channels: 320,
+        in_length: 500,
+        kernel_size: 5,
+        stride,
+        dilation: 2,
+        padding: Padding::Same,
+        groups: 1,
+    };
+    Conv1dShape::new(&extents).expect("a shape")
+}
+
+#[test]
+fn tiles_cover_every_position_and_channel_once() {
+    let shape = shape(1);
+    for row in &KERNELS {
+        let walk = Walk::new(&shape.forward_gather(), [96, 320], row);
+        let tiles = walk.scheduler(row.output, 3, 2);
+        let mut seen = HashSet::new();
+        for index in 0..tiles.num_tiles() {
+            let (m, n) = tiles.tile(index);
+            let (positions, channels) =
+                if row.output == SequenceLayout::Nlc { (m, n) } else { (n, m) };
+            let place = walk.place(positions, channels, row.extents());
+            assert!(place.sequence < 3 && place.position < 500);
+            assert!(place.group < 2 && place.channel < 320);
+            assert!(place.position.is_multiple_of(row.extents()[0]));
+            assert!(seen.insert((place.sequence, place.position, place.group, place.channel)));
+        }
+        let per_group = 500u32.div_ceil(row.extents()[0]) * 320u32.div_ceil(row.extents()[1]);
+        assert_eq!(seen.len() as u32, 6 * per_group);
+    }
+}
+
+#[test]
+fn a_walk_without_taps_meets_only_zeros() {
+    let gather = Gather { taps: 0, ..shape(1).forward_gather() };
+    for row in &KERNELS {
+        let walk = Walk::new(&gather, [96, 320], row);
+        assert_eq!(walk.taps, 1);
+        // The last row of the last tile, at most a box beyond the last position.
+        let last = i64::from(MAX_POSITIONS) + 256;
+        assert!(i64::from(walk.in_first) + last * i64::from(walk.in_step) < 0);
+    }
+}
+
+#[test]
+fn channels_last_inputs_of_16_bit_types_are_served_and_others_are_not() {
+    let problem = Problem::new(&shape(1).forward_gather(), [1, 1], [8, 8]);
+    let (nlc, ncl) = (SequenceLayout::Nlc, SequenceLayout::Ncl);
+    for output in SequenceLayout::ALL {
+        for dtype in [DType::F16, DType::BF16] {
+            let row = select(dtype, [nlc, output], &problem, 132).expect("a kernel");
+            assert_eq!((row.dtype, row.input, row.output), (dtype, nlc, output));
+            assert!(select(dtype, [ncl, output], &problem, 132).is_none());
+        }
+        assert!(select(DType::F32, [nlc, output], &problem, 132).is_none());
+    }
+    let far = Problem { in_step: MAX_STEP + 1, ..problem };
+    assert!(select(DType::BF16, [nlc; 2], &far, 132).is_none());
+}
+
+#[test]
+fn entry_names_say_what_the_kernel_serves() {
+    for row in &KERNELS {
+        let expected = std::format!(
+            "conv1d_{}_{}_{}_{}x{}x{BLOCK_K}",
+            row.dtype,
+            row.input.name(),
+            row.output.name(),
+            row.tile.block_m,
+            row.tile.block_n,
+        );
+        assert_eq!(row.kernel.entry, expected);
+        assert_eq!(row.kernel.module.entries, [row.kernel.entry]);
+    }
+}
+
+/// `[block_m, block_n]` for a channels-last pass of stride 1.
+fn selected(batch: u32, positions: u32, channels: [u32; 2], taps: u32) -> [u32; 2] {
+    let [in_channels, out_channels] = channels;
+    let problem =
+        Problem { batch, positions, groups: 1, in_channels, out_channels, taps, in_step: 1 };
+    let layouts = [SequenceLayout::Nlc; 2];
+    select(DType::BF16, layouts, &problem, 132).expect("a kernel").tile.extents()
+}
+
+/// Timed on an H200, each was the fastest of the three.
+#[test]
+fn timed_shapes_get_the_tile_that_was_fastest() {
+    assert_eq!(selected(32, 4096, [256, 256], 3), [128, 256]);
+    assert_eq!(selected(32, 2048, [512, 512], 5), [128, 256]);
+    assert_eq!(selected(16, 16384, [64, 64], 7), [128, 64]);
+    assert_eq!(selected(64, 8192, [32, 32], 3), [128, 64]);
+    assert_eq!(selected(8, 1024, [1024, 1024], 3), [128, 256]);
+    assert_eq!(selected(16, 4096, [256, 128], 9), [128, 128]);
+    assert_eq!(selected(4, 65536, [128, 128], 3), [128, 128]);
+}
