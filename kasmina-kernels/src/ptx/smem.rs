@@ -77,3 +77,17 @@ pub unsafe fn stmatrix_x4(address: u32, r0: u32, r1: u32, r2: u32, r3: u32) {
              options(nostack));
     }
 }
+
+/// As [`stmatrix_x4`], transposed: a lane's address is where a column of its matrix goes.
+///
+/// # Safety
+/// As [`stmatrix_x4`].
+#[inline(always)]
+pub unsafe fn stmatrix_x4_trans(address: u32, r0: u32, r1: u32, r2: u32, r3: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{}], {{{}, {}, {}, {}}};",
+             in(reg32) address, in(reg32) r0, in(reg32) r1, in(reg32) r2, in(reg32) r3,
+             options(nostack));
+    }
+}

@@ -30,6 +30,7 @@ use crate::tile_scheduler::{TileScheduler, div};
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
+pub mod halo;
 
 /// Where a tile of the output lies and what it gathers.
 #[repr(C)]

@@ -229,6 +229,19 @@ pub(super) unsafe fn produce(block: Block, operands: impl Operands, work: Work) 
     }
 }
 
+/// Applies the activation.
+#[inline(always)]
+pub(crate) fn activate(activation: EpilogueActivation, c: [f32; 8]) -> [f32; 8] {
+    if activation.smooth == 0 {
+        c.map(|value| ptx::max_nan_f32(value, activation.lower))
+    } else {
+        c.map(|value| {
+            let power = ptx::ex2_approx_f32(activation.sigmoid_exponent(value));
+            value * ptx::rcp_approx_f32(1.0 + power)
+        })
+    }
+}
+
 /// One consumer warpgroup's side of the epilogue.
 #[derive(Clone, Copy)]
 pub(crate) struct Epilogue {
@@ -356,14 +369,7 @@ impl Epilogue {
     /// As [`columns`](Self::columns).
     #[inline(always)]
     pub(crate) unsafe fn biased_columns<E: Element>(self, group: u32, mut c: [f32; 8]) {
-        c = if self.activation.smooth == 0 {
-            c.map(|value| ptx::max_nan_f32(value, self.activation.lower))
-        } else {
-            c.map(|value| {
-                let power = ptx::ex2_approx_f32(self.activation.sigmoid_exponent(value));
-                value * ptx::rcp_approx_f32(1.0 + power)
-            })
-        };
+        c = activate(self.activation, c);
         let slab = group / 4;
         let buffer = self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES;
         let address = buffer + stmatrix_offset(self.thread, group % 4);

@@ -1,0 +1,145 @@
+//! Forward and dgrad with one haloed tile of the input for all taps.
+//!
+//! ```text
+//! out[channels, positions] = w[channels, k] · in[positions, k]ᵀ
+//! ```
+//! Shared memory holds the positions that a tile's taps meet and 64 channels as rows of 128 bytes,
+//! swizzled. A tap's operand begins a few rows further on: the swizzle follows the address, so a
+//! descriptor may start on any row (confirmed on an H200; its base offset stays 0). So of all that
+//! is multiplied only the filter is loaded anew for every tap.
+//!
+//! Rows are channels whichever way round the output lies: one that is channels-last is transposed
+//! on its way to shared memory, by `stmatrix`.
+//!
+//! ```text
+//! producer   one thread: TMA of the haloed input, then of the filter's taps
+//! consumers  for every tap wgmma from its matrix and the shifted tile. Of 128 channels each has
+//!            64; of 64, they take tiles by turns, and one multiplies while the other stores.
+//! ```
+
+use super::{GatherParams, Walk};
+use crate::abi::{DType, Kernel, Module, module};
+use crate::conv1d::SequenceLayout;
+use crate::pipeline::RingBarriers;
+
+#[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
+mod device;
+
+/// Positions of a tile.
+pub const POSITIONS: u32 = 256;
+/// Positions of the input in shared memory.
+pub const ROWS: u32 = POSITIONS + MAX_REACH;
+/// The furthest that the last tap may meet from the first.
+pub const MAX_REACH: u32 = 16;
+/// Positions of a box: two make a haloed tile.
+pub const BOX_ROWS: u32 = ROWS / 2;
+
+/// Bytes of a position of 64 channels.
+const ROW_BYTES: u32 = 128;
+/// Bytes of 64 channels × 64 positions of the output.
+const SLAB_BYTES: u32 = 64 * ROW_BYTES;
+/// Slabs that a consumer fills in turn.
+const SLABS: u32 = 2;
+
+/// How a kernel uses shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HaloTile {
+    /// Channels of a tile: 64 or 128.
+    pub channels: u32,
+    /// Matrices of taps that are loaded ahead.
+    pub filter_stages: u32,
+    /// Haloed tiles of 64 channels.
+    pub buffers: u32,
+}
+
+/// Consumer warpgroups.
+const CONSUMERS: u32 = 2;
+/// Threads: those of the consumers and of the producer's warpgroup.
+const BLOCK_DIM: u32 = 128 * (1 + CONSUMERS);
+
+impl HaloTile {
+    /// Consumers that read a stage.
+    #[must_use]
+    pub const fn readers(self) -> u32 {
+        self.channels / 64
+    }
+
+    /// Which 64 of a tile's channels a consumer has.
+    #[must_use]
+    #[inline(always)]
+    pub const fn share(self, consumer: u32) -> u32 {
+        if self.readers() == 1 { 0 } else { consumer }
+    }
+
+    const fn filter_bytes(self) -> u32 {
+        self.channels * ROW_BYTES
+    }
+
+    // Swizzled tiles first: each of them starts on a multiple of 1024.
+    const fn buffer_offset(self) -> u32 {
+        self.filter_stages * self.filter_bytes()
+    }
+
+    const fn slab_offset(self) -> u32 {
+        self.buffer_offset() + self.buffers * ROWS * ROW_BYTES
+    }
+
+    const fn barrier_offset(self) -> u32 {
+        self.slab_offset() + CONSUMERS * SLABS * SLAB_BYTES
+    }
+
+    const fn smem_bytes(self) -> u32 {
+        self.barrier_offset()
+            + RingBarriers::bytes(self.filter_stages)
+            + RingBarriers::bytes(self.buffers)
+            + 8 * CONSUMERS
+    }
+}
+
+/// A kernel with a halo and what it serves.
+pub struct HaloKernel {
+    /// Element type of all operands.
+    pub dtype: DType,
+    /// Layout of the output.
+    pub output: SequenceLayout,
+    /// How it cuts the product up.
+    pub tile: HaloTile,
+    /// What to launch.
+    pub kernel: Kernel<GatherParams>,
+}
+
+/// One row makes a kernel's module, its host-side description and, on the device, its entry.
+macro_rules! kernels {
+    ($($entry:ident: $element:ident $ptx_type:literal, $output:ident, $channels:literal channels,
+        $filter_stages:literal stages, $buffers:literal buffers;)+) => {
+        /// Every kernel with a halo.
+        pub static KERNELS: [HaloKernel; [$(stringify!($entry)),+].len()] = [$({
+            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
+            let tile = HaloTile {
+                channels: $channels, filter_stages: $filter_stages, buffers: $buffers,
+            };
+            HaloKernel {
+                dtype: DType::$element,
+                output: SequenceLayout::$output,
+                tile,
+                kernel: Kernel::new(
+                    &MODULE, stringify!($entry), BLOCK_DIM, tile.smem_bytes(),
+                )
+                .waiting_for_predecessors(),
+            }
+        }),+];
+        $(
+            #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
+            device::entry!(
+                $entry, $element, $ptx_type, $output, $channels, $filter_stages, $buffers
+            );
+        )+
+    };
+}
+
+kernels! {
+    conv1d_halo_bf16_nlc_128x256: BF16 "bf16", Nlc, 128 channels, 5 stages, 3 buffers;
+    conv1d_halo_bf16_nlc_64x256: BF16 "bf16", Nlc, 64 channels, 10 stages, 3 buffers;
+    conv1d_halo_bf16_ncl_128x256: BF16 "bf16", Ncl, 128 channels, 5 stages, 3 buffers;
+    conv1d_halo_bf16_ncl_64x256: BF16 "bf16", Ncl, 64 channels, 10 stages, 3 buffers;
+}
