@@ -185,7 +185,8 @@ pub static MODULES: &[&Module] = &{
     const SPLIT: usize = GEMM_WGRAD + weight_gradient::KERNELS.len();
     const GATHER: usize = SPLIT + split::NUM_MODULES;
     const WGRAD: usize = GATHER + conv1d_hopper::gather::KERNELS.len();
-    let mut modules = [FIRST[0]; WGRAD + conv1d_hopper::wgrad::KERNELS.len()];
+    const HALO: usize = WGRAD + conv1d_hopper::wgrad::KERNELS.len();
+    let mut modules = [FIRST[0]; HALO + conv1d_hopper::gather::halo::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
@@ -198,8 +199,10 @@ pub static MODULES: &[&Module] = &{
             split::module(row - SPLIT)
         } else if row < WGRAD {
             conv1d_hopper::gather::KERNELS[row - GATHER].kernel.module
-        } else {
+        } else if row < HALO {
             conv1d_hopper::wgrad::KERNELS[row - WGRAD].kernel.module
+        } else {
+            conv1d_hopper::gather::halo::KERNELS[row - HALO].kernel.module
         };
         row += 1;
     }

@@ -122,6 +122,11 @@ const fn volume(sequence: Sequence, shape: &Conv1dShape, is_input: bool, dtype: 
     Volume { sequence, channels, length, batch: shape.batch, groups: shape.groups, dtype }
 }
 
+/// Positions from the first tap to the last.
+const fn filter_span(shape: &Conv1dShape) -> u64 {
+    (shape.kernel_size as u64 - 1) * shape.dilation as u64
+}
+
 /// What holds for every pass.
 fn general_obstacle(dtype: DType, shape: &Conv1dShape, config: &KernelConfig) -> Option<Obstacle> {
     if !serves(dtype) {
@@ -145,6 +150,8 @@ struct GatherPass<'a> {
     channels: [u32; 2],
     bias: u64,
     activation: Activation,
+    /// No walk of the pass has a first and a last tap that meet positions further apart.
+    reach: u64,
 }
 
 impl<'a> GatherPass<'a> {
@@ -158,6 +165,7 @@ impl<'a> GatherPass<'a> {
             channels: [shape.group_in(), shape.group_out()],
             bias: pass.bias,
             activation: pass.activation,
+            reach: filter_span(shape),
         }
     }
 
@@ -171,11 +179,13 @@ impl<'a> GatherPass<'a> {
             channels: [shape.group_out(), shape.group_in()],
             bias: 0,
             activation: Activation::None,
+            reach: filter_span(shape) / shape.stride as u64,
         }
     }
 
     const fn problem(&self) -> Problem {
-        Problem::new(&self.gather, [self.shape.batch, self.shape.groups], self.channels)
+        let counts = [self.shape.batch, self.shape.groups];
+        Problem { reach: self.reach, ..Problem::new(&self.gather, counts, self.channels) }
     }
 
     const fn layouts(&self) -> [SequenceLayout; 2] {
@@ -205,10 +215,10 @@ impl<'a> GatherPass<'a> {
         let selected =
             gather::select(dtype, layouts, &self.problem(), sm_count).ok_or_else(unsupported)?;
         let walk = gather::Walk::new(gather, self.channels, selected);
-        let tiles = walk.scheduler(layouts[1], self.shape.batch, groups);
+        let tiles = walk.scheduler(selected, self.shape.batch, groups);
         let blocks = u64::from(tiles.tiles_m) * u64::from(tiles.tiles_n);
         let blocks =
-            checked_blocks(launch, blocks)?.min(sm_count * selected.blocks_per_multiprocessor);
+            checked_blocks(launch, blocks)?.min(sm_count * selected.blocks_per_multiprocessor());
         let [in_box, w_box] = selected.boxes(walk.in_step);
         let written =
             Positions { first: gather.out_first, step: gather.out_step, count: gather.out_count };

@@ -12,9 +12,13 @@
 //! channels-first one would start on any position, and TMA wants the contiguous coordinate in
 //! multiples of 16 bytes (on an H200 anything else is an illegal instruction).
 //!
+//! Kernels that load the tile's positions of the input anew for every tap serve any walk; those of
+//! [`halo`] load them once for all taps, whose reach is limited.
+//!
 //! # Shape contract
 //! - The filter is packed ([`super::pack`]): `[tap, group, channel of out, channel of in]`.
-//! - The input is NLC, and its positions are at most [`super::MAX_STEP`] apart.
+//! - The input is NLC, and its positions are at most [`super::MAX_STEP`] apart; with a halo they
+//!   are neighbours, and the taps reach no further than [`halo::MAX_REACH`].
 //! - Output NCL: positions one apart. Output NLC: any, as a wider stride of the map.
 //! - The output's contiguous axis, of one group if it is that of channels, is a multiple of 8: a
 //!   store clips to whole pieces of 16 bytes. The input's is where there are several groups, whose
@@ -27,6 +31,7 @@ use crate::activation::EpilogueActivation;
 use crate::conv1d::{Gather, MAX_POSITIONS, SequenceLayout};
 use crate::gemm::hopper::{BLOCK_K, Tile};
 use crate::tile_scheduler::{TileScheduler, div};
+use halo::HaloTile;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
@@ -120,18 +125,29 @@ impl Walk {
 
     /// The tiles of the output in the order of the product's rows and columns.
     #[must_use]
-    pub const fn scheduler(&self, out: SequenceLayout, batch: u32, groups: u32) -> TileScheduler {
+    pub const fn scheduler(&self, kernel: &GatherKernel, batch: u32, groups: u32) -> TileScheduler {
         let (positions, channels) =
             (batch.saturating_mul(self.sequence_tiles), groups.saturating_mul(self.channel_tiles));
-        match out {
-            SequenceLayout::Nlc => {
-                TileScheduler { tiles_m: positions, tiles_n: channels, group_m: 16 }
-            }
-            SequenceLayout::Ncl => {
-                TileScheduler { tiles_m: channels, tiles_n: positions, group_m: 16 }
-            }
+        if kernel.channels_are_rows() {
+            TileScheduler { tiles_m: channels, tiles_n: positions, group_m: 16 }
+        } else {
+            TileScheduler { tiles_m: positions, tiles_n: channels, group_m: 16 }
         }
     }
+}
+
+/// How a kernel cuts the product up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// The positions of a tile are loaded for every tap.
+    PerTap {
+        /// Rows are positions if the output is channels-last, else channels.
+        tile: Tile,
+        /// Blocks that share a multiprocessor.
+        blocks_per_multiprocessor: u32,
+    },
+    /// They are loaded once for all taps.
+    Haloed(HaloTile),
 }
 
 /// A kernel and what it serves.
@@ -143,20 +159,34 @@ pub struct GatherKernel {
     /// Layout of the output.
     pub output: SequenceLayout,
     /// How it cuts the product up.
-    pub tile: Tile,
-    /// Blocks that share a multiprocessor.
-    pub blocks_per_multiprocessor: u32,
+    pub cut: Cut,
     /// What to launch.
     pub kernel: Kernel<GatherParams>,
 }
 
 impl GatherKernel {
+    /// Whether the product's rows are channels and its columns positions.
+    #[must_use]
+    pub const fn channels_are_rows(&self) -> bool {
+        matches!((self.cut, self.output), (Cut::Haloed(_), _) | (_, SequenceLayout::Ncl))
+    }
+
     /// Positions and channels of a tile.
     #[must_use]
     pub const fn extents(&self) -> [u32; 2] {
-        match self.output {
-            SequenceLayout::Nlc => [self.tile.block_m, self.tile.block_n],
-            SequenceLayout::Ncl => [self.tile.block_n, self.tile.block_m],
+        match self.cut {
+            Cut::PerTap { tile, .. } if self.channels_are_rows() => [tile.block_n, tile.block_m],
+            Cut::PerTap { tile, .. } => [tile.block_m, tile.block_n],
+            Cut::Haloed(tile) => [halo::POSITIONS, tile.channels],
+        }
+    }
+
+    /// Blocks that share a multiprocessor.
+    #[must_use]
+    pub const fn blocks_per_multiprocessor(&self) -> u32 {
+        match self.cut {
+            Cut::PerTap { blocks_per_multiprocessor, .. } => blocks_per_multiprocessor,
+            Cut::Haloed(_) => 1,
         }
     }
 
@@ -164,15 +194,27 @@ impl GatherKernel {
     #[must_use]
     pub const fn boxes(&self, in_step: u32) -> [[u32; 2]; 2] {
         let [positions, channels] = self.extents();
-        let input = [BLOCK_K, box_positions(positions, in_step) * in_step];
-        [input, [BLOCK_K, channels]]
+        let input = match self.cut {
+            Cut::PerTap { .. } => box_positions(positions, in_step) * in_step,
+            Cut::Haloed(_) => halo::BOX_ROWS,
+        };
+        [[BLOCK_K, input], [BLOCK_K, channels]]
+    }
+
+    /// Whether it serves a problem of its type and layouts.
+    #[must_use]
+    pub const fn serves(&self, problem: &Problem) -> bool {
+        match self.cut {
+            Cut::PerTap { .. } => problem.in_step <= MAX_STEP,
+            Cut::Haloed(_) => problem.in_step == 1 && problem.reach <= halo::MAX_REACH as u64,
+        }
     }
 
     /// Estimated cycles of the busiest multiprocessor.
     ///
     /// A step multiplies at 2048 products a cycle and loads as [`load_cycles`] says; the larger
-    /// counts. A tile pays for its epilogue by its elements, unless two blocks share a
-    /// multiprocessor: then one multiplies while the other stores.
+    /// counts. A tile pays for its epilogue by its elements, unless another tile is multiplied
+    /// meanwhile: where two blocks share a multiprocessor, or two consumers take turns.
     const fn cost(&self, problem: &Problem, multiprocessors: u32) -> u64 {
         let [positions, channels] = self.extents();
         let tiles = problem.batch as u64
@@ -180,13 +222,21 @@ impl GatherKernel {
             * problem.groups as u64
             * problem.out_channels.div_ceil(channels) as u64;
         let waves = tiles.div_ceil(multiprocessors as u64);
-        let steps = problem.taps as u64 * problem.in_channels.div_ceil(BLOCK_K) as u64;
-        let multiply = self.tile.block_m * self.tile.block_n / 32;
-        let load = load_cycles(positions + channels);
-        let step = if multiply > load { multiply } else { load } as u64;
-        let alone = self.blocks_per_multiprocessor == 1;
-        let epilogue = if alone { (self.tile.block_m * self.tile.block_n / 16) as u64 } else { 0 };
-        waves * (steps * step + epilogue)
+        let channel_blocks = problem.in_channels.div_ceil(BLOCK_K) as u64;
+        let taps = problem.taps as u64;
+        let multiply = taps * (positions * channels / 32) as u64;
+        let (load, overlaps) = match self.cut {
+            Cut::PerTap { blocks_per_multiprocessor, .. } => {
+                (taps * load_cycles(positions + channels) as u64, blocks_per_multiprocessor > 1)
+            }
+            Cut::Haloed(tile) => {
+                let load = load_cycles(halo::ROWS) as u64 + taps * load_cycles(channels) as u64;
+                (load, tile.readers() == 1)
+            }
+        };
+        let block = if multiply > load { multiply } else { load };
+        let epilogue = if overlaps { 0 } else { (positions * channels / 16) as u64 };
+        waves * (channel_blocks * block + epilogue)
     }
 }
 
@@ -205,6 +255,8 @@ pub struct Problem {
     pub out_channels: u32,
     /// Taps, at least 1.
     pub taps: u32,
+    /// Positions from the one that the first tap meets to that of the last, at most.
+    pub reach: u64,
     /// From position to position of the output.
     pub in_step: u32,
 }
@@ -222,6 +274,7 @@ impl Problem {
             in_channels,
             out_channels,
             taps,
+            reach: (taps as u64 - 1) * gather.tap_step as u64,
             in_step: if gather.taps > 0 { gather.in_step } else { 1 },
         }
     }
@@ -238,8 +291,9 @@ pub fn select(
 ) -> Option<&'static GatherKernel> {
     KERNELS
         .iter()
+        .chain(&halo::KERNELS)
         .filter(|row| (row.dtype, row.input, row.output) == (dtype, input, output))
-        .filter(|_| problem.in_step <= MAX_STEP)
+        .filter(|row| row.serves(problem))
         .min_by_key(|row| row.cost(problem, multiprocessors))
 }
 
@@ -278,8 +332,8 @@ macro_rules! kernels {
     ($($entry:ident: $element:ident $ptx_type:literal,
         $input:ident to $output:ident,
         $block_m:literal x $block_n:tt, $num_stages:literal stages, $blocks:literal per multiprocessor;)+) => {
-        /// Every kernel, for each element type and pair of layouts from the largest tile to the
-        /// smallest.
+        /// Every kernel without a halo, for each element type and pair of layouts from the largest
+        /// tile to the smallest.
         pub static KERNELS: [GatherKernel; [$(stringify!($entry)),+].len()] = [$({
             static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = Tile {
@@ -289,8 +343,7 @@ macro_rules! kernels {
                 dtype: DType::$element,
                 input: SequenceLayout::$input,
                 output: SequenceLayout::$output,
-                tile,
-                blocks_per_multiprocessor: $blocks,
+                cut: Cut::PerTap { tile, blocks_per_multiprocessor: $blocks },
                 kernel: Kernel::new(
                     &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
                 )

@@ -17,6 +17,8 @@
 //!            64; of 64, they take tiles by turns, and one multiplies while the other stores.
 //! ```
 
+use super::{Cut, GatherKernel};
+#[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 use super::{GatherParams, Walk};
 use crate::abi::{DType, Kernel, Module, module};
 use crate::conv1d::SequenceLayout;
@@ -96,32 +98,22 @@ impl HaloTile {
     }
 }
 
-/// A kernel with a halo and what it serves.
-pub struct HaloKernel {
-    /// Element type of all operands.
-    pub dtype: DType,
-    /// Layout of the output.
-    pub output: SequenceLayout,
-    /// How it cuts the product up.
-    pub tile: HaloTile,
-    /// What to launch.
-    pub kernel: Kernel<GatherParams>,
-}
-
 /// One row makes a kernel's module, its host-side description and, on the device, its entry.
 macro_rules! kernels {
     ($($entry:ident: $element:ident $ptx_type:literal, $output:ident, $channels:literal channels,
         $filter_stages:literal stages, $buffers:literal buffers;)+) => {
-        /// Every kernel with a halo.
-        pub static KERNELS: [HaloKernel; [$(stringify!($entry)),+].len()] = [$({
+        /// Every kernel with a halo, for each element type and layout of the output from the larger
+        /// tile to the smaller.
+        pub static KERNELS: [GatherKernel; [$(stringify!($entry)),+].len()] = [$({
             static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = HaloTile {
                 channels: $channels, filter_stages: $filter_stages, buffers: $buffers,
             };
-            HaloKernel {
+            GatherKernel {
                 dtype: DType::$element,
+                input: SequenceLayout::Nlc,
                 output: SequenceLayout::$output,
-                tile,
+                cut: Cut::Haloed(tile),
                 kernel: Kernel::new(
                     &MODULE, stringify!($entry), BLOCK_DIM, tile.smem_bytes(),
                 )
@@ -142,4 +134,45 @@ kernels! {
     conv1d_halo_bf16_nlc_64x256: BF16 "bf16", Nlc, 64 channels, 10 stages, 3 buffers;
     conv1d_halo_bf16_ncl_128x256: BF16 "bf16", Ncl, 128 channels, 5 stages, 3 buffers;
     conv1d_halo_bf16_ncl_64x256: BF16 "bf16", Ncl, 64 channels, 10 stages, 3 buffers;
+    conv1d_halo_f16_nlc_128x256: F16 "f16", Nlc, 128 channels, 5 stages, 3 buffers;
+    conv1d_halo_f16_nlc_64x256: F16 "f16", Nlc, 64 channels, 10 stages, 3 buffers;
+    conv1d_halo_f16_ncl_128x256: F16 "f16", Ncl, 128 channels, 5 stages, 3 buffers;
+    conv1d_halo_f16_ncl_64x256: F16 "f16", Ncl, 64 channels, 10 stages, 3 buffers;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conv1d::hopper::SLAB_N;
+
+    #[test]
+    fn two_boxes_make_a_haloed_tile_of_whole_groups_of_rows() {
+        assert_eq!(2 * BOX_ROWS, ROWS);
+        assert!(BOX_ROWS <= 256 && (BOX_ROWS * ROW_BYTES).is_multiple_of(1024));
+    }
+
+    #[test]
+    fn swizzled_parts_of_shared_memory_start_on_multiples_of_their_period() {
+        for row in &KERNELS {
+            let Cut::Haloed(tile) = row.cut else { panic!("a kernel with a halo") };
+            for offset in [tile.filter_bytes(), tile.buffer_offset(), tile.slab_offset()] {
+                assert!(offset.is_multiple_of(1024));
+            }
+            assert_eq!(tile.barrier_offset() - tile.slab_offset(), 4 * SLAB_N * SLAB_N * 2);
+        }
+    }
+
+    #[test]
+    fn entry_names_say_what_the_kernel_serves() {
+        for row in &KERNELS {
+            let [positions, channels] = row.extents();
+            let expected = std::format!(
+                "conv1d_halo_{}_{}_{channels}x{positions}",
+                row.dtype,
+                row.output.name()
+            );
+            assert_eq!(row.kernel.entry, expected);
+            assert_eq!(row.kernel.module.entries, [row.kernel.entry]);
+        }
+    }
 }

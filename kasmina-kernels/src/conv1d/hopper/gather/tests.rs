@@ -20,14 +20,13 @@ fn shape(stride: usize) -> Conv1dShape {
 #[test]
 fn tiles_cover_every_position_and_channel_once() {
     let shape = shape(1);
-    for row in &KERNELS {
+    for row in KERNELS.iter().chain(&halo::KERNELS) {
         let walk = Walk::new(&shape.forward_gather(), [96, 320], row);
-        let tiles = walk.scheduler(row.output, 3, 2);
+        let tiles = walk.scheduler(row, 3, 2);
         let mut seen = HashSet::new();
         for index in 0..tiles.num_tiles() {
             let (m, n) = tiles.tile(index);
-            let (positions, channels) =
-                if row.output == SequenceLayout::Nlc { (m, n) } else { (n, m) };
+            let (positions, channels) = if row.channels_are_rows() { (n, m) } else { (m, n) };
             let place = walk.place(positions, channels, row.extents());
             assert!(place.sequence < 3 && place.position < 500);
             assert!(place.group < 2 && place.channel < 320);
@@ -42,11 +41,11 @@ fn tiles_cover_every_position_and_channel_once() {
 #[test]
 fn a_walk_without_taps_meets_only_zeros() {
     let gather = Gather { taps: 0, ..shape(1).forward_gather() };
-    for row in &KERNELS {
+    for row in KERNELS.iter().chain(&halo::KERNELS) {
         let walk = Walk::new(&gather, [96, 320], row);
         assert_eq!(walk.taps, 1);
         // The last row of the last tile, at most a box beyond the last position.
-        let last = i64::from(MAX_POSITIONS) + 256;
+        let last = i64::from(MAX_POSITIONS) + i64::from(halo::ROWS) + 256;
         assert!(i64::from(walk.in_first) + last * i64::from(walk.in_step) < 0);
     }
 }
@@ -70,36 +69,51 @@ fn channels_last_inputs_of_16_bit_types_are_served_and_others_are_not() {
 #[test]
 fn entry_names_say_what_the_kernel_serves() {
     for row in &KERNELS {
+        let Cut::PerTap { tile, .. } = row.cut else { panic!("a kernel without a halo") };
         let expected = std::format!(
             "conv1d_{}_{}_{}_{}x{}x{BLOCK_K}",
             row.dtype,
             row.input.name(),
             row.output.name(),
-            row.tile.block_m,
-            row.tile.block_n,
+            tile.block_m,
+            tile.block_n,
         );
         assert_eq!(row.kernel.entry, expected);
         assert_eq!(row.kernel.module.entries, [row.kernel.entry]);
     }
 }
 
-/// `[block_m, block_n]` for a channels-last pass of stride 1.
-fn selected(batch: u32, positions: u32, channels: [u32; 2], taps: u32) -> [u32; 2] {
-    let [in_channels, out_channels] = channels;
+/// `[positions, channels]` of a tile, and whether it has a halo, for a channels-last pass.
+fn selected(
+    [batch, positions]: [u32; 2],
+    [in_channels, out_channels]: [u32; 2],
+    taps: u32,
+    dilation: u64,
+) -> ([u32; 2], bool) {
+    let reach = (u64::from(taps) - 1) * dilation;
     let problem =
-        Problem { batch, positions, groups: 1, in_channels, out_channels, taps, in_step: 1 };
+        Problem { batch, positions, groups: 1, in_channels, out_channels, taps, reach, in_step: 1 };
     let layouts = [SequenceLayout::Nlc; 2];
-    select(DType::BF16, layouts, &problem, 132).expect("a kernel").tile.extents()
+    let row = select(DType::BF16, layouts, &problem, 132).expect("a kernel");
+    (row.extents(), matches!(row.cut, Cut::Haloed(_)))
 }
 
-/// Timed on an H200, each was the fastest of the three.
+#[test]
+fn a_halo_serves_taps_that_are_near_each_other() {
+    assert!(selected([32, 4096], [256, 256], 3, 1).1);
+    assert!(selected([16, 16384], [64, 64], 7, 1).1);
+    assert!(selected([4, 65536], [128, 128], 3, 8).1);
+    assert!(!selected([4, 65536], [128, 128], 3, 9).1);
+}
+
+/// Timed on an H200, each was the fastest of the three without a halo.
 #[test]
 fn timed_shapes_get_the_tile_that_was_fastest() {
-    assert_eq!(selected(32, 4096, [256, 256], 3), [128, 256]);
-    assert_eq!(selected(32, 2048, [512, 512], 5), [128, 256]);
-    assert_eq!(selected(16, 16384, [64, 64], 7), [128, 64]);
-    assert_eq!(selected(64, 8192, [32, 32], 3), [128, 64]);
-    assert_eq!(selected(8, 1024, [1024, 1024], 3), [128, 256]);
-    assert_eq!(selected(16, 4096, [256, 128], 9), [128, 128]);
-    assert_eq!(selected(4, 65536, [128, 128], 3), [128, 128]);
+    assert_eq!(selected([32, 4096], [256, 256], 3, 100), ([128, 256], false));
+    assert_eq!(selected([32, 2048], [512, 512], 5, 100), ([128, 256], false));
+    assert_eq!(selected([16, 16384], [64, 64], 7, 100), ([128, 64], false));
+    assert_eq!(selected([64, 8192], [32, 32], 3, 100), ([128, 64], false));
+    assert_eq!(selected([8, 1024], [1024, 1024], 3, 100), ([128, 256], false));
+    assert_eq!(selected([16, 4096], [256, 128], 9, 100), ([128, 128], false));
+    assert_eq!(selected([4, 65536], [128, 128], 3, 100), ([128, 128], false));
 }

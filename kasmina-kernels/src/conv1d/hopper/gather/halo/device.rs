@@ -243,8 +243,7 @@ impl Slabs {
         // SAFETY: the whole warpgroup, by the caller's contract.
         unsafe { self.sync() };
         if ptx::thread_index() % 128 == 0 {
-            let (channel, position) =
-                (place.channel + self.channel, place.position + slab * 64);
+            let (channel, position) = (place.channel + self.channel, place.position + slab * 64);
             let (inner, outer) = match self.output {
                 SequenceLayout::Nlc => (channel, position),
                 SequenceLayout::Ncl => (position, channel),
