@@ -99,7 +99,6 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
     use std::vec;
-    use std::vec::Vec;
 
     #[test]
     fn swizzle_is_a_permutation_of_the_tile() {
