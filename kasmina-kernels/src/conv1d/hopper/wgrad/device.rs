@@ -131,9 +131,14 @@ impl Source {
         let start = at.position.wrapping_mul(walk.in_step).wrapping_add(walk.in_first as u32);
         let mut loaded = 0;
         while loaded < tile.block_n {
-            // Beyond the last tap: a sequence that does not exist gives zeros and costs no reads.
-            let sequence = if tap < walk.taps { at.sequence } else { walk.batch };
-            let position = start.wrapping_add(tap.wrapping_mul(walk.tap_step));
+            // Beyond the last tap: a sequence that does not exist gives zeros and costs no reads. Its
+            // position is that of the first, as the others' need not be one that boxes begin on.
+            let (sequence, reach) = if tap < walk.taps {
+                (at.sequence, tap.wrapping_mul(walk.tap_step))
+            } else {
+                (walk.batch, 0)
+            };
+            let position = start.wrapping_add(reach);
             let channel = channel_block * SLAB_N;
             let dst = dst + loaded * (BLOCK_K * 2);
             // SAFETY: by the caller's contract; slabs of 64 × 64 follow each other in the stage,
