@@ -30,6 +30,7 @@ use crate::gemm::WeightLayout;
 use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
 
+pub mod comparison;
 pub mod split;
 pub mod weight_gradient;
 
@@ -64,13 +65,9 @@ impl Tile {
         self.block_m / CONSUMER_M
     }
 
-    /// Slabs a consumer fills in turn: all of the tile's where they fit beside the stages, so that
-    /// none waits for a store of its own tile, else two.
-    pub(crate) const fn slab_buffers(self) -> u32 {
-        let slabs = self.block_n / SLAB_N;
-        let stages = self.num_stages * (self.x_stage_bytes() + self.w_stage_bytes());
-        let fits = stages + self.num_consumers() * slabs * SLAB_BYTES <= 208 * 1024;
-        if fits || slabs == 1 { slabs } else { 2 }
+    /// Slabs a consumer fills in turn: a second where a tile has more than one.
+    const fn slab_buffers(self) -> u32 {
+        if self.block_n > SLAB_N { 2 } else { 1 }
     }
 
     pub(crate) const fn block_dim(self) -> u32 {

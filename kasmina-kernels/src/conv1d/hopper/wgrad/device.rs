@@ -400,7 +400,7 @@ macro_rules! entry {
             // SAFETY: the whole block is here; a stage is released by the consumers and by warps
             // 1 and 2.
             let (block, warpgroup) = unsafe {
-                let block = Block::start_with(TILE, TILE.num_consumers() + 2);
+                let block = Block::start_with(TILE, 1, TILE.num_consumers() + 2);
                 (block, ptx::shfl_sync_idx_first(ptx::thread_index() / 128))
             };
             $crate::gemm::hopper::device::wait_for_predecessors();
