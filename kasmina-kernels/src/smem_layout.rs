@@ -36,6 +36,13 @@ pub const fn wgmma_descriptor(address: u32, major: Major) -> u64 {
     }
 }
 
+/// As that of an MN-major operand, whose slabs overlap: each begins so many rows after the last.
+#[must_use]
+#[inline(always)]
+pub const fn wgmma_descriptor_slabs(address: u32, rows: u32) -> u64 {
+    descriptor(address, 1, (rows * SWIZZLE_ROW_BYTES) as u64, 1024)
+}
+
 /// As [`wgmma_descriptor`], with 32 k per stage: K-major rows have 64 bytes and a 64-byte swizzle
 /// (mode 2), MN-major slabs 32 rows.
 #[must_use]
@@ -120,6 +127,8 @@ mod tests {
     fn descriptors_equal_the_constants_that_ran_on_hardware() {
         assert_eq!(wgmma_descriptor(0, Major::K), 0x4000_0040_0001_0000);
         assert_eq!(wgmma_descriptor(0, Major::MN), 0x4000_0040_0200_0000);
+        assert_eq!(wgmma_descriptor_slabs(0, 64), wgmma_descriptor(0, Major::MN));
+        assert_eq!(wgmma_descriptor_slabs(0, 1), 0x4000_0040_0008_0000);
         assert_eq!(wgmma_descriptor(0x0100_0400, Major::K), 0x4000_0040_0001_0040);
         assert_eq!(wgmma_descriptor_k32(0, Major::K), 0x8000_0020_0001_0000);
         assert_eq!(wgmma_descriptor_k32(0x400, Major::MN), 0x4000_0040_0100_0040);

@@ -364,7 +364,7 @@ pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass)
     let selected = wgrad::select(dtype, layouts, shape).ok_or_else(unsupported)?;
     let sum_kernel = sum::kernel(dtype).ok_or_else(unsupported)?;
     let sm_count = stream.gpu().capability().sm_count;
-    let walk = wgrad::Walk::new(shape, selected.tile);
+    let walk = wgrad::Walk::new(shape, selected);
     let overflow = || Error::Overflow {
         op,
         quantity: "the number of steps over tiles and positions",
@@ -383,7 +383,7 @@ pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass)
     let partials = workspace.address();
     let bias_partials = if pass.db.is_some() { partials + sums } else { 0 };
 
-    let [dz_box, x_box] = selected.boxes(walk.in_step);
+    let [dz_box, x_box] = selected.boxes([walk.in_step, walk.tap_step]);
     let (dz, x) = (volume(pass.dz, shape, false, dtype), volume(pass.x, shape, true, dtype));
     let params = WgradParams {
         dz_map: dz.map(dz_box, 1, dz.positions())?,

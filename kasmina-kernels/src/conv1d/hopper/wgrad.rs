@@ -5,6 +5,11 @@
 //! both operands K-major (NCL) or MN-major (NLC), each by itself, so no layout needs a transposed
 //! copy.
 //!
+//! Of a channels-last x, one haloed box can serve three or four taps ([`WgradKernel::tile_taps`]):
+//! their operands overlap in shared memory, each a few rows of positions further on than the last.
+//! To wgmma these are slabs of 64 columns, whose distance is the descriptor's leading offset
+//! (confirmed on an H200 for distances of any number of rows).
+//!
 //! There are few tiles and many steps of k, so the steps of all tiles in a row are cut into equal
 //! parts ([`Split`]), one for a block. A block writes its sums of each tile that its part meets, in
 //! f32; a second kernel adds them in the order of the parts, converts, and writes the filter in its
@@ -18,7 +23,8 @@
 //! ```
 //!
 //! # Shape contract
-//! - Input NCL: stride 1. Input NLC: at most [`super::MAX_STEP`].
+//! - Input NCL: stride 1. Input NLC: at most [`super::MAX_STEP`]; 1 where a box serves several taps,
+//!   which then reach no further than it holds ([`HALO_ROWS`]).
 //! - Steps of all tiles fit 31 bits.
 //! - Positions of the output beyond its end count as zeros and are multiplied by what x has there,
 //!   so an infinity or NaN of x may reach further taps than it should.
@@ -178,6 +184,10 @@ pub struct Walk {
     pub tiles_m: u32,
     /// Columns of tiles in a group.
     pub tiles_n: u32,
+    /// Taps of a tile that meet the same box of x; 0 where each block of columns has its own.
+    pub tile_taps: u32,
+    /// Tiles that cover the taps of 64 input channels, where taps share boxes.
+    pub tap_tiles: u32,
 }
 
 /// Group, row and column of a tile.
@@ -194,9 +204,11 @@ pub struct TilePlace {
 impl Walk {
     /// The walk of a convolution with tiles of this kernel.
     #[must_use]
-    pub const fn new(shape: &Conv1dShape, tile: Tile) -> Self {
+    pub const fn new(shape: &Conv1dShape, kernel: &WgradKernel) -> Self {
         let gather = shape.forward_gather();
         let channel_blocks = shape.group_in().div_ceil(SLAB_N);
+        let (tile, tile_taps) = (kernel.tile, kernel.tile_taps);
+        let tap_tiles = if tile_taps > 0 { gather.taps.div_ceil(tile_taps) } else { 0 };
         Self {
             in_first: gather.in_first,
             in_step: gather.in_step,
@@ -205,9 +217,15 @@ impl Walk {
             channel_blocks,
             sequence_blocks: shape.out_length.div_ceil(BLOCK_K),
             batch: shape.batch,
-            box_positions: box_positions(BLOCK_K, shape.stride),
+            box_positions: kernel.x_positions(shape.stride, gather.tap_step),
             tiles_m: shape.group_out().div_ceil(tile.block_m),
-            tiles_n: (channel_blocks * gather.taps).div_ceil(tile.block_n / SLAB_N),
+            tiles_n: if tile_taps > 0 {
+                channel_blocks * tap_tiles
+            } else {
+                (channel_blocks * gather.taps).div_ceil(tile.block_n / SLAB_N)
+            },
+            tile_taps,
+            tap_tiles,
         }
     }
 
@@ -237,6 +255,12 @@ impl Walk {
     #[must_use]
     #[inline(always)]
     pub const fn column(&self, channel: u32, tap: u32, block_n: u32) -> (u32, u32) {
+        if self.tile_taps > 0 {
+            let tile = div(tap, self.tile_taps);
+            let within = tap.wrapping_sub(tile.wrapping_mul(self.tile_taps));
+            let first = (channel / SLAB_N).wrapping_mul(self.tap_tiles);
+            return (first.wrapping_add(tile), within * SLAB_N + channel % SLAB_N);
+        }
         let slab = tap.wrapping_mul(self.channel_blocks).wrapping_add(channel / SLAB_N);
         let slabs = block_n / SLAB_N;
         let tile = div(slab, slabs);
@@ -255,23 +279,53 @@ pub struct WgradKernel {
     pub x: SequenceLayout,
     /// How it cuts the product up.
     pub tile: Tile,
+    /// Taps, in as many blocks of 64 columns, that meet the same box of x; 0 where each block has
+    /// its own box.
+    pub tile_taps: u32,
     /// What to launch.
     pub kernel: Kernel<WgradParams>,
 }
 
+/// The most positions of a box of x that serves several taps.
+pub const HALO_ROWS: u32 = 96;
+
+/// A stage of the ring where taps share a box of x, as the tile that has such stages.
+const fn haloed_stages(tile: Tile) -> Tile {
+    Tile { block_n: HALO_ROWS, ..tile }
+}
+
 impl WgradKernel {
-    /// The boxes of dz and x, innermost axis first, with steps over positions counted.
+    /// The boxes of dz and x, innermost axis first, with steps over positions counted: `in_step`
+    /// from position to position of dz, `tap_step` from tap to tap.
     #[must_use]
-    pub const fn boxes(&self, in_step: u32) -> [[u32; 2]; 2] {
+    pub const fn boxes(&self, [in_step, tap_step]: [u32; 2]) -> [[u32; 2]; 2] {
         let dz = match self.dz {
             SequenceLayout::Nlc => [SLAB_N, BLOCK_K],
             SequenceLayout::Ncl => [BLOCK_K, self.tile.block_m],
         };
         let x = match self.x {
-            SequenceLayout::Nlc => [SLAB_N, box_positions(BLOCK_K, in_step) * in_step],
+            SequenceLayout::Nlc => [SLAB_N, self.x_positions(in_step, tap_step) * in_step],
             SequenceLayout::Ncl => [BLOCK_K, SLAB_N],
         };
         [dz, x]
+    }
+
+    /// Positions that one box of a channels-last x holds.
+    const fn x_positions(&self, in_step: u32, tap_step: u32) -> u32 {
+        if self.tile_taps > 0 {
+            // Whole groups of 8 rows, the period of the swizzle.
+            (BLOCK_K + (self.tile_taps - 1) * tap_step).next_multiple_of(8)
+        } else {
+            box_positions(BLOCK_K, in_step)
+        }
+    }
+
+    /// Whether it serves a convolution of its type and layouts.
+    #[must_use]
+    pub const fn serves(&self, shape: &Conv1dShape) -> bool {
+        let most = (HALO_ROWS - BLOCK_K) as u64;
+        self.tile_taps == 0
+            || shape.stride == 1 && (self.tile_taps as u64 - 1) * shape.dilation as u64 <= most
     }
 
     /// Bytes of a slot: the sums of a tile.
@@ -282,9 +336,10 @@ impl WgradKernel {
 
     /// Estimated cycles of a step of all tiles.
     const fn cost(&self, shape: &Conv1dShape) -> u64 {
-        let walk = Walk::new(shape, self.tile);
+        let walk = Walk::new(shape, self);
         let multiply = self.tile.block_m * self.tile.block_n / 32;
-        let load = load_cycles(self.tile.block_m + self.tile.block_n);
+        let x_rows = if self.tile_taps > 0 { walk.box_positions } else { self.tile.block_n };
+        let load = load_cycles(self.tile.block_m + x_rows);
         let step = if multiply > load { multiply } else { load } as u64;
         walk.tiles_m as u64 * walk.tiles_n as u64 * step
     }
@@ -300,6 +355,7 @@ pub fn select(
     KERNELS
         .iter()
         .filter(|row| (row.dtype, row.dz, row.x) == (dtype, dz, x))
+        .filter(|row| row.serves(shape))
         .min_by_key(|row| row.cost(shape))
 }
 
@@ -325,29 +381,31 @@ pub struct WgradParams {
     pub walk: Walk,
 }
 
-// SAFETY: repr(C); 256 bytes of maps, two u64 and fourteen 32-bit fields: no padding.
+// SAFETY: repr(C); 256 bytes of maps, two u64 and sixteen 32-bit fields: no padding.
 unsafe impl KernelParams for WgradParams {}
-const _: () = assert!(size_of::<WgradParams>() == 2 * 128 + 2 * 8 + 14 * 4);
+const _: () = assert!(size_of::<WgradParams>() == 2 * 128 + 2 * 8 + 16 * 4);
 
 /// One row makes a kernel's module, its host-side description and, on the device, its entry.
 macro_rules! kernels {
     ($($entry:ident: $element:ident $ptx_type:literal,
         $dz:ident $dz_major:ident x $x:ident $x_major:ident,
-        $block_m:literal x $block_n:tt, $num_stages:literal stages;)+) => {
+        $block_m:literal x $block_n:tt, $num_stages:literal stages, $tile_taps:literal taps;)+) => {
         /// Every kernel, for each element type and pair of layouts from the largest tile to the
-        /// smallest.
+        /// smallest, those whose taps share boxes first.
         pub static KERNELS: [WgradKernel; [$(stringify!($entry)),+].len()] = [$({
             static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
             };
+            let stages = if $tile_taps > 0 { haloed_stages(tile) } else { tile };
             WgradKernel {
                 dtype: DType::$element,
                 dz: SequenceLayout::$dz,
                 x: SequenceLayout::$x,
                 tile,
+                tile_taps: $tile_taps,
                 kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
+                    &MODULE, stringify!($entry), tile.block_dim(), stages.smem_bytes(),
                 )
                 .waiting_for_predecessors(),
             }
@@ -355,29 +413,38 @@ macro_rules! kernels {
         $(
             #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
             device::entry!(
-                $entry, $element, $ptx_type, $dz_major, $x_major, $block_m, $block_n, $num_stages
+                $entry, $element, $ptx_type, $dz_major, $x_major, $block_m, $block_n, $num_stages,
+                $tile_taps
             );
         )+
     };
 }
 
 kernels! {
-    conv1d_wgrad_bf16_ncl_ncl_128x256x64: BF16 "bf16", Ncl K x Ncl K, 128 x 256, 4 stages;
-    conv1d_wgrad_bf16_ncl_ncl_64x256x64: BF16 "bf16", Ncl K x Ncl K, 64 x 256, 5 stages;
-    conv1d_wgrad_bf16_nlc_nlc_128x256x64: BF16 "bf16", Nlc MN x Nlc MN, 128 x 256, 4 stages;
-    conv1d_wgrad_bf16_nlc_nlc_64x256x64: BF16 "bf16", Nlc MN x Nlc MN, 64 x 256, 5 stages;
-    conv1d_wgrad_bf16_ncl_nlc_128x256x64: BF16 "bf16", Ncl K x Nlc MN, 128 x 256, 4 stages;
-    conv1d_wgrad_bf16_ncl_nlc_64x256x64: BF16 "bf16", Ncl K x Nlc MN, 64 x 256, 5 stages;
-    conv1d_wgrad_bf16_nlc_ncl_128x256x64: BF16 "bf16", Nlc MN x Ncl K, 128 x 256, 4 stages;
-    conv1d_wgrad_bf16_nlc_ncl_64x256x64: BF16 "bf16", Nlc MN x Ncl K, 64 x 256, 5 stages;
-    conv1d_wgrad_f16_ncl_ncl_128x256x64: F16 "f16", Ncl K x Ncl K, 128 x 256, 4 stages;
-    conv1d_wgrad_f16_ncl_ncl_64x256x64: F16 "f16", Ncl K x Ncl K, 64 x 256, 5 stages;
-    conv1d_wgrad_f16_nlc_nlc_128x256x64: F16 "f16", Nlc MN x Nlc MN, 128 x 256, 4 stages;
-    conv1d_wgrad_f16_nlc_nlc_64x256x64: F16 "f16", Nlc MN x Nlc MN, 64 x 256, 5 stages;
-    conv1d_wgrad_f16_ncl_nlc_128x256x64: F16 "f16", Ncl K x Nlc MN, 128 x 256, 4 stages;
-    conv1d_wgrad_f16_ncl_nlc_64x256x64: F16 "f16", Ncl K x Nlc MN, 64 x 256, 5 stages;
-    conv1d_wgrad_f16_nlc_ncl_128x256x64: F16 "f16", Nlc MN x Ncl K, 128 x 256, 4 stages;
-    conv1d_wgrad_f16_nlc_ncl_64x256x64: F16 "f16", Nlc MN x Ncl K, 64 x 256, 5 stages;
+    conv1d_wgrad_bf16_ncl_ncl_128x256x64: BF16 "bf16", Ncl K x Ncl K, 128 x 256, 4 stages, 0 taps;
+    conv1d_wgrad_bf16_ncl_ncl_64x256x64: BF16 "bf16", Ncl K x Ncl K, 64 x 256, 5 stages, 0 taps;
+    conv1d_wgrad_taps_bf16_nlc_nlc_128x256x64: BF16 "bf16", Nlc MN x Nlc MN, 128 x 256, 6 stages, 4 taps;
+    conv1d_wgrad_taps_bf16_nlc_nlc_128x192x64: BF16 "bf16", Nlc MN x Nlc MN, 128 x 192, 6 stages, 3 taps;
+    conv1d_wgrad_taps_bf16_nlc_nlc_64x256x64: BF16 "bf16", Nlc MN x Nlc MN, 64 x 256, 10 stages, 4 taps;
+    conv1d_wgrad_taps_bf16_nlc_nlc_64x192x64: BF16 "bf16", Nlc MN x Nlc MN, 64 x 192, 10 stages, 3 taps;
+    conv1d_wgrad_bf16_nlc_nlc_128x256x64: BF16 "bf16", Nlc MN x Nlc MN, 128 x 256, 4 stages, 0 taps;
+    conv1d_wgrad_bf16_nlc_nlc_64x256x64: BF16 "bf16", Nlc MN x Nlc MN, 64 x 256, 5 stages, 0 taps;
+    conv1d_wgrad_bf16_ncl_nlc_128x256x64: BF16 "bf16", Ncl K x Nlc MN, 128 x 256, 4 stages, 0 taps;
+    conv1d_wgrad_bf16_ncl_nlc_64x256x64: BF16 "bf16", Ncl K x Nlc MN, 64 x 256, 5 stages, 0 taps;
+    conv1d_wgrad_bf16_nlc_ncl_128x256x64: BF16 "bf16", Nlc MN x Ncl K, 128 x 256, 4 stages, 0 taps;
+    conv1d_wgrad_bf16_nlc_ncl_64x256x64: BF16 "bf16", Nlc MN x Ncl K, 64 x 256, 5 stages, 0 taps;
+    conv1d_wgrad_f16_ncl_ncl_128x256x64: F16 "f16", Ncl K x Ncl K, 128 x 256, 4 stages, 0 taps;
+    conv1d_wgrad_f16_ncl_ncl_64x256x64: F16 "f16", Ncl K x Ncl K, 64 x 256, 5 stages, 0 taps;
+    conv1d_wgrad_taps_f16_nlc_nlc_128x256x64: F16 "f16", Nlc MN x Nlc MN, 128 x 256, 6 stages, 4 taps;
+    conv1d_wgrad_taps_f16_nlc_nlc_128x192x64: F16 "f16", Nlc MN x Nlc MN, 128 x 192, 6 stages, 3 taps;
+    conv1d_wgrad_taps_f16_nlc_nlc_64x256x64: F16 "f16", Nlc MN x Nlc MN, 64 x 256, 10 stages, 4 taps;
+    conv1d_wgrad_taps_f16_nlc_nlc_64x192x64: F16 "f16", Nlc MN x Nlc MN, 64 x 192, 10 stages, 3 taps;
+    conv1d_wgrad_f16_nlc_nlc_128x256x64: F16 "f16", Nlc MN x Nlc MN, 128 x 256, 4 stages, 0 taps;
+    conv1d_wgrad_f16_nlc_nlc_64x256x64: F16 "f16", Nlc MN x Nlc MN, 64 x 256, 5 stages, 0 taps;
+    conv1d_wgrad_f16_ncl_nlc_128x256x64: F16 "f16", Ncl K x Nlc MN, 128 x 256, 4 stages, 0 taps;
+    conv1d_wgrad_f16_ncl_nlc_64x256x64: F16 "f16", Ncl K x Nlc MN, 64 x 256, 5 stages, 0 taps;
+    conv1d_wgrad_f16_nlc_ncl_128x256x64: F16 "f16", Nlc MN x Ncl K, 128 x 256, 4 stages, 0 taps;
+    conv1d_wgrad_f16_nlc_ncl_64x256x64: F16 "f16", Nlc MN x Ncl K, 64 x 256, 5 stages, 0 taps;
 }
 
 #[cfg(test)]

@@ -22,6 +22,8 @@ pub(super) struct Source {
     pub(super) x_map: u64,
     pub(super) dz_major: Major,
     pub(super) x_major: Major,
+    /// [`WgradKernel::tile_taps`].
+    pub(super) tile_taps: u32,
 }
 
 /// One step: the group, sequence and first position of dz.
@@ -45,7 +47,12 @@ impl Source {
             ptx::prefetch_tensormap(self.dz_map);
             ptx::prefetch_tensormap(self.x_map);
         }
-        let stage_bytes = tile.x_stage_bytes() + tile.w_stage_bytes();
+        let x_bytes = if self.tile_taps > 0 {
+            walk.box_positions * (SLAB_N * 2)
+        } else {
+            tile.block_n * (BLOCK_K * 2)
+        };
+        let stage_bytes = tile.x_stage_bytes() + x_bytes;
         let mut ring = RingPosition::START;
         let mut part = ptx::block_index();
         while part < split.num_parts() {
@@ -71,8 +78,12 @@ impl Source {
                         block.ring.wait_empty(ring);
                         ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
                         self.load_dz(tile, block.x_stage(ring.stage), out_channel, at, full);
-                        let from = [first_tap, first_block];
-                        self.load_x(tile, walk, block.w_stage(ring.stage), from, at, full);
+                        let dst = block.w_stage(ring.stage);
+                        if self.tile_taps > 0 {
+                            self.load_haloed_x(walk, dst, place.column, at, full);
+                        } else {
+                            self.load_x(tile, walk, dst, [first_tap, first_block], at, full);
+                        }
                     }
                     ring = ring.next(tile.num_stages);
                     left -= 1;
@@ -112,6 +123,21 @@ impl Source {
                 }
             }
         }
+    }
+
+    /// Loads 64 input channels of all positions that the tile's taps meet.
+    ///
+    /// # Safety
+    /// As [`produce`](Self::produce); the stage is free and `full` expects its bytes.
+    #[inline(always)]
+    unsafe fn load_haloed_x(self, walk: Walk, dst: u32, column: u32, at: Step, full: u32) {
+        let channel_block = div(column, walk.tap_tiles);
+        let tap = (column - channel_block * walk.tap_tiles) * self.tile_taps;
+        let start = at.position.wrapping_add(walk.in_first as u32);
+        let position = start.wrapping_add(tap.wrapping_mul(walk.tap_step));
+        let at = [channel_block * SLAB_N, position, at.sequence, at.group];
+        // SAFETY: by the caller's contract; the box has whole groups of 8 rows.
+        unsafe { ptx::cp_async_bulk_tensor_4d_load(dst, self.x_map, at, full) };
     }
 
     /// Loads the tile's blocks of 64 input channels, each where its tap meets x.
@@ -352,22 +378,86 @@ pub(super) unsafe fn store_columns(address: u64, tile: Tile, group: u32, c: [f32
     }
 }
 
+/// As [`crate::gemm::hopper::device::multiply_tile`] for an x of which one box serves all columns.
+macro_rules! multiply_taps {
+    ($ptx_type:literal, $block_n:tt, $num_stages:expr, $dz_major:expr, $block:expr, $consumer:expr,
+     $elected:expr, $position:ident, $steps:expr, $tap_step:expr, $($c:ident)+) => {
+        let mut previous = $position.stage;
+        let mut step = 0u32;
+        while step < $steps {
+            let stage = $position.stage;
+            // 64 rows of dz, or one slab: as many bytes.
+            let rows = $crate::gemm::hopper::CONSUMER_M * BLOCK_K * 2;
+            let dz = $block.x_stage(stage) + $consumer * rows;
+            let a = $crate::smem_layout::wgmma_descriptor(dz, $dz_major);
+            let b = $crate::smem_layout::wgmma_descriptor_slabs($block.w_stage(stage), $tap_step);
+            // SAFETY: the stage has landed; the whole warpgroup executes it.
+            unsafe {
+                $block.ring.wait_full($position);
+                $crate::ptx::wgmma::wgmma_k64!(
+                    $ptx_type, $block_n, ($dz_major as u32), (Major::MN as u32),
+                    ($crate::smem_layout::descriptor_step_k16($dz_major)),
+                    ($crate::smem_layout::descriptor_step_k16(Major::MN)),
+                    a, b, step, $($c)+
+                );
+                // The batch before is complete: its stage may be overwritten.
+                if $elected && step > 0 {
+                    $crate::ptx::mbarrier_arrive($block.ring.empty(previous));
+                }
+            }
+            previous = stage;
+            $position = $position.next($num_stages);
+            step += 1;
+        }
+        // SAFETY: the whole warpgroup; the last batch's stage is released after it.
+        unsafe {
+            $crate::ptx::wgmma::wgmma_wait_all!($block_n, $($c)+);
+            if $elected {
+                $crate::ptx::mbarrier_arrive($block.ring.empty(previous));
+            }
+        }
+    };
+}
+pub(super) use multiply_taps;
+
+/// Multiplies a segment as the kernel's taps have it.
+macro_rules! multiply_segment {
+    (0, $ptx_type:literal, $block_n:tt, $tile:expr, $dz_major:expr, $x_major:expr, $block:expr,
+     $consumer:expr, $elected:expr, $position:ident, $steps:expr, $tap_step:expr,
+     $($c:ident)+) => {
+        $crate::gemm::hopper::device::multiply_tile! {
+            $ptx_type, $block_n, $tile, $dz_major, $x_major, $block, $consumer, $elected,
+            $position, $steps, $($c)+
+        }
+    };
+    ($tile_taps:tt, $ptx_type:literal, $block_n:tt, $tile:expr, $dz_major:expr, $x_major:expr,
+     $block:expr, $consumer:expr, $elected:expr, $position:ident, $steps:expr, $tap_step:expr,
+     $($c:ident)+) => {
+        device::multiply_taps! {
+            $ptx_type, $block_n, $tile.num_stages, $dz_major, $block, $consumer, $elected,
+            $position, $steps, $tap_step, $($c)+
+        }
+    };
+}
+pub(super) use multiply_segment;
+
 /// Defines the entry for one element type, major orders of dz and x, and tile.
 macro_rules! entry {
     ($entry:ident, $element:ident, $ptx_type:literal, $dz_major:ident, $x_major:ident,
-     $block_m:literal, $block_n:tt, $num_stages:literal) => {
+     $block_m:literal, $block_n:tt, $num_stages:literal, $tile_taps:tt) => {
         $crate::ptx::wgmma::with_accumulators! { $block_n, device::entry! {
-            @body $entry, $element, $ptx_type, $dz_major, $x_major, $block_m, $block_n, $num_stages
+            @body $entry, $element, $ptx_type, $dz_major, $x_major, $block_m, $block_n, $num_stages,
+            $tile_taps
         } }
     };
     (@body $entry:ident, $element:ident, $ptx_type:literal, $dz_major:ident, $x_major:ident,
-     $block_m:literal, $block_n:tt, $num_stages:literal $([$($c:ident)+])+) => {
+     $block_m:literal, $block_n:tt, $num_stages:literal, $tile_taps:tt $([$($c:ident)+])+) => {
         /// # Safety
         /// Launched by `launch` on the host with the geometry of its `Kernel` and parameters that
         /// the host's `conv1d/hopper.rs` has checked against the shape contract.
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $entry(params: WgradParams) {
-            use crate::gemm::hopper::device::{Block, multiply_tile};
+            use crate::gemm::hopper::device::Block;
             use crate::pipeline::RingPosition;
             use crate::ptx;
             use crate::smem_layout::Major;
@@ -379,6 +469,8 @@ macro_rules! entry {
             };
             const DZ: Major = Major::$dz_major;
             const X: Major = Major::$x_major;
+            // The stages are laid out as this one's.
+            const STAGES: Tile = if $tile_taps > 0 { haloed_stages(TILE) } else { TILE };
             type Elements = crate::gemm::hopper::device::$element;
             let dz_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
@@ -400,7 +492,7 @@ macro_rules! entry {
             // SAFETY: the whole block is here; a stage is released by the consumers and by warps
             // 1 and 2.
             let (block, warpgroup) = unsafe {
-                let block = Block::start_with(TILE, 1, TILE.num_consumers() + 2);
+                let block = Block::start_with(STAGES, 1, TILE.num_consumers() + 2);
                 (block, ptx::shfl_sync_idx_first(ptx::thread_index() / 128))
             };
             $crate::gemm::hopper::device::wait_for_predecessors();
@@ -417,7 +509,9 @@ macro_rules! entry {
                         sum_rows::<Elements>(block, TILE, DZ, split, walk, bias_partials);
                     } else if ptx::thread_index() == 0 {
                         let x_map = dz_map + 128;
-                        let source = Source { dz_map, x_map, dz_major: DZ, x_major: X };
+                        let source = Source {
+                            dz_map, x_map, dz_major: DZ, x_major: X, tile_taps: $tile_taps,
+                        };
                         source.produce(block, TILE, split, walk);
                     }
                 }
@@ -436,9 +530,9 @@ macro_rules! entry {
                     while step < end {
                         let segment = split.segment(part, step, end);
                         step = segment.next;
-                        multiply_tile! {
-                            $ptx_type, $block_n, TILE, DZ, X, block, consumer, elected, position,
-                            segment.count, $($($c)+)+
+                        device::multiply_segment! {
+                            $tile_taps, $ptx_type, $block_n, TILE, DZ, X, block, consumer, elected,
+                            position, segment.count, walk.tap_step, $($($c)+)+
                         }
                         let address =
                             partials_of_thread(params.partials, segment.slot, TILE, consumer);

@@ -78,9 +78,9 @@ pub struct SumParams {
     pub accumulate: u32,
 }
 
-// SAFETY: repr(C); five u64 and twenty-two 32-bit fields: no padding.
+// SAFETY: repr(C); five u64 and twenty-four 32-bit fields: no padding.
 unsafe impl KernelParams for SumParams {}
-const _: () = assert!(size_of::<SumParams>() == 5 * 8 + 22 * 4);
+const _: () = assert!(size_of::<SumParams>() == 5 * 8 + 24 * 4);
 
 /// Which sum a thread forms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,7 +215,7 @@ mod tests {
         let shape = Conv1dShape::new(&extents).expect("a shape");
         for layout in FilterLayout::ALL {
             for row in &KERNELS {
-                let walk = Walk::new(&shape, row.tile);
+                let walk = Walk::new(&shape, row);
                 let tiles = shape.groups * walk.tiles_m * walk.tiles_n;
                 let split = Split::new(tiles, walk.batch * walk.sequence_blocks, 132);
                 let split = split.expect("few steps");

@@ -73,7 +73,7 @@ fn every_element_of_the_filter_has_a_place_of_its_own() {
     for (channels, taps, groups) in [([96, 200], 3, 1), ([32, 64], 5, 2), ([512, 256], 1, 1)] {
         let shape = shape(channels, taps, groups);
         for row in &KERNELS {
-            let walk = Walk::new(&shape, row.tile);
+            let walk = Walk::new(&shape, row);
             let mut seen = HashSet::new();
             for channel in 0..shape.group_in() {
                 for tap in 0..shape.kernel_size {
@@ -120,7 +120,8 @@ fn every_16_bit_type_and_pair_of_layouts_has_a_kernel_and_f32_has_none() {
 fn entry_names_say_what_the_kernel_serves() {
     for row in &KERNELS {
         let expected = std::format!(
-            "conv1d_wgrad_{}_{}_{}_{}x{}x{BLOCK_K}",
+            "conv1d_wgrad_{}{}_{}_{}_{}x{}x{BLOCK_K}",
+            if row.tile_taps > 0 { "taps_" } else { "" },
             row.dtype,
             row.dz.name(),
             row.x.name(),
@@ -129,5 +130,37 @@ fn entry_names_say_what_the_kernel_serves() {
         );
         assert_eq!(row.kernel.entry, expected);
         assert_eq!(row.kernel.module.entries, [row.kernel.entry]);
+    }
+}
+
+#[test]
+fn taps_that_are_near_each_other_share_boxes_where_that_wastes_few_columns() {
+    let tile_taps = |channels, taps| {
+        let layouts = [SequenceLayout::Nlc; 2];
+        select(DType::BF16, layouts, &shape(channels, taps, 1)).expect("a kernel").tile_taps
+    };
+    assert_eq!(tile_taps([256, 256], 3), 3);
+    assert_eq!(tile_taps([64, 64], 7), 4);
+    assert_eq!(tile_taps([128, 256], 9), 3);
+    // Two tiles of three taps are more than five slabs of four.
+    assert_eq!(tile_taps([512, 512], 5), 0);
+    assert_eq!(tile_taps([512, 512], 1), 0);
+}
+
+#[test]
+fn boxes_that_taps_share_hold_what_the_last_of_them_meets() {
+    for row in KERNELS.iter().filter(|row| row.tile_taps > 0) {
+        assert_eq!(row.tile.block_n, row.tile_taps * SLAB_N);
+        for dilation in 1..40 {
+            let shape = Conv1dShape { dilation, ..shape([64, 64], 5, 1) };
+            let needed = BLOCK_K + (row.tile_taps - 1) * dilation;
+            assert_eq!(row.serves(&shape), needed <= HALO_ROWS);
+            if row.serves(&shape) {
+                let [_, [_, rows]] = row.boxes([1, dilation]);
+                assert!((needed..=HALO_ROWS).contains(&rows) && rows.is_multiple_of(8));
+            }
+        }
+        let strided = Conv1dShape { stride: 2, ..shape([64, 64], 5, 1) };
+        assert!(!row.serves(&strided));
     }
 }

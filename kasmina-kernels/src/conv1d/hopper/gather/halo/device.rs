@@ -39,11 +39,11 @@ impl Block {
         // SAFETY: one thread, before the barrier, inside the shared memory; the whole block is here.
         unsafe {
             if ptx::thread_index() == 0 {
-                filter.init(tile.readers());
+                filter.init(1, tile.readers());
                 ptx::mbarrier_init(turns, 1);
                 ptx::mbarrier_init(turns + 8, 1);
                 // Its fence makes these visible, too.
-                input.init(tile.readers());
+                input.init(1, tile.readers());
             }
             ptx::bar_sync_all();
         }
