@@ -8,6 +8,9 @@ use crate::ptx;
 use crate::tile_scheduler::div;
 use crate::unroll::unroll;
 
+mod wgrad;
+pub(in crate::conv1d) use wgrad::wgrad;
+
 /// Rounds two results at once, as that is cheaper than one after the other.
 pub(in crate::conv1d) trait Pack: Element {
     /// The two, of which 16-bit types share the first word.
@@ -398,112 +401,5 @@ pub(in crate::conv1d) unsafe fn nlc<E: Pack>(params: &DepthwiseParams) {
             }
         });
         position += 8;
-    }
-}
-
-/// Partial sums of the filter's and the bias's gradient.
-///
-/// # Safety
-/// As the entries': the tensors are as the strides say, nothing writes them while the kernel runs,
-/// and the partial sums have room.
-#[inline(always)]
-pub(in crate::conv1d) unsafe fn wgrad<E: Element>(params: &DepthwiseWgradParams) {
-    // SAFETY: a comment for `cargo xtask ptx`.
-    unsafe {
-        core::arch::asm!(
-            "// kasmina: .maxntid {threads}, 1, 1",
-            threads = const THREADS,
-            options(nomem, nostack, preserves_flags),
-        );
-    }
-    let shape = &params.shape;
-    let smem = ptx::dynamic_smem();
-    let thread = ptx::thread_index();
-    let split = div(ptx::block_index(), shape.in_channels.div_ceil(params.channels_per_block()));
-    let tile = ptx::block_index() - split * shape.in_channels.div_ceil(params.channels_per_block());
-    // Threads along the positions, and how many there are.
-    let (channel, walker, walkers) = if params.along_channels == 1 {
-        (tile * 32 + thread % 32, thread / 32, THREADS / 32)
-    } else {
-        (tile, thread, THREADS)
-    };
-    let size = u64::from(E::SIZE);
-    let total = shape.batch * shape.out_length;
-    let first = split * params.positions_per_split;
-    let left = total - first;
-    let last =
-        first + if left < params.positions_per_split { left } else { params.positions_per_split };
-    let last = if channel < shape.in_channels { last } else { first };
-    let split_at = u64::from(split) * (shape.filter_elements() + u64::from(shape.out_channels));
-    let partials = params.partials + split_at * 4;
-    let mut first_tap = 0;
-    while first_tap < shape.kernel_size {
-        ptx::nounroll();
-        let mut sums = [0.0; WGRAD_TAPS as usize];
-        let mut bias = 0.0;
-        let mut at = first + walker;
-        while at < last {
-            let batch = div(at, shape.out_length);
-            let position = at - batch * shape.out_length;
-            let dz_at = u64::from(batch) * params.dz.batch
-                + u64::from(channel) * params.dz.channel
-                + u64::from(position) * params.dz.position;
-            let x_row = u64::from(batch) * params.x.batch + u64::from(channel) * params.x.channel;
-            // SAFETY: an existing element.
-            let dz = E::widen(unsafe { E::load(params.dz.address + dz_at * size) });
-            let from = (position * shape.stride + first_tap * shape.dilation)
-                .wrapping_sub(shape.padding_left);
-            unroll!(t: u32 in [0 1 2 3 4 5 6 7] {
-                let from = from.wrapping_add(t * shape.dilation);
-                // As unsigned, a position before the first is beyond the last.
-                if first_tap + t < shape.kernel_size && from < shape.in_length {
-                    let element = x_row + u64::from(from) * params.x.position;
-                    // SAFETY: an existing element.
-                    let x = E::widen(unsafe { E::load(params.x.address + element * size) });
-                    sums[t as usize] = ptx::fma_rn_f32(dz, x, sums[t as usize]);
-                }
-            });
-            bias += dz;
-            at += walkers;
-        }
-        // Every walker's sums, then their total in the order of the walkers, by halves.
-        // SAFETY: places of the thread's own, and barriers between writes and reads. The loops
-        // depend on the parameters alone, so all threads meet at each barrier.
-        unsafe {
-            unroll!(t: u32 in [0 1 2 3 4 5 6 7] {
-                ptx::st_shared_f32(smem + (t * THREADS + thread) * 4, sums[t as usize]);
-            });
-            ptx::st_shared_f32(smem + (WGRAD_TAPS * THREADS + thread) * 4, bias);
-            let lanes = THREADS / walkers;
-            let mut half = walkers / 2;
-            while half > 0 {
-                ptx::nounroll();
-                ptx::bar_sync::<0, THREADS>();
-                if walker < half {
-                    unroll!(t: u32 in [0 1 2 3 4 5 6 7 8] {
-                        let at = smem + (t * THREADS + thread) * 4;
-                        let sum = ptx::ld_shared_f32(at) + ptx::ld_shared_f32(at + half * lanes * 4);
-                        ptx::st_shared_f32(at, sum);
-                    });
-                }
-                half /= 2;
-            }
-            if walker == 0 && channel < shape.in_channels {
-                let row = partials + u64::from(channel * shape.kernel_size + first_tap) * 4;
-                unroll!(t: u32 in [0 1 2 3 4 5 6 7] {
-                    if first_tap + t < shape.kernel_size {
-                        let sum = ptx::ld_shared_f32(smem + (t * THREADS + thread) * 4);
-                        ptx::st_global_u32(row + u64::from(t) * 4, sum.to_bits());
-                    }
-                });
-                if first_tap == 0 {
-                    let sum = ptx::ld_shared_f32(smem + (WGRAD_TAPS * THREADS + thread) * 4);
-                    let at = partials + (shape.filter_elements() + u64::from(channel)) * 4;
-                    ptx::st_global_u32(at, sum.to_bits());
-                }
-            }
-            ptx::bar_sync::<0, THREADS>();
-        }
-        first_tap += WGRAD_TAPS;
     }
 }
