@@ -471,7 +471,10 @@ mod tests {
         let obstacle = |pass: &ForwardPass| forward_obstacle(pass, &config);
         let served = forward([nlc; 2], shape(3, 1, 1, 1));
         assert_eq!(obstacle(&served), None);
-        assert_eq!(obstacle(&forward([ncl, nlc], shape(3, 1, 1, 1))), Some(Obstacle::Operation));
+        // Channels first, the first and the last tap meet positions at most 9 apart.
+        assert_eq!(obstacle(&forward([ncl, nlc], shape(3, 4, 1, 1))), None);
+        let far = forward([ncl, nlc], shape(3, 5, 1, 1));
+        assert_eq!(obstacle(&far), Some(Obstacle::Operation));
         let f32_pass = ForwardPass { dtype: DType::F32, ..served };
         assert_eq!(obstacle(&f32_pass), Some(Obstacle::DType(DType::F32)));
         // 207 positions: stores would write beyond them.

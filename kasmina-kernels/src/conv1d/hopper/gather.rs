@@ -8,17 +8,18 @@
 //! output NLC   out[positions, channels] = in[positions, k] · w[channels, k]ᵀ
 //! output NCL   out[channels, positions] = w[channels, k]   · in[positions, k]ᵀ
 //! ```
-//! A tile lies within one sequence and one group. The input is channels-last: a box of a
-//! channels-first one would start on any position, and TMA wants the contiguous coordinate in
-//! multiples of 16 bytes (on an H200 anything else is an illegal instruction).
+//! A tile lies within one sequence and one group. Of a channels-first input a box for every tap would
+//! start on any position, and TMA wants the contiguous coordinate in multiples of 16 bytes (on an
+//! H200 anything else is an illegal instruction): its tiles are transposed on chip, once for all taps.
 //!
 //! Kernels that load the tile's positions of the input anew for every tap serve any walk; those of
 //! [`halo`] load them once for all taps, whose reach is limited.
 //!
 //! # Shape contract
 //! - The filter is packed ([`super::pack`]): `[tap, group, channel of out, channel of in]`.
-//! - The input is NLC, and its positions are at most [`super::MAX_STEP`] apart; with a halo they
-//!   are neighbours, and the taps reach no further than [`halo::MAX_REACH`].
+//! - Input NLC: its positions are at most [`super::MAX_STEP`] apart; with a halo they are neighbours,
+//!   and the taps reach no further than [`halo::MAX_REACH`]. Input NCL: always with a halo, and
+//!   [`halo::MAX_REACH_NCL`].
 //! - Output NCL: positions one apart. Output NLC: any, as a wider stride of the map.
 //! - The output's contiguous axis, of one group if it is that of channels, is a multiple of 8: a
 //!   store clips to whole pieces of 16 bytes. The input's is where there are several groups, whose
@@ -196,6 +197,7 @@ impl GatherKernel {
         let [positions, channels] = self.extents();
         let input = match self.cut {
             Cut::PerTap { .. } => box_positions(positions, in_step) * in_step,
+            Cut::Haloed(tile) if tile.transposes => halo::SLAB_POSITIONS,
             Cut::Haloed(_) => halo::BOX_ROWS,
         };
         [[BLOCK_K, input], [BLOCK_K, channels]]
@@ -206,7 +208,10 @@ impl GatherKernel {
     pub const fn serves(&self, problem: &Problem) -> bool {
         match self.cut {
             Cut::PerTap { .. } => problem.in_step <= MAX_STEP,
-            Cut::Haloed(_) => problem.in_step == 1 && problem.reach <= halo::MAX_REACH as u64,
+            Cut::Haloed(tile) => {
+                let most = if tile.transposes { halo::MAX_REACH_NCL } else { halo::MAX_REACH };
+                problem.in_step == 1 && problem.reach <= most as u64
+            }
         }
     }
 

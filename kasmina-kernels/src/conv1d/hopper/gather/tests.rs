@@ -51,14 +51,20 @@ fn a_walk_without_taps_meets_only_zeros() {
 }
 
 #[test]
-fn channels_last_inputs_of_16_bit_types_are_served_and_others_are_not() {
+fn inputs_of_16_bit_types_are_served_channels_first_only_where_taps_are_near() {
     let problem = Problem::new(&shape(1).forward_gather(), [1, 1], [8, 8]);
     let (nlc, ncl) = (SequenceLayout::Nlc, SequenceLayout::Ncl);
     for output in SequenceLayout::ALL {
         for dtype in [DType::F16, DType::BF16] {
             let row = select(dtype, [nlc, output], &problem, 132).expect("a kernel");
             assert_eq!((row.dtype, row.input, row.output), (dtype, nlc, output));
-            assert!(select(dtype, [ncl, output], &problem, 132).is_none());
+            let near = Problem { reach: u64::from(halo::MAX_REACH_NCL), ..problem };
+            let row = select(dtype, [ncl, output], &near, 132).expect("a kernel");
+            assert_eq!((row.dtype, row.input, row.output), (dtype, ncl, output));
+            let beyond = Problem { reach: near.reach + 1, ..near };
+            assert!(select(dtype, [ncl, output], &beyond, 132).is_none());
+            let strided = Problem { in_step: 2, ..near };
+            assert!(select(dtype, [ncl, output], &strided, 132).is_none());
         }
         assert!(select(DType::F32, [nlc, output], &problem, 132).is_none());
     }

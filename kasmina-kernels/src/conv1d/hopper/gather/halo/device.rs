@@ -18,9 +18,14 @@ pub(super) struct Block {
     pub(super) filter: RingBarriers,
     /// Of the haloed tiles.
     pub(super) input: RingBarriers,
+    /// Of the slabs of a channels-first input.
+    slabs: RingBarriers,
     /// Where consumers that alternate wait for their turns.
     turns: u32,
 }
+
+/// Warps that transpose.
+const TRANSPOSERS: u32 = 3;
 
 impl Block {
     /// Initialises the barriers. The grid before this one may still run.
@@ -35,19 +40,23 @@ impl Block {
         let filter = RingBarriers { base, num_stages: tile.filter_stages };
         let base = base + RingBarriers::bytes(tile.filter_stages);
         let input = RingBarriers { base, num_stages: tile.buffers };
-        let turns = base + RingBarriers::bytes(tile.buffers);
+        let base = base + RingBarriers::bytes(tile.buffers);
+        let slabs = RingBarriers { base, num_stages: 1 };
+        let turns = base + RingBarriers::bytes(1);
+        let fillers = if tile.transposes { TRANSPOSERS } else { 1 };
         // SAFETY: one thread, before the barrier, inside the shared memory; the whole block is here.
         unsafe {
             if ptx::thread_index() == 0 {
                 filter.init(1, tile.readers());
                 ptx::mbarrier_init(turns, 1);
                 ptx::mbarrier_init(turns + 8, 1);
+                slabs.init(1, TRANSPOSERS);
                 // Its fence makes these visible, too.
-                input.init(1, tile.readers());
+                input.init(fillers, tile.readers());
             }
             ptx::bar_sync_all();
         }
-        Self { tile, smem, filter, input, turns }
+        Self { tile, smem, filter, input, slabs, turns }
     }
 
     /// Waits until the other consumer has begun to multiply its last batch of the tile before.
@@ -87,6 +96,70 @@ impl Block {
         self.smem + self.tile.buffer_offset() + buffer * (ROWS * ROW_BYTES)
     }
 
+    /// Where the slabs of a channels-first input begin.
+    #[inline(always)]
+    fn input_slabs(self) -> u32 {
+        self.smem + self.tile.input_slab_offset()
+    }
+
+    /// Row of a haloed tile that the first tap meets for the first position.
+    #[inline(always)]
+    pub(super) fn first_row(self, walk: Walk) -> u32 {
+        // Tiles begin on multiples of 8 plus `in_first`.
+        if self.tile.transposes { walk.in_first as u32 & 7 } else { 0 }
+    }
+
+    /// Transposes the slabs of every tile of this block.
+    ///
+    /// # Safety
+    /// The whole of warps 1 to 3 call it; the block's shared memory.
+    #[inline(always)]
+    pub(super) unsafe fn transpose(self, tiles: TileScheduler, walk: Walk) {
+        let (warp, lane) = (ptx::thread_index() / 32 - 1, ptx::thread_index() % 32);
+        let (mut slabs, mut buffer) = (RingPosition::START, RingPosition::START);
+        let mut index = ptx::block_index();
+        while index < tiles.num_tiles() {
+            let mut block_channel = 0;
+            while block_channel < walk.channel_blocks {
+                let (src, dst) = (self.input_slabs(), self.buffer(buffer.stage));
+                let load = |piece: u32| {
+                    // SAFETY: a row of a slab that has landed.
+                    unsafe { ptx::ldmatrix_x4_trans(src + piece_in_slabs(piece, lane)) }
+                };
+                let store = |piece: u32, [a, b, c, d]: [u32; 4]| {
+                    // SAFETY: a position of a tile that its readers have released.
+                    unsafe { ptx::stmatrix_x4(dst + piece_in_tile(piece, lane), a, b, c, d) };
+                };
+                // SAFETY: whole warps, by the caller's contract.
+                unsafe {
+                    self.slabs.wait_full(slabs);
+                    self.input.wait_empty(buffer);
+                    let mut piece = warp;
+                    while piece < PIECES {
+                        ptx::nounroll();
+                        // Two at a time; at the end the same twice.
+                        let next = piece + TRANSPOSERS;
+                        let next = if next < PIECES { next } else { piece };
+                        let (near, far) = (load(piece), load(next));
+                        store(piece, near);
+                        store(next, far);
+                        piece += 2 * TRANSPOSERS;
+                    }
+                    ptx::fence_proxy_async_shared();
+                    ptx::bar_warp_sync();
+                    if lane == 0 {
+                        ptx::mbarrier_arrive(self.input.full(buffer.stage));
+                        ptx::mbarrier_arrive(self.slabs.empty(0));
+                    }
+                }
+                slabs = slabs.next(1);
+                buffer = buffer.next(self.tile.buffers);
+                block_channel += 1;
+            }
+            index += ptx::grid_size();
+        }
+    }
+
     /// The first position and channel of a tile.
     #[inline(always)]
     pub(super) fn place(self, walk: Walk, (tile_m, tile_n): (u32, u32)) -> Place {
@@ -111,6 +184,7 @@ impl Block {
             ptx::prefetch_tensormap(w_map);
         }
         let (mut stage, mut buffer) = (RingPosition::START, RingPosition::START);
+        let mut slabs = RingPosition::START;
         let mut index = ptx::block_index();
         while index < tiles.num_tiles() {
             let place = self.place(walk, tiles.tile(index));
@@ -118,19 +192,35 @@ impl Block {
             let mut block_channel = 0;
             while block_channel < walk.channel_blocks {
                 let channel = block_channel * BLOCK_K;
-                let (full, dst) = (self.input.full(buffer.stage), self.buffer(buffer.stage));
                 // SAFETY: free once `empty` completes; the bytes expected are those of the boxes
                 // issued; destinations are multiples of 1024.
                 unsafe {
-                    self.input.wait_empty(buffer);
-                    ptx::mbarrier_arrive_expect_tx(full, ROWS * ROW_BYTES);
-                    let at = [channel, first, place.sequence, place.group];
-                    ptx::cp_async_bulk_tensor_4d_load(dst, in_map, at, full);
-                    let at = [channel, first + BOX_ROWS, place.sequence, place.group];
-                    let dst = dst + BOX_ROWS * ROW_BYTES;
-                    ptx::cp_async_bulk_tensor_4d_load(dst, in_map, at, full);
+                    if self.tile.transposes {
+                        let full = self.slabs.full(0);
+                        self.slabs.wait_empty(slabs);
+                        ptx::mbarrier_arrive_expect_tx(full, self.tile.input_slabs() * SLAB_BYTES);
+                        let mut slab = 0;
+                        while slab < self.tile.input_slabs() {
+                            let dst = self.input_slabs() + slab * SLAB_BYTES;
+                            let position = (first & !7).wrapping_add(slab * SLAB_POSITIONS);
+                            let at = [position, channel, place.sequence, place.group];
+                            ptx::cp_async_bulk_tensor_4d_load(dst, in_map, at, full);
+                            slab += 1;
+                        }
+                        slabs = slabs.next(1);
+                    } else {
+                        let full = self.input.full(buffer.stage);
+                        let dst = self.buffer(buffer.stage);
+                        self.input.wait_empty(buffer);
+                        ptx::mbarrier_arrive_expect_tx(full, ROWS * ROW_BYTES);
+                        let at = [channel, first, place.sequence, place.group];
+                        ptx::cp_async_bulk_tensor_4d_load(dst, in_map, at, full);
+                        let at = [channel, first + BOX_ROWS, place.sequence, place.group];
+                        let dst = dst + BOX_ROWS * ROW_BYTES;
+                        ptx::cp_async_bulk_tensor_4d_load(dst, in_map, at, full);
+                        buffer = buffer.next(self.tile.buffers);
+                    }
                 }
-                buffer = buffer.next(self.tile.buffers);
                 let mut filter_tap = walk.first_tap;
                 let mut tap = 0;
                 while tap < walk.taps {
@@ -282,15 +372,15 @@ impl Slabs {
     }
 }
 
-/// Defines the entry for one element type, layout of the output and tile.
+/// Defines the entry for one element type, pair of layouts and tile.
 macro_rules! entry {
-    ($entry:ident, $element:ident, $ptx_type:literal, $output:ident,
+    ($entry:ident, $element:ident, $ptx_type:literal, $input:ident, $output:ident,
      $channels:literal, $filter_stages:literal, $buffers:literal) => {
         $crate::ptx::wgmma::with_accumulators! { 256, device::entry! {
-            @body $entry, $element, $ptx_type, $output, $channels, $filter_stages, $buffers
+            @body $entry, $element, $ptx_type, $input, $output, $channels, $filter_stages, $buffers
         } }
     };
-    (@body $entry:ident, $element:ident, $ptx_type:literal, $output:ident,
+    (@body $entry:ident, $element:ident, $ptx_type:literal, $input:ident, $output:ident,
      $channels:literal, $filter_stages:literal, $buffers:literal
      $([$($c:ident)+])+) => {
         /// # Safety
@@ -310,6 +400,7 @@ macro_rules! entry {
 
             const TILE: HaloTile = HaloTile {
                 channels: $channels, filter_stages: $filter_stages, buffers: $buffers,
+                transposes: matches!(SequenceLayout::$input, SequenceLayout::Ncl),
             };
             type Elements = crate::gemm::hopper::device::$element;
             let in_map: u64;
@@ -336,10 +427,15 @@ macro_rules! entry {
             wait_for_predecessors();
             if warpgroup == 0 {
                 // SAFETY: the whole producer warpgroup, which starts with more registers; one
-                // thread produces, with the maps of the parameters.
+                // thread produces, with the maps of the parameters; three whole warps transpose.
                 unsafe {
                     ptx::setmaxnreg_dec::<PRODUCER_REGISTERS>();
-                    if ptx::thread_index() == 0 {
+                    let warp = ptx::shfl_sync_idx_first(ptx::thread_index() / 32);
+                    if warp > 0 {
+                        if TILE.transposes {
+                            block.transpose(tiles, walk);
+                        }
+                    } else if ptx::thread_index() == 0 {
                         block.produce([in_map, in_map + 128], tiles, walk);
                     }
                 }
@@ -377,7 +473,8 @@ macro_rules! entry {
                     let mut step = 0u32;
                     let mut block_channel = 0;
                     while block_channel < walk.channel_blocks {
-                        let mut row = block.buffer(buffer.stage);
+                        let mut row =
+                            block.buffer(buffer.stage) + block.first_row(walk) * ROW_BYTES;
                         // SAFETY: an initialised barrier, and this is a consumer's position.
                         unsafe { block.input.wait_full(buffer) };
                         let mut tap = 0;
