@@ -389,7 +389,7 @@ const _: () = assert!(size_of::<WgradParams>() == 2 * 128 + 2 * 8 + 16 * 4);
 macro_rules! kernels {
     ($($entry:ident: $element:ident $ptx_type:literal,
         $dz:ident $dz_major:ident x $x:ident $x_major:ident,
-        $block_m:literal x $block_n:tt, $num_stages:literal stages, $tile_taps:literal taps;)+) => {
+        $block_m:literal x $block_n:tt, $num_stages:literal stages, $tile_taps:tt taps;)+) => {
         /// Every kernel, for each element type and pair of layouts from the largest tile to the
         /// smallest, those whose taps share boxes first.
         pub static KERNELS: [WgradKernel; [$(stringify!($entry)),+].len()] = [$({
