@@ -14,6 +14,18 @@ pub unsafe fn barrier_cluster() {
     }
 }
 
+/// Waits until every thread of the cluster has arrived, and orders nothing.
+///
+/// # Safety
+/// Every thread of the cluster executes it equally often.
+#[inline(always)]
+pub unsafe fn barrier_cluster_relaxed() {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("barrier.cluster.arrive.relaxed;", "barrier.cluster.wait.acquire;", options(nostack));
+    }
+}
+
 /// The address, in the cluster's shared window, of `address` in the block of this `rank`.
 #[must_use]
 #[inline(always)]

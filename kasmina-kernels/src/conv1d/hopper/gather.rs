@@ -217,8 +217,8 @@ impl GatherKernel {
 
     /// Estimated cycles of the busiest multiprocessor.
     ///
-    /// A step multiplies at 2048 products a cycle and loads as [`load_cycles`] says; the larger
-    /// counts. A tile pays for its epilogue by its elements, unless another tile is multiplied
+    /// A step multiplies at 2048 products a cycle and loads as [`load_cycles`] says, or transposes
+    /// as [`halo::TRANSPOSE_CYCLES`] says; the largest counts. A tile pays for its epilogue by its elements, unless another tile is multiplied
     /// meanwhile: where two blocks share a multiprocessor, or two consumers take turns.
     const fn cost(&self, problem: &Problem, multiprocessors: u32) -> u64 {
         let [positions, channels] = self.extents();
@@ -235,7 +235,9 @@ impl GatherKernel {
                 (taps * load_cycles(positions + channels) as u64, blocks_per_multiprocessor > 1)
             }
             Cut::Haloed(tile) => {
+                let transpose = if tile.transposes { halo::TRANSPOSE_CYCLES as u64 } else { 0 };
                 let load = load_cycles(halo::ROWS) as u64 + taps * load_cycles(channels) as u64;
+                let load = if transpose > load { transpose } else { load };
                 (load, tile.readers() == 1)
             }
         };
@@ -343,6 +345,7 @@ macro_rules! kernels {
             static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
+                cluster_m: 1,
             };
             GatherKernel {
                 dtype: DType::$element,

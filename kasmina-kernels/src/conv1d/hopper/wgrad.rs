@@ -396,6 +396,7 @@ macro_rules! kernels {
             static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
+                cluster_m: 1,
             };
             let stages = if $tile_taps > 0 { haloed_stages(tile) } else { tile };
             WgradKernel {

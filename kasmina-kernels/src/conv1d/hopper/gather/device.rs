@@ -227,6 +227,7 @@ macro_rules! entry {
             const TILE: Tile =
                 Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
+                cluster_m: 1,
             };
             const OUTPUT: SequenceLayout = SequenceLayout::$output;
             type Elements = crate::gemm::hopper::device::$element;
@@ -276,7 +277,7 @@ macro_rules! entry {
                 let epilogue = Epilogue::new(
                     block, consumer, out_map, bias, params.out_channels, params.activation,
                 );
-                let elected = ptx::thread_index() % 128 == 0;
+                let elected = block.releases();
                 let k_blocks = walk.k_blocks();
                 let mut position = RingPosition::START;
                 let mut index = ptx::block_index();

@@ -402,7 +402,7 @@ macro_rules! multiply_taps {
                 );
                 // The batch before is complete: its stage may be overwritten.
                 if $elected && step > 0 {
-                    $crate::ptx::mbarrier_arrive($block.ring.empty(previous));
+                    $block.release(previous);
                 }
             }
             previous = stage;
@@ -413,7 +413,7 @@ macro_rules! multiply_taps {
         unsafe {
             $crate::ptx::wgmma::wgmma_wait_all!($block_n, $($c)+);
             if $elected {
-                $crate::ptx::mbarrier_arrive($block.ring.empty(previous));
+                $block.release(previous);
             }
         }
     };
@@ -466,6 +466,7 @@ macro_rules! entry {
             const TILE: Tile =
                 Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
+                cluster_m: 1,
             };
             const DZ: Major = Major::$dz_major;
             const X: Major = Major::$x_major;
@@ -521,7 +522,7 @@ macro_rules! entry {
                     unsafe { ptx::setmaxnreg_inc::<CONSUMER_REGISTERS>() };
                 }
                 let consumer = warpgroup - 1;
-                let elected = ptx::thread_index() % 128 == 0;
+                let elected = block.releases();
                 let mut position = RingPosition::START;
                 let mut part = ptx::block_index();
                 $($(let mut $c = 0.0f32;)+)+
