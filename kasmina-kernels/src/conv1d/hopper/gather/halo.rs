@@ -70,7 +70,7 @@ pub struct HaloTile {
 }
 
 /// Pieces of eight positions and 32 channels in a haloed tile.
-const PIECES: u32 = ROWS / 8 * 2;
+pub const PIECES: u32 = ROWS / 8 * 2;
 
 /// Offset, from the first slab, of the row that `lane` gives to the `ldmatrix.x4.trans` of a piece:
 /// eight positions of a channel.
