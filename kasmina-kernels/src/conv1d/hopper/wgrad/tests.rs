@@ -164,3 +164,16 @@ fn boxes_that_taps_share_hold_what_the_last_of_them_meets() {
         assert!(!row.serves(&strided));
     }
 }
+
+#[cfg(feature = "ptx")]
+#[test]
+fn operands_are_transposed_as_their_layouts_say() {
+    for row in &KERNELS {
+        let [dz, x] = [row.dz, row.x].map(|layout| u32::from(layout == SequenceLayout::Nlc));
+        let expected = std::format!(", 1, 1, {dz}, {x};");
+        let ptx = row.kernel.module.ptx();
+        let products = ptx.lines().filter(|line| line.contains("wgmma.mma_async"));
+        let ends: vec::Vec<_> = products.map(|line| line.ends_with(&expected)).collect();
+        assert_eq!(ends, [true; 4], "{}", row.kernel.entry);
+    }
+}
