@@ -26,7 +26,7 @@ use convolution::{
 };
 use convolution_cases::{
     Case, cases, crossed_cases, depthwise_cases, edge_cases, explicit, reduced, short_cases,
-    thinned, view_cases,
+    tensor_core_cases, thinned, view_cases,
 };
 use convolution_faults::bad_input;
 use gpu::Gpu;
@@ -55,8 +55,26 @@ fn main() -> ExitCode {
     for (name, check) in claims(Tier::Portable) {
         trials.push(gpu.trial(name, move |device| check(device, Tier::Portable)));
     }
+    if !gpu_lacks(Tier::Hopper) {
+        for (dtype, check) in [
+            (DType::F16, on_tensor_cores::<f16> as fn(&Device) -> _),
+            (DType::BF16, on_tensor_cores::<bf16>),
+        ] {
+            let sentence = "conv1d_matches_reference_and_gives_the_same_bits_twice";
+            trials.push(gpu.trial(format!("hopper_{dtype}_{sentence}"), check));
+        }
+    }
     trials.push(Trial::test("bad_input_is_a_typed_error_on_the_cpu", || bad_input(&Device::cpu())));
     trials.push(gpu.trial("bad_input_is_a_typed_error_on_the_gpu", bad_input));
+    trials.push(gpu.trial("the_best_tier_of_each_pass_matches_reference", |device| {
+        let config = KernelConfig::default();
+        for cases in [crossed_cases(), short_cases(), edge_cases(), depthwise_cases()] {
+            each_with::<f32>(device, &config, &thinned(cases.clone(), 3))?;
+            each_with::<f16>(device, &config, &thinned(cases.clone(), 2))?;
+            each_with::<bf16>(device, &config, &cases)?;
+        }
+        Ok(())
+    }));
     trials.push(gpu.trial("without_tiling_the_results_are_the_same", |device| {
         let config = KernelConfig::default().tier(Tier::Portable).enable_tiling(false);
         each_with::<f32>(device, &config, &thinned(crossed_cases(), 9))?;
@@ -66,6 +84,12 @@ fn main() -> ExitCode {
     let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
     println!("{} cases compared, seed {}", COMPARED.load(Ordering::Relaxed), seed());
     conclusion.exit_code()
+}
+
+/// Whether the first GPU is one that the tier does not run on.
+fn gpu_lacks(tier: Tier) -> bool {
+    let capability = Device::cuda(0).ok().and_then(|device| device.capability());
+    capability.is_some_and(|gpu| !tier.runs_on(gpu.major, gpu.minor))
 }
 
 /// What is claimed of a tier, for each of its element types.
@@ -157,6 +181,8 @@ struct Results<T> {
     dx: Vec<T>,
     dw: Vec<T>,
     db: Vec<T>,
+    /// What ran forward, dgrad and wgrad.
+    tiers: [Option<Tier>; 3],
 }
 
 impl<T: Poison> Results<T> {
@@ -235,7 +261,8 @@ fn run<T: Poison>(
     };
     let tiers = backward.run(gradients, config).map_err(told)?;
     let forced = config.forced_tier();
-    for tier in [Some(tier), tiers[0], tiers[1]] {
+    let tiers = [Some(tier), tiers[0], tiers[1]];
+    for tier in tiers {
         if forced.is_some() && tier != forced {
             return Err(format!("served by {tier:?} where {forced:?} was forced"));
         }
@@ -245,6 +272,7 @@ fn run<T: Poison>(
         dx: canonical(&dx.read()?, in_extents, dx_layout),
         dw: canonical_filter(&dw.read()?, filter_extents, case.filter_layout),
         db: db.to_vec().map_err(told)?,
+        tiers,
     })
 }
 
@@ -252,6 +280,7 @@ fn run<T: Poison>(
 fn compare<T: Poison>(
     convolution: &Convolution<T>,
     case: &Case,
+    tier: Tier,
     got: &Results<T>,
 ) -> Result<(), String> {
     let per_channel = convolution.out_length;
@@ -280,7 +309,7 @@ fn compare<T: Poison>(
             return Err(format!("{name} has {} elements, not {}", got.len(), expected.len()));
         }
         for (index, (expected, got)) in expected.iter().zip(got).enumerate() {
-            let error = expected.error(*got, activation);
+            let error = expected.error(*got, activation, tier);
             if error > 1.0 {
                 return Err(format!(
                     "{name}[{index}]: got {got:?}, expected a sum of {:e}; the error is {error:e} \
@@ -303,15 +332,42 @@ fn each_with<T: Poison>(
     config: &KernelConfig,
     cases: &[Case],
 ) -> Result<(), Failed> {
+    let tier = config.forced_tier().unwrap_or(device.tier());
     let mut faults = Vec::new();
     for case in cases {
         let Some(convolution) = Convolution::<T>::random(case.shape) else { continue };
         let outcome = run(device, config, &convolution, case)
-            .and_then(|got| compare(&convolution, case, &got));
+            .and_then(|got| compare(&convolution, case, tier, &got));
         faults.extend(outcome.err().map(|fault| format!("{case:?}: {fault}")));
     }
     let shown = faults.iter().take(3).cloned().collect::<Vec<_>>().join("\n");
     require(faults.is_empty(), || format!("{} of {}:\n{shown}", faults.len(), cases.len()))
+}
+
+/// Where the GPU has the tier, it is the one that is chosen; what it leaves to the portable tier
+/// must be right too.
+fn on_tensor_cores<T: Poison>(device: &Device) -> Result<(), Failed> {
+    let config = KernelConfig::default();
+    let mut served = [0; 3];
+    let cases = tensor_core_cases();
+    for case in &cases {
+        let Some(convolution) = Convolution::<T>::random(case.shape) else { continue };
+        let told = |fault: String| format!("{case:?}: {fault}");
+        let got = run(device, &config, &convolution, case).map_err(told)?;
+        compare(&convolution, case, Tier::Hopper, &got).map_err(told)?;
+        let again = run(device, &config, &convolution, case).map_err(told)?;
+        require(got.bits() == again.bits(), || format!("{case:?}: the bits differ"))?;
+        for (count, tier) in served.iter_mut().zip(got.tiers) {
+            *count += usize::from(tier == Some(Tier::Hopper));
+        }
+    }
+    let enough = served.iter().all(|&count| count * 4 >= cases.len());
+    require(enough, || {
+        format!(
+            "of {} cases, forward, dgrad and wgrad ran {served:?} times on tensor cores",
+            cases.len()
+        )
+    })
 }
 
 fn no_sequences<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
@@ -438,7 +494,7 @@ fn layer<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
         let y_values = canonical(&y.to_vec()?, out_extents, layout);
         for (index, (sum, got)) in convolution.z.iter().zip(&y_values).enumerate() {
             let bias = convolution.bias[index / convolution.out_length % 10].to_f32();
-            let error = sum.plus(f64::from(bias)).error(*got, activation);
+            let error = sum.plus(f64::from(bias)).error(*got, activation, tier);
             require(error <= 1.0, || format!("{activation:?} y[{index}]: {error} tolerances"))?;
         }
         let dy = tensor(&convolution.dz, out_extents)?;

@@ -15,7 +15,7 @@ use crate::device::{Capability, MemoryStats};
 use crate::error::{Error, Obstacle, Result};
 use crate::stream::Operation;
 use crate::tensor::Region;
-use crate::tensor_map::TensorMapKey;
+use crate::tensor_map::{SequenceMap, TensorMapKey};
 
 #[derive(Debug)]
 pub(crate) enum Gpu {}
@@ -223,4 +223,8 @@ impl Resident {
     pub(crate) fn wait_for_end(&mut self, _: Duration) -> Result<bool> {
         match self.never {}
     }
+}
+
+pub(crate) fn encode_sequence_map(_: &SequenceMap) -> Result<TensorMap> {
+    Err(Error::NoDriver { reason: "this build lacks the feature `cuda`".to_owned() })
 }

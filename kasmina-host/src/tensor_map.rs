@@ -3,6 +3,8 @@
 
 use kasmina_kernels::abi::{DType, TensorMap};
 
+use crate::error::Result as KasminaResult;
+
 /// What a tensor map of a row-major matrix describes. Columns come before rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TensorMapKey {
@@ -42,6 +44,28 @@ impl TensorMapKey {
         hash ^= box_columns as u64 | (box_rows as u64) << 16 | (self.dtype as u64) << 32;
         hash ^= (self.promotion as u64) << 40;
         (hash.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - SLOT_BITS)) as usize
+    }
+}
+
+/// What a tensor map of sequences describes: four axes, the contiguous one first. Such maps are
+/// encoded anew for every call, which takes about 0.1 µs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SequenceMap {
+    pub(crate) address: u64,
+    pub(crate) extents: [u32; 4],
+    /// From index to index of the outer three axes.
+    pub(crate) strides_bytes: [u64; 3],
+    /// Extents of a box on the inner two axes, with what it steps over; 1 on the others.
+    pub(crate) boxes: [u32; 2],
+    /// Steps inside a box on the inner two axes.
+    pub(crate) steps: [u32; 2],
+    pub(crate) dtype: DType,
+}
+
+impl SequenceMap {
+    /// The map: boxes of 128-byte rows, swizzled over 128 bytes, zeros beyond the edges.
+    pub(crate) fn encode(&self) -> KasminaResult<TensorMap> {
+        crate::gpu::encode_sequence_map(self)
     }
 }
 

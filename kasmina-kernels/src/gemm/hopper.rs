@@ -36,7 +36,7 @@ pub mod split;
 pub mod weight_gradient;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
-mod device;
+pub(crate) mod device;
 
 /// Depth of one pipeline stage: 128 bytes of a 16-bit type, the span of the widest swizzle.
 pub const BLOCK_K: u32 = 64;
@@ -65,7 +65,7 @@ pub struct Tile {
 }
 
 impl Tile {
-    const fn num_consumers(self) -> u32 {
+    pub(crate) const fn num_consumers(self) -> u32 {
         self.block_m / CONSUMER_M
     }
 
@@ -79,15 +79,15 @@ impl Tile {
         self.split_k * self.cluster_m
     }
 
-    const fn block_dim(self) -> u32 {
+    pub(crate) const fn block_dim(self) -> u32 {
         WARPGROUP * (1 + self.num_consumers())
     }
 
-    const fn x_stage_bytes(self) -> u32 {
+    pub(crate) const fn x_stage_bytes(self) -> u32 {
         self.block_m * BLOCK_K * 2
     }
 
-    const fn w_stage_bytes(self) -> u32 {
+    pub(crate) const fn w_stage_bytes(self) -> u32 {
         self.block_n * BLOCK_K * 2
     }
 
@@ -118,7 +118,7 @@ impl Tile {
         self.exchange_offset() + 2 * (self.split_k - 1) * self.exchange_bytes()
     }
 
-    const fn smem_bytes(self) -> u32 {
+    pub(crate) const fn smem_bytes(self) -> u32 {
         // Two barriers of the exchange follow those of the ring.
         self.barrier_offset()
             + RingBarriers::bytes(self.num_stages)
