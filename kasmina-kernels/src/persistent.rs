@@ -74,8 +74,12 @@ const ROW_PAD_BYTES: u32 = 16;
 const MAILBOX_BYTES: u32 = 64;
 /// Bytes of mailbox and plans.
 const SCRATCH_BYTES: u32 = MAILBOX_BYTES + (MAX_LAYERS * size_of::<LayerPlan>()) as u32;
-/// Threads per block.
+/// Threads of a block that compute.
 const THREADS: u32 = 256;
+/// Threads of a block that poll for descriptors, each in a warp of its own.
+const POLLERS: u32 = 4;
+/// Threads per block: those, and one more warp that watches the host.
+const BLOCK_THREADS: u32 = THREADS + (POLLERS + 1) * 32;
 /// Shared memory that every GPU of the portable tier has.
 const PORTABLE_SMEM_BYTES: u32 = 64 << 10;
 
@@ -161,7 +165,7 @@ macro_rules! kernels {
             match (tier, dtype) {
                 $((Tier::$tier, DType::$dtype) => {
                     static KERNEL: Kernel<PersistentParams> =
-                        Kernel::new(&$module, stringify!($entry), THREADS, $smem);
+                        Kernel::new(&$module, stringify!($entry), BLOCK_THREADS, $smem);
                     Some(&KERNEL)
                 })+
                 _ => None,
@@ -174,6 +178,14 @@ macro_rules! kernels {
             #[cfg(all(target_arch = "nvptx64", kasmina_tier = $folder))]
             #[unsafe(no_mangle)]
             unsafe extern "ptx-kernel" fn $entry(params: PersistentParams) {
+                // SAFETY: a comment in the PTX, which xtask makes the entry's directive.
+                unsafe {
+                    core::arch::asm!(
+                        "// kasmina: .maxntid {threads}, 1, 1",
+                        threads = const BLOCK_THREADS,
+                        options(nomem, nostack, preserves_flags),
+                    );
+                }
                 // SAFETY: as above.
                 unsafe { device::resident::<device::$dtype>(&params) }
             }

@@ -49,7 +49,7 @@ impl<T: Element> Ticket<T> {
     pub(super) fn is_complete(&mut self) -> bool {
         let ring = &self.stream.shared.ring;
         while self.completed < self.parts.len() {
-            if !ring.is_complete(&self.parts[self.completed]) {
+            if !ring.is_complete(&mut self.parts[self.completed]) {
                 return false;
             }
             self.completed += 1;
@@ -97,10 +97,10 @@ impl<T: Element> Ticket<T> {
     pub(super) fn take(&mut self, values: &mut [T]) {
         let columns = self.stream.shared.out_features;
         let mut rest = values;
-        for part in &self.parts {
+        for part in &mut self.parts {
             let (own, after) = rest.split_at_mut((part.rows * columns).min(rest.len()));
             if !own.is_empty() {
-                part.slot.read(own);
+                part.slot.take(own);
             }
             rest = after;
         }

@@ -1,10 +1,11 @@
-//! The grid's life: the poll loop, the way of a unit through a block, and what is common to the
-//! tiers. How a layer is computed is the tier's: `tensor` or `simt`.
+//! The way of a unit through a block, and what is common to the tiers. How units are waited for is
+//! in `waiting`; how a layer is computed is the tier's: `tensor` or `simt`.
 
 #[cfg(kasmina_tier = "portable")]
 mod simt;
 #[cfg(kasmina_tier = "hopper")]
 mod tensor;
+mod waiting;
 
 #[cfg(kasmina_tier = "portable")]
 pub(super) use simt::{BF16, F16, F32, Stack};
@@ -15,11 +16,13 @@ pub(super) use tensor::{BF16, F16, Stack};
 use super::EchoParams;
 #[cfg(kasmina_tier = "portable")]
 use super::protocol::LINE;
-use super::protocol::{self, COMMAND, Command, HEARTBEAT, Layout, Lease, Status, Words};
-use super::{LayerPlan, MAILBOX_BYTES, MAX_LAYERS, PersistentParams, THREADS};
+use super::protocol::{COMMAND, HEARTBEAT, Layout, Words};
+use super::{LayerPlan, MAILBOX_BYTES, MAX_LAYERS, POLLERS, PersistentParams, THREADS};
 use crate::ptx;
+use waiting::Waiting;
 
-/// Polls between two looks at the control line, about 0.1 ms apart.
+/// Polls of the echo kernel between two looks at the clock.
+#[cfg(kasmina_tier = "portable")]
 const POLLS: u32 = 64;
 /// Bytes of a plan.
 const PLAN_BYTES: u32 = size_of::<LayerPlan>() as u32;
@@ -71,6 +74,16 @@ pub(in crate::persistent) struct Grid<'a> {
     smem: u32,
 }
 
+/// Waits for the block's threads that compute, and orders their accesses.
+///
+/// # Safety
+/// Each of the first `THREADS` threads executes it equally often, and no others.
+#[inline(always)]
+pub(in crate::persistent) unsafe fn meet() {
+    // SAFETY: this contract.
+    unsafe { ptx::bar_sync::<1, THREADS>() }
+}
+
 /// Answers units until told to exit.
 ///
 /// # Safety
@@ -79,112 +92,72 @@ pub(in crate::persistent) struct Grid<'a> {
 #[inline(always)]
 pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
     let grid = Grid { params, thread: ptx::thread_index(), smem: ptx::dynamic_smem() };
-    let words = Mapped(params.words);
-    let status = params.layout.status(ptx::block_index());
-    // SAFETY: this contract; all threads take the same way through the loop, by what thread 0 puts
-    // into the mailbox, and meet at each barrier.
+    let waiting = Waiting::new(params, grid.smem);
+    // SAFETY: this contract; the barrier is before any thread takes its role.
+    unsafe {
+        if grid.thread == 0 {
+            waiting.initialise();
+        }
+        ptx::bar_sync_all();
+        if grid.thread < THREADS {
+            work::<E>(&grid, &waiting);
+        } else if grid.thread.is_multiple_of(32) {
+            let role = (grid.thread - THREADS) / 32;
+            if role < POLLERS {
+                waiting.poll(role);
+            } else {
+                waiting.watch();
+            }
+        }
+    }
+}
+
+/// The threads that compute.
+///
+/// # Safety
+/// As [`resident`], by the first `THREADS` threads; `waiting` is initialised.
+#[inline(always)]
+unsafe fn work<E: Stack>(grid: &Grid<'_>, waiting: &Waiting<'_>) {
+    let thread = grid.thread;
+    // SAFETY: this contract; all threads take the same way through the loop, by what is in the
+    // mailbox, and meet at each barrier.
     unsafe {
         grid.load_plans();
         grid.load_weights(0);
-        let mut version = 0;
-        ptx::bar_sync_all();
-        let mut sequence = 0;
-        let mut lease = Lease::new(0, ptx::globaltimer(), params.lease_ns);
-        if grid.thread == 0 {
-            words.store(status, Status::Running as u64);
-            sequence = ptx::atom_add_relaxed_gpu_u64(params.counter, 1);
+        if thread == 0 {
+            waiting.begin();
         }
+        let (mut version, mut units) = (0, 0);
         loop {
             ptx::nounroll();
-            let mut slot = 0;
-            if grid.thread == 0 {
-                slot = grid.await_unit(&words, sequence, &mut lease, status);
+            if thread < 32 {
+                waiting.await_unit(units);
             }
-            ptx::bar_sync_all();
+            units += 1;
+            meet();
             let unit = grid.read_mailbox();
             if unit.rows == EXIT {
                 return;
             }
-            if unit.rows > 0 {
-                if unit.version != version {
-                    // The barrier above: nobody reads the old weights any more.
-                    grid.load_weights(unit.version & 1);
-                    version = unit.version;
-                }
-                E::compute(&grid, unit);
+            if unit.version != version {
+                // The barrier above: nobody reads the old weights any more.
+                grid.load_weights(unit.version & 1);
+                version = unit.version;
             }
-            ptx::bar_sync_all();
-            if grid.thread == 0 {
-                if unit.rows > 0 {
-                    protocol::complete(&words, &params.layout, slot as u16, sequence);
-                } else {
-                    protocol::acknowledge(&words, &params.layout, slot as u16, sequence);
-                }
-                sequence = ptx::atom_add_relaxed_gpu_u64(params.counter, 1);
+            E::compute(grid, unit);
+            // Taken before the barrier, which hides some of the time.
+            let next = if thread == 0 { waiting.next() } else { 0 };
+            meet();
+            if thread == 0 {
+                waiting.finish(next);
             }
         }
     }
 }
 
 impl Grid<'_> {
-    /// Waits for the unit of `sequence` and puts it into the mailbox, or that the block is to exit.
-    /// Gives the unit's slot.
-    ///
     /// # Safety
-    /// Thread 0 alone, between two barriers of the block.
-    #[inline(always)]
-    unsafe fn await_unit(
-        &self,
-        words: &Mapped,
-        sequence: u64,
-        lease: &mut Lease,
-        status: u32,
-    ) -> u32 {
-        let params = self.params;
-        let mut end = (sequence >= params.limit).then_some(Status::Ended);
-        let mut polls = 0;
-        while end.is_none() {
-            ptx::nounroll();
-            if let Some(descriptor) = protocol::poll(words, &params.layout, sequence) {
-                let slot = u32::from(descriptor.slot);
-                let [input, output] = if descriptor.by_address {
-                    protocol::load_addresses(words, &params.layout, descriptor.slot)
-                } else {
-                    [
-                        params.inputs + u64::from(slot) * u64::from(params.input_slot_bytes),
-                        params.outputs + u64::from(slot) * u64::from(params.output_slot_bytes),
-                    ]
-                };
-                // SAFETY: this contract; the mailbox is the first 64 bytes of shared memory.
-                unsafe {
-                    let rows = u32::from(descriptor.rows);
-                    let head = [rows, descriptor.version, 0, 0];
-                    ptx::st_shared_v4_u32(self.smem, head);
-                    let addresses =
-                        [input as u32, (input >> 32) as u32, output as u32, (output >> 32) as u32];
-                    ptx::st_shared_v4_u32(self.smem + 16, addresses);
-                }
-                return slot;
-            }
-            polls += 1;
-            if polls == POLLS {
-                polls = 0;
-                let [command, heartbeat] = words.load_pair(COMMAND);
-                if Command::decode(command).ends(sequence) {
-                    end = Some(Status::Ended);
-                } else if lease.is_over(heartbeat, ptx::globaltimer()) {
-                    end = Some(Status::LeaseExpired);
-                }
-            }
-        }
-        words.store(status, end.unwrap_or(Status::Ended) as u64);
-        // SAFETY: as above.
-        unsafe { ptx::st_shared_v4_u32(self.smem, [EXIT, 0, 0, 0]) }
-        0
-    }
-
-    /// # Safety
-    /// After a barrier that follows thread 0's writes, before one that precedes its next.
+    /// After a barrier that follows the arrival of a unit, before one that precedes its end.
     #[inline(always)]
     unsafe fn read_mailbox(&self) -> Unit {
         // SAFETY: this contract.
@@ -201,7 +174,7 @@ impl Grid<'_> {
     /// Copies the plans to shared memory.
     ///
     /// # Safety
-    /// Every thread of the block calls it before a barrier.
+    /// Every thread that computes calls it.
     #[inline(always)]
     unsafe fn load_plans(&self) {
         // SAFETY: there are `MAX_LAYERS` plans on both sides.
@@ -212,8 +185,8 @@ impl Grid<'_> {
                 MAX_LAYERS as u32 * PLAN_BYTES,
             );
         }
-        // SAFETY: every thread of the block is here.
-        unsafe { ptx::bar_sync_all() }
+        // SAFETY: every thread that computes is here.
+        unsafe { meet() }
     }
 
     /// A word of a layer's plan.
@@ -229,7 +202,7 @@ impl Grid<'_> {
     /// Copies biases, and the matrices that stay, to shared memory.
     ///
     /// # Safety
-    /// Every thread of the block calls it, between two barriers; `version` is 0 or 1.
+    /// Every thread that computes calls it, between two barriers; `version` is 0 or 1.
     #[inline(always)]
     unsafe fn load_weights(&self, version: u32) {
         let packed = self.packed(version);
@@ -249,8 +222,8 @@ impl Grid<'_> {
             }
             layer += 1;
         }
-        // SAFETY: every thread of the block is here.
-        unsafe { ptx::bar_sync_all() }
+        // SAFETY: every thread that computes is here.
+        unsafe { meet() }
     }
 
     /// The packed weights of a version.
@@ -262,7 +235,7 @@ impl Grid<'_> {
     /// Copies bytes, a multiple of 16, that the host may have written since the grid began.
     ///
     /// # Safety
-    /// Every thread of the block calls it; both ends are 16-aligned and have so many bytes.
+    /// Every thread that computes calls it; both ends are 16-aligned and have so many bytes.
     #[inline(always)]
     unsafe fn copy_to_smem(&self, source: u64, target: u32, bytes: u32) {
         let mut at = self.thread * 16;

@@ -20,6 +20,8 @@ pub(in crate::persistent) trait Stack {
 /// What differs between the element types. Bits travel in the lower end of a `u32`.
 trait Element {
     const SIZE: u32;
+    /// All bits one, which says that a result is not there yet.
+    const ABSENT: u32 = u32::MAX >> (32 - Self::SIZE * 8);
     fn widen(bits: u32) -> f32;
     fn round(value: f32) -> u32;
     /// # Safety
@@ -29,7 +31,7 @@ trait Element {
     /// As [`ptx::ld_shared_u32`], for `SIZE` bytes.
     unsafe fn load_shared(address: u32) -> u32;
     /// # Safety
-    /// As [`ptx::st_global_u32`], for `SIZE` bytes.
+    /// As [`ptx::st_relaxed_sys_u32`], for `SIZE` bytes.
     unsafe fn store(address: u64, bits: u32);
 }
 
@@ -60,7 +62,7 @@ impl Element for F32 {
     #[inline(always)]
     unsafe fn store(address: u64, bits: u32) {
         // SAFETY: the caller's contract.
-        unsafe { ptx::st_global_u32(address, bits) }
+        unsafe { ptx::st_relaxed_sys_u32(address, bits) }
     }
 }
 
@@ -89,7 +91,7 @@ macro_rules! sixteen_bit_element {
             #[inline(always)]
             unsafe fn store(address: u64, bits: u32) {
                 // SAFETY: the caller's contract.
-                unsafe { ptx::st_global_u16(address, bits as u16) }
+                unsafe { ptx::st_relaxed_sys_u16(address, bits as u16) }
             }
         }
     };
@@ -124,7 +126,7 @@ unsafe fn run<E: Element>(grid: &Grid<'_>, unit: Unit, first: u32, rows: u32) {
     // SAFETY: this contract; both buffers have `PORTABLE_ROWS` rows as wide as the widest layer.
     unsafe {
         // The rows before may still be on their way out of the buffer.
-        ptx::bar_sync_all();
+        super::meet();
         let width = grid.plan(0, 0);
         let mut row = 0;
         while row < rows {
@@ -144,7 +146,7 @@ unsafe fn run<E: Element>(grid: &Grid<'_>, unit: Unit, first: u32, rows: u32) {
             }
             row += 1;
         }
-        ptx::bar_sync_all();
+        super::meet();
         let mut layer = 0;
         while layer < grid.params.layers {
             ptx::nounroll();
@@ -153,7 +155,7 @@ unsafe fn run<E: Element>(grid: &Grid<'_>, unit: Unit, first: u32, rows: u32) {
             } else {
                 product::<E, false>(grid, layer, unit.version, source, target);
             }
-            ptx::bar_sync_all();
+            super::meet();
             (source, target) = (target, source);
             layer += 1;
         }
@@ -167,7 +169,9 @@ unsafe fn run<E: Element>(grid: &Grid<'_>, unit: Unit, first: u32, rows: u32) {
                 let value = ptx::ld_shared_u32(source + row * row_bytes + column * 4);
                 let element = u64::from((first + row) * width + column);
                 let address = unit.output + element * u64::from(E::SIZE);
-                E::store(address, E::round(f32::from_bits(value)));
+                let bits = E::round(f32::from_bits(value));
+                // Arithmetic gives positive NaNs; should one be negative, it is the same NaN.
+                E::store(address, if bits == E::ABSENT { bits >> 1 } else { bits });
                 column += THREADS;
             }
             row += 1;

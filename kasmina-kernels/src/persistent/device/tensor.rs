@@ -104,7 +104,7 @@ unsafe fn run<E: Element, const N: u32>(grid: &Grid<'_>, unit: Unit) {
     // SAFETY: this contract; both buffers have `PART_ROWS` rows as wide as the widest layer.
     unsafe {
         load_rows(grid, unit, source, grid.plan(0, 0));
-        ptx::bar_sync_all();
+        super::meet();
         let mut layer = 0;
         while layer < grid.params.layers {
             ptx::nounroll();
@@ -114,7 +114,7 @@ unsafe fn run<E: Element, const N: u32>(grid: &Grid<'_>, unit: Unit) {
             } else {
                 product.run::<E, N, false>();
             }
-            ptx::bar_sync_all();
+            super::meet();
             (source, target) = (target, source);
             layer += 1;
         }
@@ -228,7 +228,7 @@ unsafe fn store_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) {
             let mut at = Vectors::new(grid.thread, width / 8);
             while at.row < unit.rows {
                 let values = ptx::ld_shared_v4_u32(buffer + at.row * row_bytes + at.column * 16);
-                ptx::st_global_v4_u32(unit.output + u64::from(at.index) * 16, values);
+                ptx::st_relaxed_sys_v4_u32(unit.output + u64::from(at.index) * 16, values);
                 at.advance();
             }
         } else {
@@ -240,7 +240,7 @@ unsafe fn store_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) {
                     ptx::nounroll();
                     let value = ptx::ld_shared_u16(buffer + row * row_bytes + column * 2);
                     let element = u64::from(row * width + column);
-                    ptx::st_global_u16(unit.output + element * 2, value);
+                    ptx::st_relaxed_sys_u16(unit.output + element * 2, value);
                     column += THREADS;
                 }
                 row += 1;
