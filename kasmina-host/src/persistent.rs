@@ -6,6 +6,7 @@
 //! ring's rules are in `kasmina_kernels::persistent::protocol`.
 #![forbid(unsafe_code)]
 
+mod answer;
 mod config;
 mod decision;
 mod ring;
@@ -26,6 +27,7 @@ use std::time::{Duration, Instant};
 use kasmina_kernels::abi::Tier;
 use kasmina_kernels::persistent::part_rows;
 
+pub use answer::Answer;
 pub use config::StreamConfig;
 pub use decision::{PersistentTrial, should_use_persistent};
 pub use statistics::StreamStats;
@@ -150,7 +152,8 @@ impl<T: Element> StreamSession<T> {
         let rows = batch.len() / columns;
         self.check_rows(op, rows, batch.len() == rows * columns, batch.len())?;
         let submitted = Instant::now();
-        let (mut parts, version) = self.shared().ring.reserve(self.request(op, rows, self.shared().out_features))?;
+        let (mut parts, version) =
+            self.shared().ring.reserve(self.request(op, rows, self.shared().out_features))?;
         let mut rest = batch;
         for part in &mut parts {
             let (own, after) = rest.split_at(part.rows * columns);
@@ -303,19 +306,7 @@ impl<T: Element> StreamSession<T> {
     pub fn try_poll(&self, ticket: &mut Ticket<T>) -> Result<Option<Vec<T>>> {
         let op = "StreamSession::try_poll";
         self.check_ticket(op, ticket, false)?;
-        if !ticket.is_complete() {
-            self.shared().begin_bounded_work()?;
-            if ticket.submitted.elapsed() > Duration::from_millis(1) {
-                self.shared().check_health();
-            }
-            let futile = self.shared().futile();
-            if !ticket.is_complete() {
-                return futile.map_or(Ok(None), |fault| Err(Error::Session { op, fault }));
-            }
-        }
-        let mut values = zeroed(ticket.rows * self.shared().out_features)?;
-        ticket.take(&mut values);
-        Ok(Some(values))
+        ticket.try_take(op)
     }
 
     /// [`submit_blocking`](Self::submit_blocking) and [`wait`](Self::wait) in one.

@@ -265,6 +265,11 @@ impl<T: Element> Ring<T> {
         protocol::publish(&self.words, &self.layout, part.sequence, descriptor);
     }
 
+    /// Whether a unit is done; its result may still be on its way.
+    pub(super) fn is_done(&self, sequence: u64) -> bool {
+        protocol::is_complete(&self.words, &self.layout, sequence)
+    }
+
     /// Whether a part is done and its result is there.
     pub(super) fn is_complete(&self, part: &mut Part<T>) -> bool {
         match &part.slot {
@@ -272,7 +277,7 @@ impl<T: Element> Ring<T> {
                 part.present = slot.present(part.present, part.awaited, size_of::<T>());
                 part.present == part.awaited
             }
-            _ => protocol::is_complete(&self.words, &self.layout, part.sequence),
+            _ => self.is_done(part.sequence),
         }
     }
 
@@ -327,8 +332,7 @@ impl<T: Element> Ring<T> {
     /// positions were used again.
     fn are_complete(&self, state: &State<T>, end: u64) -> bool {
         let lap = u64::from(self.layout.positions());
-        (state.next_sequence.saturating_sub(lap)..end)
-            .all(|sequence| protocol::is_complete(&self.words, &self.layout, sequence))
+        (state.next_sequence.saturating_sub(lap)..end).all(|sequence| self.is_done(sequence))
     }
 
     pub(super) fn version(&self) -> u32 {

@@ -10,6 +10,7 @@ use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::persistent::protocol::{Command, Layout, Status};
 use kasmina_kernels::persistent::{LayerShape, PART_ROWS, PlanFault, StackPlan, kernel, part_rows};
 
+use super::answer::Wakers;
 use super::config::StreamConfig;
 use super::ring::{HostPayload, Ring, RingWords, Slot, lock};
 use super::stack::Parameters;
@@ -44,6 +45,8 @@ pub(super) struct Shared<T: Element> {
     pub(super) config: StreamConfig,
     pub(super) submitted: AtomicU64,
     histogram: Mutex<Arc<Histogram>>,
+    /// Tasks that wait for answers.
+    pub(super) wakers: Arc<Wakers>,
     /// For one update at a time.
     updates: Mutex<()>,
     backend: Backend<T>,
@@ -409,6 +412,7 @@ impl Parts<'_> {
             config: self.config,
             submitted: AtomicU64::new(0),
             histogram: Mutex::new(Arc::new(Histogram::new())),
+            wakers: Arc::default(),
             updates: Mutex::new(()),
             backend,
         }
