@@ -1,7 +1,12 @@
 //! What host and device agree on: tiers, element types, PTX modules, kernels and their parameters.
 
+#[cfg(feature = "ptx")]
+use alloc::string::String;
 use core::fmt;
 use core::marker::PhantomData;
+
+#[cfg(feature = "ptx")]
+use miniz_oxide::inflate;
 
 use crate::conv1d;
 use crate::gemm::hopper::{self, split, weight_gradient};
@@ -130,9 +135,33 @@ pub struct Module {
     pub name: &'static str,
     /// The kernels it holds.
     pub entries: &'static [&'static str],
-    /// Its text.
+    /// Its text, deflated (RFC 1951).
     #[cfg(feature = "ptx")]
-    pub ptx: &'static str,
+    pub deflated_ptx: &'static [u8],
+}
+
+#[cfg(feature = "ptx")]
+impl Module {
+    /// Its text.
+    #[must_use]
+    pub fn ptx(&self) -> String {
+        self.inflated(usize::MAX)
+    }
+
+    /// The beginning of its text, with what it asks of the driver.
+    #[must_use]
+    pub fn ptx_header(&self) -> String {
+        self.inflated(1 << 10)
+    }
+
+    fn inflated(&self, limit: usize) -> String {
+        let text = match inflate::decompress_to_vec_with_limit(self.deflated_ptx, limit) {
+            Ok(text) => text,
+            // What comes from the build script is whole: only the limit can end it.
+            Err(cut) => cut.output,
+        };
+        String::from_utf8_lossy(&text).into_owned()
+    }
 }
 
 /// A [`Module`] and, in a host build that embeds PTX, its text.
@@ -143,7 +172,9 @@ macro_rules! module {
             name: $name,
             entries: &[$($entry),+],
             #[cfg(feature = "ptx")]
-            ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/", $folder, "/", $name, ".ptx")),
+            deflated_ptx: include_bytes!(concat!(
+                env!("OUT_DIR"), "/", $folder, "/", $name, ".ptx"
+            )),
         }
     };
 }
