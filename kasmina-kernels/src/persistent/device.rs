@@ -1,11 +1,10 @@
-//! The way of a unit through a block, and what is common to the tiers. How units are waited for is
-//! in `waiting`; how a layer is computed is the tier's: `tensor` or `simt`.
+//! The grid's life: the poll loop, the way of a unit through a block, and what is common to the
+//! tiers. How a layer is computed is the tier's: `tensor` or `simt`.
 
 #[cfg(kasmina_tier = "portable")]
 mod simt;
 #[cfg(kasmina_tier = "hopper")]
 mod tensor;
-mod waiting;
 
 #[cfg(kasmina_tier = "portable")]
 pub(super) use simt::{BF16, F16, F32, Stack};
@@ -16,14 +15,15 @@ pub(super) use tensor::{BF16, F16, Stack};
 use super::EchoParams;
 #[cfg(kasmina_tier = "portable")]
 use super::protocol::LINE;
-use super::protocol::{COMMAND, HEARTBEAT, Layout, Words};
-use super::{LayerPlan, MAILBOX_BYTES, MAX_LAYERS, POLLERS, PersistentParams, THREADS};
+use super::protocol::{
+    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Lease, Status, Words,
+};
+use super::{LayerPlan, MAILBOX_BYTES, MAX_LAYERS, PersistentParams, THREADS};
 use crate::ptx;
-use waiting::Waiting;
 
-/// Polls of the echo kernel between two looks at the clock.
-#[cfg(kasmina_tier = "portable")]
-const POLLS: u32 = 64;
+/// Polls between two looks at the control line, about a millisecond apart: a descriptor that comes
+/// while the block looks there is seen a trip over the bus late.
+const POLLS: u32 = 1024;
 /// Bytes of a plan.
 const PLAN_BYTES: u32 = size_of::<LayerPlan>() as u32;
 /// In the mailbox in place of rows: the block is to exit.
@@ -74,14 +74,14 @@ pub(in crate::persistent) struct Grid<'a> {
     smem: u32,
 }
 
-/// Waits for the block's threads that compute, and orders their accesses.
-///
-/// # Safety
-/// Each of the first `THREADS` threads executes it equally often, and no others.
-#[inline(always)]
-pub(in crate::persistent) unsafe fn meet() {
-    // SAFETY: this contract.
-    unsafe { ptx::bar_sync::<1, THREADS>() }
+/// What thread 0 alone knows of the grid's work.
+struct Waiting {
+    words: Mapped,
+    status: u32,
+    /// The sequence it waits for or computes.
+    sequence: u64,
+    lease: Lease,
+    by_address: bool,
 }
 
 /// Answers units until told to exit.
@@ -92,49 +92,30 @@ pub(in crate::persistent) unsafe fn meet() {
 #[inline(always)]
 pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
     let grid = Grid { params, thread: ptx::thread_index(), smem: ptx::dynamic_smem() };
-    let waiting = Waiting::new(params, grid.smem);
-    // SAFETY: this contract; the barrier is before any thread takes its role.
-    unsafe {
-        if grid.thread == 0 {
-            waiting.initialise();
-        }
-        ptx::bar_sync_all();
-        if grid.thread < THREADS {
-            work::<E>(&grid, &waiting);
-        } else if grid.thread.is_multiple_of(32) {
-            let role = (grid.thread - THREADS) / 32;
-            if role < POLLERS {
-                waiting.poll(role);
-            } else {
-                waiting.watch();
-            }
-        }
-    }
-}
-
-/// The threads that compute.
-///
-/// # Safety
-/// As [`resident`], by the first `THREADS` threads; `waiting` is initialised.
-#[inline(always)]
-unsafe fn work<E: Stack>(grid: &Grid<'_>, waiting: &Waiting<'_>) {
-    let thread = grid.thread;
-    // SAFETY: this contract; all threads take the same way through the loop, by what is in the
-    // mailbox, and meet at each barrier.
+    let mut waiting = Waiting {
+        words: Mapped(params.words),
+        status: params.layout.status(ptx::block_index()),
+        sequence: 0,
+        lease: Lease::new(0, ptx::globaltimer(), params.lease_ns),
+        by_address: false,
+    };
+    // SAFETY: this contract; all threads take the same way through the loop, by what thread 0 puts
+    // into the mailbox, and meet at each barrier.
     unsafe {
         grid.load_plans();
         grid.load_weights(0);
-        if thread == 0 {
-            waiting.begin();
+        let mut version = 0;
+        ptx::bar_sync_all();
+        if grid.thread == 0 {
+            waiting.words.store(waiting.status, Status::Running as u64);
+            waiting.sequence = grid.take_sequence();
         }
-        let (mut version, mut units) = (0, 0);
         loop {
             ptx::nounroll();
-            if thread < 32 {
-                waiting.await_unit(units);
+            if grid.thread == 0 {
+                grid.await_unit(&mut waiting);
             }
-            units += 1;
-            meet();
+            ptx::bar_sync_all();
             let unit = grid.read_mailbox();
             if unit.rows == EXIT {
                 return;
@@ -144,20 +125,103 @@ unsafe fn work<E: Stack>(grid: &Grid<'_>, waiting: &Waiting<'_>) {
                 grid.load_weights(unit.version & 1);
                 version = unit.version;
             }
-            E::compute(grid, unit);
-            // Taken before the barrier, which hides some of the time.
-            let next = if thread == 0 { waiting.next() } else { 0 };
-            meet();
-            if thread == 0 {
-                waiting.finish(next);
+            E::compute(&grid, unit);
+            // Taken ahead of the barrier, which hides some of the time.
+            let next = if grid.thread == 0 { grid.take_sequence() } else { 0 };
+            ptx::bar_sync_all();
+            if grid.thread == 0 {
+                let Waiting { words, sequence, by_address, .. } = &waiting;
+                if *by_address {
+                    protocol::complete(words, &params.layout, *sequence);
+                } else {
+                    protocol::acknowledge(words, &params.layout, *sequence);
+                }
+                waiting.sequence = next;
             }
         }
     }
 }
 
 impl Grid<'_> {
+    /// The next sequence that nobody has.
+    ///
     /// # Safety
-    /// After a barrier that follows the arrival of a unit, before one that precedes its end.
+    /// Thread 0 alone.
+    #[inline(always)]
+    unsafe fn take_sequence(&self) -> u64 {
+        // SAFETY: the counter is the grid's.
+        unsafe { ptx::atom_add_relaxed_gpu_u64(self.params.counter, 1) }
+    }
+
+    /// Waits for the unit of the sequence and puts it into the mailbox, or that the block is to
+    /// exit. Units without rows are answered on the way.
+    ///
+    /// # Safety
+    /// Thread 0 alone, between two barriers of the block.
+    #[inline(always)]
+    unsafe fn await_unit(&self, waiting: &mut Waiting) {
+        let params = self.params;
+        let mut polls = 0;
+        let end = loop {
+            ptx::nounroll();
+            if waiting.sequence >= params.limit {
+                break Status::Ended;
+            }
+            if let Some(descriptor) =
+                protocol::poll(&waiting.words, &params.layout, waiting.sequence)
+            {
+                if descriptor.rows > 0 {
+                    // SAFETY: this contract.
+                    unsafe { self.write_mailbox(waiting, descriptor) }
+                    return;
+                }
+                protocol::acknowledge(&waiting.words, &params.layout, waiting.sequence);
+                // SAFETY: this contract.
+                waiting.sequence = unsafe { self.take_sequence() };
+            }
+            polls += 1;
+            if polls == POLLS {
+                polls = 0;
+                let [command, heartbeat] = waiting.words.load_pair(COMMAND);
+                if Command::decode(command).ends(waiting.sequence) {
+                    break Status::Ended;
+                }
+                if waiting.lease.is_over(heartbeat, ptx::globaltimer()) {
+                    break Status::LeaseExpired;
+                }
+            }
+        };
+        waiting.words.store(waiting.status, end as u64);
+        // SAFETY: the mailbox is the first 64 bytes of shared memory.
+        unsafe { ptx::st_shared_v4_u32(self.smem, [EXIT, 0, 0, 0]) }
+    }
+
+    /// # Safety
+    /// As [`await_unit`](Self::await_unit).
+    #[inline(always)]
+    unsafe fn write_mailbox(&self, waiting: &mut Waiting, descriptor: Descriptor) {
+        let params = self.params;
+        let slot = u32::from(descriptor.slot);
+        waiting.by_address = descriptor.by_address;
+        let [input, output] = if descriptor.by_address {
+            protocol::load_addresses(&waiting.words, &params.layout, descriptor.slot)
+        } else {
+            [
+                params.inputs + u64::from(slot) * u64::from(params.input_slot_bytes),
+                params.outputs + u64::from(slot) * u64::from(params.output_slot_bytes),
+            ]
+        };
+        let head = [u32::from(descriptor.rows), descriptor.version, 0, 0];
+        let addresses = [input as u32, (input >> 32) as u32, output as u32, (output >> 32) as u32];
+        // SAFETY: this contract; the mailbox is the first 64 bytes of shared memory.
+        unsafe {
+            ptx::st_shared_v4_u32(self.smem, head);
+            ptx::st_shared_v4_u32(self.smem + 16, addresses);
+        }
+    }
+
+    /// # Safety
+    /// After a barrier that follows thread 0's writes, before one that precedes its next.
     #[inline(always)]
     unsafe fn read_mailbox(&self) -> Unit {
         // SAFETY: this contract.
@@ -174,7 +238,7 @@ impl Grid<'_> {
     /// Copies the plans to shared memory.
     ///
     /// # Safety
-    /// Every thread that computes calls it.
+    /// Every thread of the block calls it before a barrier.
     #[inline(always)]
     unsafe fn load_plans(&self) {
         // SAFETY: there are `MAX_LAYERS` plans on both sides.
@@ -185,8 +249,8 @@ impl Grid<'_> {
                 MAX_LAYERS as u32 * PLAN_BYTES,
             );
         }
-        // SAFETY: every thread that computes is here.
-        unsafe { meet() }
+        // SAFETY: every thread of the block is here.
+        unsafe { ptx::bar_sync_all() }
     }
 
     /// A word of a layer's plan.
@@ -202,7 +266,7 @@ impl Grid<'_> {
     /// Copies biases, and the matrices that stay, to shared memory.
     ///
     /// # Safety
-    /// Every thread that computes calls it, between two barriers; `version` is 0 or 1.
+    /// Every thread of the block calls it, between two barriers; `version` is 0 or 1.
     #[inline(always)]
     unsafe fn load_weights(&self, version: u32) {
         let packed = self.packed(version);
@@ -222,8 +286,8 @@ impl Grid<'_> {
             }
             layer += 1;
         }
-        // SAFETY: every thread that computes is here.
-        unsafe { meet() }
+        // SAFETY: every thread of the block is here.
+        unsafe { ptx::bar_sync_all() }
     }
 
     /// The packed weights of a version.
@@ -235,7 +299,7 @@ impl Grid<'_> {
     /// Copies bytes, a multiple of 16, that the host may have written since the grid began.
     ///
     /// # Safety
-    /// Every thread that computes calls it; both ends are 16-aligned and have so many bytes.
+    /// Every thread of the block calls it; both ends are 16-aligned and have so many bytes.
     #[inline(always)]
     unsafe fn copy_to_smem(&self, source: u64, target: u32, bytes: u32) {
         let mut at = self.thread * 16;

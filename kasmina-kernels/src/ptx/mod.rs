@@ -4,7 +4,6 @@
 //! `# Safety` section states that rule. Shared-memory addresses are `u32` in the shared window.
 
 mod barrier;
-mod block_memory;
 #[cfg(kasmina_tier = "hopper")]
 mod cluster;
 mod convert;
@@ -27,7 +26,6 @@ mod warp;
 pub(crate) mod wgmma;
 
 pub use barrier::*;
-pub use block_memory::*;
 #[cfg(kasmina_tier = "hopper")]
 pub use cluster::*;
 pub use convert::*;

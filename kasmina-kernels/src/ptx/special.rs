@@ -52,13 +52,6 @@ pub fn nounroll() {
     unsafe { asm!(".pragma \"nounroll\";", options(nomem, nostack, preserves_flags)) }
 }
 
-/// Sleeps for about so many nanoseconds, between none and twice as many, at most a million.
-#[inline(always)]
-pub fn nanosleep(nanoseconds: u32) {
-    // SAFETY: touches no memory.
-    unsafe { asm!("nanosleep.u32 {};", in(reg32) nanoseconds, options(nomem, nostack)) }
-}
-
 /// Ends the kernel with an error.
 #[inline(always)]
 pub fn trap() -> ! {

@@ -126,7 +126,7 @@ unsafe fn run<E: Element>(grid: &Grid<'_>, unit: Unit, first: u32, rows: u32) {
     // SAFETY: this contract; both buffers have `PORTABLE_ROWS` rows as wide as the widest layer.
     unsafe {
         // The rows before may still be on their way out of the buffer.
-        super::meet();
+        ptx::bar_sync_all();
         let width = grid.plan(0, 0);
         let mut row = 0;
         while row < rows {
@@ -146,7 +146,7 @@ unsafe fn run<E: Element>(grid: &Grid<'_>, unit: Unit, first: u32, rows: u32) {
             }
             row += 1;
         }
-        super::meet();
+        ptx::bar_sync_all();
         let mut layer = 0;
         while layer < grid.params.layers {
             ptx::nounroll();
@@ -155,7 +155,7 @@ unsafe fn run<E: Element>(grid: &Grid<'_>, unit: Unit, first: u32, rows: u32) {
             } else {
                 product::<E, false>(grid, layer, unit.version, source, target);
             }
-            super::meet();
+            ptx::bar_sync_all();
             (source, target) = (target, source);
             layer += 1;
         }

@@ -104,7 +104,7 @@ unsafe fn run<E: Element, const N: u32>(grid: &Grid<'_>, unit: Unit) {
     // SAFETY: this contract; both buffers have `PART_ROWS` rows as wide as the widest layer.
     unsafe {
         load_rows(grid, unit, source, grid.plan(0, 0));
-        super::meet();
+        ptx::bar_sync_all();
         let mut layer = 0;
         while layer < grid.params.layers {
             ptx::nounroll();
@@ -114,7 +114,7 @@ unsafe fn run<E: Element, const N: u32>(grid: &Grid<'_>, unit: Unit) {
             } else {
                 product.run::<E, N, false>();
             }
-            super::meet();
+            ptx::bar_sync_all();
             (source, target) = (target, source);
             layer += 1;
         }
