@@ -112,6 +112,7 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
         }
         loop {
             ptx::nounroll();
+            let mut ahead = E::ahead(&grid);
             if grid.thread == 0 {
                 grid.await_unit(&mut waiting);
             }
@@ -124,8 +125,9 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
                 // The barrier above: nobody reads the old weights any more.
                 grid.load_weights(unit.version & 1);
                 version = unit.version;
+                ahead = E::ahead(&grid);
             }
-            E::compute(&grid, unit);
+            E::compute(&grid, unit, &ahead);
             // Taken ahead of the barrier, which hides some of the time.
             let next = if grid.thread == 0 { grid.take_sequence() } else { 0 };
             ptx::bar_sync_all();

@@ -10,11 +10,19 @@ const ROWS: usize = PORTABLE_ROWS as usize;
 
 /// An element type of the kernels.
 pub(in crate::persistent) trait Stack {
+    /// What a thread keeps in registers while it waits for a unit.
+    type Ahead;
+    /// Loads that, of the weights in shared memory.
+    ///
+    /// # Safety
+    /// Every thread of the block calls it, after a barrier that follows the loading of the weights.
+    unsafe fn ahead(grid: &Grid<'_>) -> Self::Ahead;
     /// Computes a unit.
     ///
     /// # Safety
-    /// Every thread of the block calls it, between two barriers, with a unit of this grid.
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit);
+    /// Every thread of the block calls it, between two barriers, with a unit of this grid and what
+    /// `ahead` gave for the unit's weights.
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead);
 }
 
 /// What differs between the element types. Bits travel in the lower end of a `u32`.
@@ -100,8 +108,13 @@ sixteen_bit_element!(F16, |bits: u32| ptx::cvt_f32_f16(bits as u16), ptx::cvt_rn
 sixteen_bit_element!(BF16, |bits: u32| f32::from_bits(bits << 16), bf16_from_f32);
 
 impl<E: Element> Stack for E {
+    type Ahead = ();
+
     #[inline(always)]
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit) {
+    unsafe fn ahead(_: &Grid<'_>) {}
+
+    #[inline(always)]
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, (): &()) {
         let mut first = 0;
         while first < unit.rows {
             ptx::nounroll();
