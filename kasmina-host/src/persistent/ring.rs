@@ -120,6 +120,7 @@ struct State<T> {
     abandoned: Vec<(usize, Part<T>)>,
     /// For each logical stream, whether there is one and how many slots it holds.
     streams: Vec<Option<usize>>,
+    open_streams: usize,
     version: u32,
     /// The first sequence of that version.
     version_since: u64,
@@ -138,6 +139,7 @@ impl<T: Element> Ring<T> {
             next_sequence: 0,
             abandoned: Vec::new(),
             streams: vec![None; num_streams],
+            open_streams: 0,
             version: 0,
             version_since: 0,
             fault: None,
@@ -200,12 +202,14 @@ impl<T: Element> Ring<T> {
         let fault = SessionFault::Streams { limit };
         let stream = free.ok_or(Error::Session { op, fault })?;
         state.streams[stream] = Some(0);
+        state.open_streams += 1;
         Ok(stream)
     }
 
     /// Ends a logical stream. Slots it still holds come back as those of no stream.
     pub(super) fn close_stream(&self, stream: usize) {
-        lock(&self.state).streams[stream] = None;
+        let mut state = lock(&self.state);
+        state.open_streams -= usize::from(state.streams[stream].take().is_some());
     }
 
     /// Slots and sequences for a batch, and the version of the weights it is to use.
@@ -224,7 +228,7 @@ impl<T: Element> Ring<T> {
         // A batch without rows is one part that asks for an answer.
         let parts = rows.div_ceil(part_rows).max(1);
         // As many slots for each logical stream, and no fewer than one batch may need.
-        let streams = state.streams.iter().flatten().count().max(1);
+        let streams = state.open_streams.max(1);
         let share = (self.capacity / streams).max(parts);
         let own = state.streams[stream].unwrap_or(0);
         let next = state.next_sequence;
@@ -237,10 +241,9 @@ impl<T: Element> Ring<T> {
         if let Some(own) = &mut state.streams[stream] {
             *own += parts;
         }
-        let first = state.free.len() - parts;
-        let slots: Vec<Slot<T>> = state.free.drain(first..).collect();
         let mut taken = Vec::with_capacity(parts);
-        for (part, slot) in slots.into_iter().enumerate() {
+        let first = state.free.len() - parts;
+        for (part, slot) in state.free.drain(first..).enumerate() {
             let sequence = next + part as u64;
             let rows = part_rows.min(rows - part * part_rows);
             let pinned = matches!(slot, Slot::Pinned(_));
