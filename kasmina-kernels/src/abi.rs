@@ -9,7 +9,7 @@ use core::marker::PhantomData;
 use miniz_oxide::inflate;
 
 use crate::conv1d;
-use crate::gemm::hopper::{self, split, weight_gradient};
+use crate::gemm::hopper::{self, comparison, split, weight_gradient};
 use crate::gemm::{backward, portable};
 use crate::persistent;
 use crate::reduce;
@@ -182,7 +182,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 25] = [
+    const FIRST: [&Module; 28] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -193,6 +193,9 @@ pub static MODULES: &[&Module] = &{
         &backward::PORTABLE_F32,
         &backward::PORTABLE_F16,
         &backward::PORTABLE_BF16,
+        &backward::HOPPER_F32,
+        &backward::HOPPER_F16,
+        &backward::HOPPER_BF16,
         &reduce::PORTABLE_F32,
         &reduce::PORTABLE_F16,
         &reduce::PORTABLE_BF16,
@@ -212,7 +215,8 @@ pub static MODULES: &[&Module] = &{
     const GEMM: usize = FIRST.len();
     const GEMM_WGRAD: usize = GEMM + hopper::KERNELS.len();
     const SPLIT: usize = GEMM_WGRAD + weight_gradient::KERNELS.len();
-    let mut modules = [FIRST[0]; SPLIT + split::NUM_MODULES];
+    const COMPARISON: usize = SPLIT + split::NUM_MODULES;
+    let mut modules = [FIRST[0]; COMPARISON + comparison::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
@@ -221,8 +225,10 @@ pub static MODULES: &[&Module] = &{
             hopper::KERNELS[row - GEMM].kernel.module
         } else if row < SPLIT {
             weight_gradient::KERNELS[row - GEMM_WGRAD].kernel.module
-        } else {
+        } else if row < COMPARISON {
             split::module(row - SPLIT)
+        } else {
+            comparison::KERNELS[row - COMPARISON].kernel.module
         };
         row += 1;
     }
