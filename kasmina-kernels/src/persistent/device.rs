@@ -131,7 +131,10 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
             // Taken ahead of the barrier, which hides some of the time.
             let next = if grid.thread == 0 { grid.take_sequence() } else { 0 };
             ptx::bar_sync_all();
-            if grid.thread == 0 {
+            // The compiler, which does not know barriers, would take the branches on both sides of
+            // this one together and give thread 0 a barrier of its own, at which the others of its
+            // warp are not.
+            if ptx::opaque_u32(grid.thread) == 0 {
                 let Waiting { words, sequence, by_address, .. } = &waiting;
                 if *by_address {
                     protocol::complete(words, &params.layout, *sequence);
