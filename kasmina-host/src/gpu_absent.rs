@@ -178,7 +178,15 @@ impl PinnedSlot {
         match self.never {}
     }
 
-    pub(crate) fn read(&self, _: &mut [u8]) {
+    pub(crate) fn present(&self, _: usize, _: usize, _: usize) -> usize {
+        match self.never {}
+    }
+
+    pub(crate) fn take(&mut self, _: &mut [u8]) {
+        match self.never {}
+    }
+
+    pub(crate) fn clear(&mut self, _: usize) {
         match self.never {}
     }
 }

@@ -22,7 +22,7 @@ fn session() -> StreamSession<f32> {
 /// A part of three rows that was not published.
 fn reserve(session: &StreamSession<f32>) -> Vec<Part<f32>> {
     let stream = session.stream.index;
-    let request = Request { op: "test", rows: 3, part_rows: Some(8), stream };
+    let request = Request { op: "test", rows: 3, part_rows: Some(8), stream, columns: 2 };
     session.shared().ring.reserve(request).unwrap().0
 }
 
