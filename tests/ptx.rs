@@ -25,6 +25,11 @@ fn main() -> ExitCode {
         trials.push(Trial::test(name("holds_the_entries_the_host_launches"), || {
             entries_agree(module)
         }));
+        if module.name.starts_with("reduce") {
+            trials.push(Trial::test(name("exchanges_nothing_in_two_copies"), || {
+                exchanges_stand_once(module)
+            }));
+        }
         if module.tier == Tier::Hopper {
             trials.push(Trial::test(name("names_no_local_memory_and_no_panic"), || {
                 no_local_memory(module)
@@ -89,6 +94,38 @@ fn entries_agree(module: &Module) -> Result<(), Failed> {
     found.sort_unstable();
     listed.sort_unstable();
     require(found == listed, || format!("the PTX has {found:?}, the host launches {listed:?}"))
+}
+
+/// The compiler knows nothing of exchanges between threads. Where it makes two copies of one,
+/// behind a condition that threads answer differently, they wait for each other for ever.
+fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
+    let hopper = module.tier == Tier::Hopper;
+    for entry in module.ptx.split("\n.visible .entry ").skip(1) {
+        let name = entry.split('(').next().unwrap_or_default();
+        let count = |instructions: &[&str]| -> usize {
+            instructions.iter().map(|instruction| entry.matches(instruction).count()).sum()
+        };
+        // As the sources have them. Barriers: none between warps that have segments of their own,
+        // one in the single-stage sum, and of the others one for the first drawn chunk, one per
+        // chunk and one per grid. Exchanges: an f64 takes two per step, of which a warp has 5 and
+        // the block's warps 3; what a tier adds up in one instruction takes one.
+        let (barriers, exchanges) = match (name.rsplit('_').next(), hopper) {
+            (Some("segments"), true) => (0, 54),
+            (Some("segments"), false) => (0, 86),
+            (Some("naive"), _) => (1, 9),
+            (Some("summary"), true) => (3, 88),
+            (Some("summary"), false) => (3, 166),
+            (Some("sum"), true) => (3, 48),
+            (Some("sum"), false) => (3, 84),
+            (_, true) => (3, 20),
+            (_, false) => (3, 68),
+        };
+        let found = (count(&["bar.sync"]), count(&["shfl.sync.", "redux.sync.", "vote.sync."]));
+        require(found == (barriers, exchanges), || {
+            format!("{name} has {} barriers and {} exchanges", found.0, found.1)
+        })?;
+    }
+    Ok(())
 }
 
 fn no_local_memory(module: &Module) -> Result<(), Failed> {

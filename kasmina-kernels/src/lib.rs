@@ -34,7 +34,7 @@ pub mod ptx;
 pub mod reduce;
 pub mod smem_layout;
 pub mod tile_scheduler;
-#[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
+#[cfg(target_arch = "nvptx64")]
 mod unroll;
 
 #[cfg(target_arch = "nvptx64")]

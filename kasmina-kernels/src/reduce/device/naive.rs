@@ -1,7 +1,7 @@
 //! The single-stage sum that the others are compared with.
 
 use super::node::other_f32;
-use super::{Element, start};
+use super::{Element, start, wait_for_predecessors};
 use crate::ptx;
 use crate::reduce::{NaiveReduceParams, THREADS, WARPS};
 
@@ -13,6 +13,7 @@ use crate::reduce::{NaiveReduceParams, THREADS, WARPS};
 #[inline(always)]
 pub(in crate::reduce) unsafe fn naive<E: Element>(params: &NaiveReduceParams) {
     start();
+    wait_for_predecessors();
     let thread = ptx::thread_index();
     let (warp, lane) = (thread / 32, thread % 32);
     let smem = ptx::dynamic_smem();
