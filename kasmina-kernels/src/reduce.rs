@@ -104,6 +104,14 @@ const SET_BYTES: u32 = WARPS * WARP_BYTES + 16;
 /// Two sets, used in turn, and the block's ticket.
 const SMEM_BYTES: u32 = 2 * SET_BYTES + 16;
 
+/// Bytes of what a warp sends to the first block of its cluster, and where such records begin: behind
+/// their barrier.
+const CLUSTER_RECORD_BYTES: u32 = 48;
+const CLUSTER_RECORDS_AT: u32 = 16;
+/// Most blocks of a cluster.
+const CLUSTER_BLOCKS: u32 = 16;
+const CLUSTER_SMEM_BYTES: u32 = CLUSTER_RECORDS_AT + CLUSTER_BLOCKS * WARPS * CLUSTER_RECORD_BYTES;
+
 /// What a reduction kernel takes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -173,12 +181,14 @@ pub const fn naive_blocks(len: u64) -> u32 {
 /// entries on the device.
 macro_rules! kernels {
     ($($tier:ident $folder:literal $module:ident $dtype:ident $name:literal:
-        $($statistic:ident $entry:ident),+; segments $segments:ident; naive $naive:ident;)+) => {
+        $($statistic:ident $entry:ident $(few $few:ident)?),+;
+        segments $segments:ident; naive $naive:ident;)+) => {
         $(
             /// Every reduction of this element type and tier.
             pub static $module: Module =
                 module!($tier, $folder, $name, [
-                    $(stringify!($entry),)+ stringify!($segments), stringify!($naive)
+                    $(stringify!($entry), $(stringify!($few),)?)+
+                    stringify!($segments), stringify!($naive)
                 ]);
         )+
 
@@ -196,6 +206,23 @@ macro_rules! kernels {
                     Some(&KERNEL)
                 })+)+
                 (Tier::Cpu, ..) => None,
+            }
+        }
+
+        /// The kernel of one cluster for few elements; `None` where the tier has none.
+        #[must_use]
+        pub fn few_kernel(
+            tier: Tier,
+            dtype: DType,
+            statistic: Statistic,
+        ) -> Option<&'static Kernel<ReduceParams>> {
+            match (tier, dtype, statistic) {
+                $($($((Tier::$tier, DType::$dtype, Statistic::$statistic) => {
+                    static KERNEL: Kernel<ReduceParams> = launched(Tier::$tier,
+                        Kernel::new(&$module, stringify!($few), THREADS, CLUSTER_SMEM_BYTES));
+                    Some(&KERNEL)
+                })?)+)+
+                _ => None,
             }
         }
 
@@ -242,6 +269,16 @@ macro_rules! kernels {
                         // SAFETY: as above.
                         unsafe { device::reduce::<device::$dtype, device::$statistic>(&params) }
                     }
+
+                    $(
+                        /// # Safety
+                        /// As above, where the grid is one cluster with a block for each chunk.
+                        #[unsafe(no_mangle)]
+                        pub(super) unsafe extern "ptx-kernel" fn $few(params: ReduceParams) {
+                            // SAFETY: as above.
+                            unsafe { device::few::<device::$dtype, device::$statistic>(&params) }
+                        }
+                    )?
                 )+
 
                 /// # Safety
@@ -285,14 +322,23 @@ kernels! {
         Summary reduce_bf16_summary, Sum reduce_bf16_sum, Max reduce_bf16_max,
         Min reduce_bf16_min; segments reduce_bf16_segments; naive reduce_bf16_naive;
     Hopper "hopper" HOPPER_F32 F32 "reduce_f32":
-        Summary reduce_f32_summary, Sum reduce_f32_sum, Max reduce_f32_max, Min reduce_f32_min;
+        Summary reduce_f32_summary few reduce_f32_few_summary,
+        Sum reduce_f32_sum few reduce_f32_few_sum,
+        Max reduce_f32_max few reduce_f32_few_max,
+        Min reduce_f32_min few reduce_f32_few_min;
         segments reduce_f32_segments; naive reduce_f32_naive;
     Hopper "hopper" HOPPER_F16 F16 "reduce_f16":
-        Summary reduce_f16_summary, Sum reduce_f16_sum, Max reduce_f16_max, Min reduce_f16_min;
+        Summary reduce_f16_summary few reduce_f16_few_summary,
+        Sum reduce_f16_sum few reduce_f16_few_sum,
+        Max reduce_f16_max few reduce_f16_few_max,
+        Min reduce_f16_min few reduce_f16_few_min;
         segments reduce_f16_segments; naive reduce_f16_naive;
     Hopper "hopper" HOPPER_BF16 BF16 "reduce_bf16":
-        Summary reduce_bf16_summary, Sum reduce_bf16_sum, Max reduce_bf16_max,
-        Min reduce_bf16_min; segments reduce_bf16_segments; naive reduce_bf16_naive;
+        Summary reduce_bf16_summary few reduce_bf16_few_summary,
+        Sum reduce_bf16_sum few reduce_bf16_few_sum,
+        Max reduce_bf16_max few reduce_bf16_few_max,
+        Min reduce_bf16_min few reduce_bf16_few_min;
+        segments reduce_bf16_segments; naive reduce_bf16_naive;
 }
 
 #[cfg(test)]

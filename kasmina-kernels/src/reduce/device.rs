@@ -8,6 +8,9 @@ use super::{
 use crate::ptx;
 use crate::unroll::unroll;
 
+mod chunk;
+#[cfg(kasmina_tier = "hopper")]
+mod cluster;
 mod element;
 mod load;
 mod naive;
@@ -15,6 +18,9 @@ mod node;
 mod segments;
 mod slots;
 
+use chunk::At;
+#[cfg(kasmina_tier = "hopper")]
+pub(super) use cluster::few;
 pub(super) use element::{BF16, Element, F16, F32, Max, Min, Pairs, Statistic, Sum, Summary};
 use load::*;
 pub(super) use naive::naive;
@@ -130,6 +136,12 @@ unsafe fn partial<E: Element, S: Statistic>(
         }
         node = node.over::<S, 8>();
     }
+    partial_of::<S>(&node, len)
+}
+
+/// Summary of `len` elements, with those that were skipped, from their sums.
+#[inline(always)]
+fn partial_of<S: Statistic>(node: &Node, len: u32) -> Partial {
     let (mut sum, mut m2) = (node.distances, 0.0);
     if S::SQUARES {
         let count = len - node.skipped;
@@ -251,13 +263,12 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
     // comes to the barrier after which the others write to it again.
     let mut records = smem;
     let aligned = params.data % 16 == 0;
-    let (thread, blocks) = (ptx::thread_index(), ptx::grid_size());
+    let blocks = ptx::grid_size();
     let several = chunks.count > 1;
 
     let mut chunk = ptx::block_index();
-    let (mut address, mut left) = first_batch::<E>(params, chunk);
-    // SAFETY: elements that are left are readable by the caller's contract.
-    let mut vectors = unsafe { load::<E>(address, left, aligned) };
+    // SAFETY: the chunk's elements are readable by the caller's contract.
+    let mut at = unsafe { At::<E>::begin(first_batch::<E>(params, chunk), aligned) };
     let mut next_chunk = u32::MAX;
     // SAFETY: the counters are the grid's; nobody else writes these places, and a barrier is
     // before they are read.
@@ -278,16 +289,12 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
             next_chunk = ptx::ld_shared_u32(draws + 4);
         }
     }
-    let mut measure = Measure { pivot: 0.0, epsilon: rule.epsilon, bounds: 0 };
-    if S::SQUARES && E::PAIRED {
-        measure.bounds = E::pair_of_bounds(rule.epsilon);
-    }
+    let mut measure = Measure::new::<E, S>(rule);
     let last_started;
     loop {
-        let len = left;
+        let len = at.left;
         if S::SQUARES {
-            let in_batch = if left < batch::<E>() { left } else { batch::<E>() };
-            measure.pivot = pivot::<E>(&vectors, share(in_batch, E::WIDTH, THREADS, thread));
+            measure.pivot = at.pivot();
         }
         let mut accumulator = Accumulator::new(measure.pivot);
         let mut drawn = u32::MAX;
@@ -295,58 +302,11 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
             // SAFETY: the counter is the grid's. Looked at when the chunk is done.
             drawn = unsafe { draw(params) };
         }
-        loop {
-            let more = left > batch::<E>();
-            let (next_address, next_left) = if more {
-                (address + u64::from(batch::<E>() << E::LOG2_SIZE), left - batch::<E>())
-            } else {
+        // SAFETY: the chunks' elements are readable by the caller's contract.
+        unsafe {
+            at.add_chunk::<S>(&mut accumulator, measure, rule, || {
                 first_batch::<E>(params, next_chunk)
-            };
-            let (mut sums, mut pairs) = (Batch::EMPTY, E::NO_PAIRS);
-            let mut loaded = false;
-            // SAFETY: elements that are left are readable by the caller's contract.
-            unsafe {
-                if aligned && left >= batch::<E>() {
-                    let next_too = next_left >= batch::<E>();
-                    unroll!(v: u32 in [0 1 2 3] {
-                        let vector = vectors[v as usize];
-                        add_whole::<E, S>(&mut sums, &mut pairs, vector, measure);
-                        if next_too {
-                            let next = address_of(next_address, v);
-                            vectors[v as usize] = ptx::ld_global_v4_u32(next);
-                        }
-                    });
-                    if S::SQUARES && E::PAIRED {
-                        E::add_pairs(pairs, &mut sums);
-                    }
-                    loaded = next_too;
-                } else {
-                    let mut valid = left_of_thread::<E>(left);
-                    each_vector(&mut vectors, |vector| {
-                        if valid > 0 {
-                            add_some::<E, S>(&mut sums, *vector, valid, measure);
-                        }
-                        valid = left_of_vector::<E>(valid, 1);
-                    });
-                }
-                if !loaded && next_left > 0 {
-                    vectors = load::<E>(next_address, next_left, aligned);
-                }
-                if !take::<S>(&mut accumulator, &sums, rule) {
-                    let valid = left_of_thread::<E>(left);
-                    let mut v = 0;
-                    while v < VECTORS {
-                        ptx::nounroll();
-                        let valid = left_of_vector::<E>(valid, v);
-                        add_exactly::<E>(&mut accumulator, address_of(address, v), valid, rule);
-                        v += 1;
-                    }
-                }
-            }
-            (address, left) = (next_address, next_left);
-            if !more {
-                break;
-            }
+            });
         }
         // SAFETY: the whole block, as chunks are the block's; the set is free as said above. One
         // thread writes the chunk's slot, or the result if it is the only chunk.

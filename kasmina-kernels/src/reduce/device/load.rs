@@ -173,6 +173,15 @@ pub(super) struct Measure {
     pub(super) bounds: u32,
 }
 
+impl Measure {
+    #[inline(always)]
+    pub(super) fn new<E: Element, S: Statistic>(rule: Rule) -> Self {
+        let paired = S::SQUARES && E::PAIRED;
+        let bounds = if paired { E::pair_of_bounds(rule.epsilon) } else { 0 };
+        Self { pivot: 0.0, epsilon: rule.epsilon, bounds }
+    }
+}
+
 /// Adds the elements of a vector that exists as a whole.
 #[inline(always)]
 pub(super) fn add_whole<E: Element, S: Statistic>(

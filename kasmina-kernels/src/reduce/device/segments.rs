@@ -121,7 +121,7 @@ pub(in crate::reduce) unsafe fn segments<E: Element>(params: &SegmentParams) {
     let (node, count) = unsafe { summary_of_lane::<E>(params, rule, &strip, in_team, exists) };
     // SAFETY: whole warps.
     let (node, count) = unsafe { over_team(node, count, lane, team_lanes) };
-    let partial = partial_of(&node, count);
+    let partial = partial_of_team(&node, count);
     let each = cut.strips_of_each();
     if each == 1 {
         if exists && ptx::opaque_u32(in_team) == 0 {
@@ -184,10 +184,7 @@ unsafe fn summary_of_lane<E: Element>(
         steps_across: (cut.piece + across * E::WIDTH - 1) >> (cut.log2_across + E::WIDTH.ilog2()),
     };
     let end = (cut.block + (1 << log2_down) - 1) >> log2_down;
-    let mut measure = Measure { pivot: 0.0, epsilon: rule.epsilon, bounds: 0 };
-    if E::PAIRED {
-        measure.bounds = E::pair_of_bounds(rule.epsilon);
-    }
+    let mut measure = Measure::new::<E, Summary>(rule);
     let mut sums_of_lane = Lane {
         run: Accumulator::new(0.0),
         run_count: 0,
@@ -316,7 +313,7 @@ unsafe fn over_team(mut node: Node, mut count: u32, lane: u32, lanes: u32) -> (N
 
 /// Summary of `count` elements, without those that were skipped.
 #[inline(always)]
-fn partial_of(node: &Node, count: u32) -> Partial {
+fn partial_of_team(node: &Node, count: u32) -> Partial {
     let mut partial = Partial {
         min: node.min,
         max: node.max,
