@@ -109,7 +109,12 @@ fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
         // one in the single-stage sum, and of the others one for the first drawn chunk, one per
         // chunk and one per grid. Exchanges: an f64 takes two per step, of which a warp has 5 and
         // the block's warps 3; what a tier adds up in one instruction takes one.
+        let few = name.contains("_few_");
         let (barriers, exchanges) = match (name.rsplit('_').next(), hopper) {
+            // The block's warps send what they have to one of them.
+            (Some("summary"), _) if few => (0, 37),
+            (Some("sum"), _) if few => (0, 26),
+            (Some("max" | "min"), _) if few => (0, 8),
             (Some("segments"), true) => (0, 54),
             (Some("segments"), false) => (0, 86),
             (Some("naive"), _) => (1, 9),

@@ -18,6 +18,10 @@
 //! The first chunk of a block is given by its number, the others are drawn from a counter, so that
 //! all blocks finish at about the same time. With one chunk there are no slots.
 //!
+//! Of few elements that way through the L2 cache would be most of the time. On Hopper one cluster
+//! of blocks takes them, a chunk each: every warp sends its sums to the shared memory of the first
+//! block, whose first warp merges them.
+//!
 //! No block waits for another but the merging one. It reads a slot until none of its words is
 //! [`Partial::UNWRITTEN`], and makes it so again. So what one block tells another crosses the L2
 //! cache once, without a fence or a counter of arrivals between. Every block draws a ticket as it
@@ -108,8 +112,8 @@ const SMEM_BYTES: u32 = 2 * SET_BYTES + 16;
 /// their barrier.
 const CLUSTER_RECORD_BYTES: u32 = 48;
 const CLUSTER_RECORDS_AT: u32 = 16;
-/// Most blocks of a cluster.
-const CLUSTER_BLOCKS: u32 = 16;
+/// Most blocks of a cluster that every GPU has which has clusters.
+const CLUSTER_BLOCKS: u32 = 8;
 const CLUSTER_SMEM_BYTES: u32 = CLUSTER_RECORDS_AT + CLUSTER_BLOCKS * WARPS * CLUSTER_RECORD_BYTES;
 
 /// What a reduction kernel takes.
@@ -169,6 +173,12 @@ pub const fn blocks(chunks: Chunks, multiprocessors: u32) -> u32 {
     if chunks.count < resident { chunks.count } else { resident }
 }
 
+/// Blocks of the one cluster that serves these few chunks, one each and some idle.
+#[must_use]
+pub const fn cluster_blocks(chunks: Chunks) -> u32 {
+    chunks.count.next_power_of_two()
+}
+
 /// Blocks of the naive kernel: one for each 256 elements, as far as a grid may have them; the
 /// threads then take several.
 #[must_use]
@@ -219,7 +229,8 @@ macro_rules! kernels {
             match (tier, dtype, statistic) {
                 $($($((Tier::$tier, DType::$dtype, Statistic::$statistic) => {
                     static KERNEL: Kernel<ReduceParams> = launched(Tier::$tier,
-                        Kernel::new(&$module, stringify!($few), THREADS, CLUSTER_SMEM_BYTES));
+                        Kernel::new(&$module, stringify!($few), THREADS, CLUSTER_SMEM_BYTES)
+                            .as_one_cluster());
                     Some(&KERNEL)
                 })?)+)+
                 _ => None,
@@ -372,6 +383,12 @@ mod tests {
         assert_eq!(blocks(Chunks::of(1, DType::F32), 132), 1);
         assert_eq!(blocks(Chunks::of(1 << 18, DType::F32), 132), 256);
         assert_eq!(blocks(Chunks::of(1 << 30, DType::F32), 132), 396);
+        for len in (1..1 << 18).step_by(997) {
+            for chunks in DType::ALL.map(|dtype| Chunks::few(len, dtype)).into_iter().flatten() {
+                let blocks = cluster_blocks(chunks);
+                assert!(blocks >= chunks.count && blocks <= CLUSTER_BLOCKS, "{len}: {blocks}");
+            }
+        }
         assert_eq!(
             (naive_blocks(1), naive_blocks(257), naive_blocks(u64::MAX)),
             (1, 2, i32::MAX as u32)

@@ -1,6 +1,6 @@
 //! How a run of elements is cut into chunks, and what is left of a chunk.
 
-use super::{THREADS, VECTORS};
+use super::{CLUSTER_BLOCKS, THREADS, VECTORS};
 use crate::abi::DType;
 
 /// Bytes of a block's vectors of the same number, and of its batch.
@@ -21,6 +21,9 @@ pub(super) const LOG2_MOST_ELEMENTS: u32 = 20;
 /// Bytes at the end of a run of several waves that are cut into chunks of a batch, so that all
 /// blocks finish at about the same time.
 const TAIL_BYTES: u64 = 16 << 20;
+
+/// Bytes that one cluster takes, at most: two batches for each block.
+const FEW_BYTES: u64 = 2 * CLUSTER_BLOCKS as u64 * BATCH_BYTES;
 
 /// How a run of elements is cut up: into large chunks, then small ones, the last of them shorter.
 #[repr(C)]
@@ -72,6 +75,19 @@ impl Chunks {
             large: large as u32,
             count: (large + small) as u32,
         }
+    }
+
+    /// The chunks of a run so short that one cluster of blocks takes it; `None` if it is not, up to
+    /// 256 KiB. Each is a batch or two.
+    #[must_use]
+    pub const fn few(len: u64, dtype: DType) -> Option<Self> {
+        let size = dtype.size() as u64;
+        if len > FEW_BYTES / size {
+            return None;
+        }
+        let batch = BATCH_BYTES / size;
+        let each = len.div_ceil(batch * CLUSTER_BLOCKS as u64);
+        Some(Self::equal(len, batch * if each > 1 { each } else { 1 }))
     }
 
     const fn equal(len: u64, chunk: u64) -> Self {

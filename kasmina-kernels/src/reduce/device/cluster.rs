@@ -72,7 +72,7 @@ pub(in crate::reduce) unsafe fn few<E: Element, S: Statistic>(params: &ReducePar
         }
         let first = f32::from_bits(ptx::ld_shared_u32(barrier + CLUSTER_RECORDS_AT + 16));
         let mut all = Node::of(&Accumulator::new(first));
-        unroll!(i: u32 in [0 1 2 3] {
+        unroll!(i: u32 in [0 1] {
             let number = lane + 32 * i;
             if number < num_records {
                 let record = barrier + CLUSTER_RECORDS_AT + number * CLUSTER_RECORD_BYTES;
