@@ -79,7 +79,7 @@ fn manifest_is_complete() -> Result<(), Failed> {
     for (row, module) in rows.iter().zip(MODULES) {
         let row_of = || format!("the row of {} does not describe it: {row:?}", file(module));
         require(row.file == file(module) && row.entries == module.entries, row_of)?;
-        require(row.sha256 == sha256(module.ptx.as_bytes()), row_of)?;
+        require(row.sha256 == sha256(module.ptx().as_bytes()), row_of)?;
         require(Some(row.target.as_str()) == module.tier.target_cpu(), row_of)?;
         let ptx = parse(module)?;
         require(row.ptx_version == ptx.version && row.target == ptx.target, row_of)?;
@@ -134,8 +134,9 @@ fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
 }
 
 fn no_local_memory(module: &Module) -> Result<(), Failed> {
+    let ptx = module.ptx();
     for forbidden in [".local", "__local_depot", "panic"] {
-        let line = module.ptx.lines().find(|line| line.contains(forbidden));
+        let line = ptx.lines().find(|line| line.contains(forbidden));
         require(line.is_none(), || format!("`{forbidden}` in: {}", line.unwrap_or_default()))?;
     }
     Ok(())
@@ -186,12 +187,12 @@ fn is(opcode: &str, mnemonic: &str) -> bool {
 }
 
 fn parse(module: &Module) -> Result<Ptx, Failed> {
-    Ok(Ptx::parse(module.ptx).map_err(|error| format!("{error:#}"))?)
+    Ok(Ptx::parse(&module.ptx()).map_err(|error| format!("{error:#}"))?)
 }
 
 fn assemble(module: &Module, tools: &NvidiaTools) -> Result<Assembled, Failed> {
     let target = module.tier.target_cpu().ok_or("its tier has no PTX")?;
-    Ok(tools.assemble(module.ptx, target).map_err(|error| format!("{error:#}"))?)
+    Ok(tools.assemble(&module.ptx(), target).map_err(|error| format!("{error:#}"))?)
 }
 
 /// For each kernel its opcodes in program order.

@@ -1,6 +1,5 @@
 //! PTX modules, loaded on first use, and the functions found in them.
 
-use std::borrow::Cow;
 use std::ffi::{CString, c_void};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -109,11 +108,11 @@ impl ModuleCache {
     fn load(&self, module: &'static Module, ptx_dir: Option<&Path>) -> Result<CUmodule> {
         let name = module_name(module);
         let ptx = match ptx_dir {
-            None => Cow::Borrowed(module.ptx.as_bytes()),
+            None => module.ptx().into_bytes(),
             Some(folder) => {
                 let path = folder.join(module.tier.name()).join(format!("{}.ptx", module.name));
                 match fs::read(&path) {
-                    Ok(ptx) => Cow::Owned(ptx),
+                    Ok(ptx) => ptx,
                     Err(source) => return Err(Error::PtxUnreadable { path, source }),
                 }
             }
@@ -230,7 +229,7 @@ mod tests {
     #[test]
     fn every_built_in_module_says_which_driver_it_needs() {
         for module in MODULES {
-            assert!(required_driver(module.ptx).is_some(), "{}", module_name(module));
+            assert!(required_driver(&module.ptx_header()).is_some(), "{}", module_name(module));
         }
     }
 
