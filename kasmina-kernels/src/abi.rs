@@ -251,7 +251,7 @@ pub struct Kernel<P: KernelParams> {
     /// Whether it waits for the grid before it (`griddepcontrol.wait`) ahead of its first access
     /// to global memory, so that the two may overlap.
     pub waits_for_predecessors: bool,
-    /// Whether its grid is one cluster, of at most 8 blocks.
+    /// Whether its grid is one cluster, of at most 16 blocks.
     pub one_cluster: bool,
     params: PhantomData<fn(P)>,
 }

@@ -112,9 +112,14 @@ const SMEM_BYTES: u32 = 2 * SET_BYTES + 16;
 /// their barrier.
 const CLUSTER_RECORD_BYTES: u32 = 48;
 const CLUSTER_RECORDS_AT: u32 = 16;
-/// Most blocks of a cluster that every GPU has which has clusters.
-const CLUSTER_BLOCKS: u32 = 8;
-const CLUSTER_SMEM_BYTES: u32 = CLUSTER_RECORDS_AT + CLUSTER_BLOCKS * WARPS * CLUSTER_RECORD_BYTES;
+/// Most blocks of the cluster for few elements, teams of threads in each, which have a chunk each,
+/// and what follows from that.
+const CLUSTER_BLOCKS: u32 = 16;
+const CLUSTER_TEAMS: u32 = 2;
+const CLUSTER_THREADS: u32 = CLUSTER_TEAMS * THREADS;
+const CLUSTER_WARPS: u32 = CLUSTER_TEAMS * WARPS;
+const CLUSTER_SMEM_BYTES: u32 =
+    CLUSTER_RECORDS_AT + CLUSTER_BLOCKS * CLUSTER_WARPS * CLUSTER_RECORD_BYTES;
 
 /// What a reduction kernel takes.
 #[repr(C)]
@@ -166,17 +171,26 @@ pub struct NaiveReduceParams {
 // SAFETY: repr(C); three u64.
 unsafe impl KernelParams for NaiveReduceParams {}
 
-/// Blocks to launch: one for each chunk, as far as the GPU runs them at the same time.
+/// Blocks to launch: one for each chunk and one that merges, as far as the GPU runs them at the
+/// same time.
 #[must_use]
 pub const fn blocks(chunks: Chunks, multiprocessors: u32) -> u32 {
     let resident = multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
-    if chunks.count < resident { chunks.count } else { resident }
+    if chunks.count == 1 {
+        1
+    } else if chunks.count < resident {
+        chunks.count + 1
+    } else {
+        resident
+    }
 }
 
-/// Blocks of the one cluster that serves these few chunks, one each and some idle.
+/// Blocks of the one cluster that serves these few chunks, some of them idle; at least two, as
+/// fewer are no cluster.
 #[must_use]
 pub const fn cluster_blocks(chunks: Chunks) -> u32 {
-    chunks.count.next_power_of_two()
+    let blocks = chunks.count.div_ceil(CLUSTER_TEAMS).next_power_of_two();
+    if blocks < 2 { 2 } else { blocks }
 }
 
 /// Blocks of the naive kernel: one for each 256 elements, as far as a grid may have them; the
@@ -229,7 +243,7 @@ macro_rules! kernels {
             match (tier, dtype, statistic) {
                 $($($((Tier::$tier, DType::$dtype, Statistic::$statistic) => {
                     static KERNEL: Kernel<ReduceParams> = launched(Tier::$tier,
-                        Kernel::new(&$module, stringify!($few), THREADS, CLUSTER_SMEM_BYTES)
+                        Kernel::new(&$module, stringify!($few), CLUSTER_THREADS, CLUSTER_SMEM_BYTES)
                             .as_one_cluster());
                     Some(&KERNEL)
                 })?)+)+
@@ -283,7 +297,7 @@ macro_rules! kernels {
 
                     $(
                         /// # Safety
-                        /// As above, where the grid is one cluster with a block for each chunk.
+                        /// As above, where the grid is one cluster with a team for each chunk.
                         #[unsafe(no_mangle)]
                         pub(super) unsafe extern "ptx-kernel" fn $few(params: ReduceParams) {
                             // SAFETY: as above.
@@ -381,12 +395,15 @@ mod tests {
     #[test]
     fn grids_have_a_chunk_for_every_block() {
         assert_eq!(blocks(Chunks::of(1, DType::F32), 132), 1);
-        assert_eq!(blocks(Chunks::of(1 << 18, DType::F32), 132), 256);
+        assert_eq!(blocks(Chunks::of(1 << 18, DType::F32), 132), 257);
         assert_eq!(blocks(Chunks::of(1 << 30, DType::F32), 132), 396);
-        for len in (1..1 << 18).step_by(997) {
+        for len in (1..1 << 20).step_by(997) {
             for chunks in DType::ALL.map(|dtype| Chunks::few(len, dtype)).into_iter().flatten() {
                 let blocks = cluster_blocks(chunks);
-                assert!(blocks >= chunks.count && blocks <= CLUSTER_BLOCKS, "{len}: {blocks}");
+                assert!(
+                    blocks * CLUSTER_TEAMS >= chunks.count && blocks <= CLUSTER_BLOCKS,
+                    "{len}"
+                );
             }
         }
         assert_eq!(

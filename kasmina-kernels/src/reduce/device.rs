@@ -52,8 +52,8 @@ fn wait_for_predecessors() {
 }
 
 #[inline(always)]
-fn start() {
-    geometry::<THREADS, BLOCKS_PER_MULTIPROCESSOR>();
+fn start<const THREADS: u32, const BLOCKS: u32>() {
+    geometry::<THREADS, BLOCKS>();
     #[cfg(kasmina_tier = "hopper")]
     ptx::griddepcontrol_launch_dependents();
 }
@@ -66,28 +66,32 @@ fn is_first_thread() -> bool {
     ptx::opaque_u32(ptx::thread_index()) == 0
 }
 
-/// Warp and lane, opaque for the same reason.
+/// Number of the thread among those that share a chunk: its block's, or a part of them where a
+/// block has several chunks.
+#[inline(always)]
+fn thread_of_team() -> u32 {
+    ptx::thread_index() % THREADS
+}
+
+/// Warp and lane, opaque for the same reason as above.
 #[inline(always)]
 fn warp_and_lane() -> (u32, u32) {
     let thread = ptx::thread_index();
     (ptx::opaque_u32(thread / 32), ptx::opaque_u32(thread % 32))
 }
 
-/// Bytes that a block asks for ahead of the wait, at most.
+/// Bytes of a chunk that are asked for ahead of the wait, at most.
 #[cfg(kasmina_tier = "hopper")]
 const PREFETCH_BYTES: u64 = 64 << 10;
 
-/// Has the block's first chunk brought into the L2 cache while the grid before still runs.
+/// Has a chunk brought into the L2 cache while the grid before still runs. One thread is enough.
 ///
 /// # Safety
 /// The chunk exists and is readable.
 #[cfg(kasmina_tier = "hopper")]
 #[inline(always)]
-unsafe fn prefetch<E: Element>(params: &ReduceParams) {
-    if !is_first_thread() {
-        return;
-    }
-    let (first, len) = params.chunks.range(ptx::block_index());
+unsafe fn prefetch<E: Element>(params: &ReduceParams, chunk: u32) {
+    let (first, len) = params.chunks.range(chunk);
     let address = params.data + (first << E::LOG2_SIZE);
     let bytes = u64::from(len) << E::LOG2_SIZE;
     let bytes = if bytes < PREFETCH_BYTES { bytes } else { PREFETCH_BYTES };
@@ -163,13 +167,14 @@ fn partial_of<S: Statistic>(node: &Node, len: u32) -> Partial {
     partial
 }
 
-/// The result from all slots, in warp 0. Waits until they are written, and makes them unwritten.
+/// The result from the first `count` slots, in warp 0. Waits until they are written, and makes
+/// them unwritten.
 ///
 /// # Safety
 /// The whole block executes it and has left `records`, shared memory for one record per warp; all
 /// other blocks that write slots are running or have done so, and nobody else reads any.
 #[inline(always)]
-unsafe fn merged<S: Statistic>(params: &ReduceParams, records: u32) -> Moments {
+unsafe fn merged<S: Statistic>(params: &ReduceParams, count: u32, records: u32) -> Moments {
     let (chunks, partials) = (params.chunks, params.partials);
     let thread = ptx::thread_index();
     let (warp, lane) = warp_and_lane();
@@ -178,15 +183,15 @@ unsafe fn merged<S: Statistic>(params: &ReduceParams, records: u32) -> Moments {
     let mut pivot = 0.0;
     let mut has_pivot = !S::SQUARES;
     let mut chunk = thread;
-    // SAFETY: slots up to `count` are the caller's; slot 0, which everybody reads, is cleared
-    // behind the barrier; whole warps; each warp has a place of its own, and the barrier is
+    // SAFETY: the slots are the caller's; slot 0, which everybody reads, is cleared behind the
+    // barrier; whole warps; each warp has a place of its own, and the barrier is
     // between.
     unsafe {
-        while chunk < chunks.count {
+        while chunk < count {
             ptx::nounroll();
             // Several under way at once; what comes behind one that is not yet written is read
             // again.
-            let slot = |chunk: u32| if chunk < chunks.count { get(partials, chunk) } else { None };
+            let slot = |chunk: u32| if chunk < count { get(partials, chunk) } else { None };
             let first = if has_pivot { None } else { slot(0) };
             let own = [slot(chunk), slot(chunk + THREADS)];
             if let Some(first) = first {
@@ -211,7 +216,7 @@ unsafe fn merged<S: Statistic>(params: &ReduceParams, records: u32) -> Moments {
         if warp != 0 {
             return Moments::EMPTY;
         }
-        if lane == 0 {
+        if lane == 0 && count > 0 {
             clear(partials, 0);
         }
         total = Total::get(records + lane % WARPS * WARP_BYTES).over::<S, 8>();
@@ -227,7 +232,7 @@ fn first_batch<E: Element>(params: &ReduceParams, chunk: u32) -> (u64, u32) {
         return (0, 0);
     }
     let (first, len) = params.chunks.range(chunk);
-    let element = first + u64::from(ptx::thread_index() * E::WIDTH);
+    let element = first + u64::from(thread_of_team() * E::WIDTH);
     (params.data + (element << E::LOG2_SIZE), len)
 }
 
@@ -236,10 +241,10 @@ fn first_batch<E: Element>(params: &ReduceParams, chunk: u32) -> (u64, u32) {
 /// # Safety
 /// The counter is the grid's.
 #[inline(always)]
-unsafe fn draw(params: &ReduceParams) -> u32 {
+unsafe fn draw(params: &ReduceParams, workers: u32) -> u32 {
     // SAFETY: the caller's contract.
     let drawn = unsafe { ptx::atom_add_relaxed_gpu_u32(params.counters + 4, 1) };
-    drawn.saturating_add(ptx::grid_size())
+    drawn.saturating_add(workers)
 }
 
 /// The statistics of all elements.
@@ -247,14 +252,72 @@ unsafe fn draw(params: &ReduceParams) -> u32 {
 /// # Safety
 /// The elements are readable, slots, counters and result writable, and nothing else writes any of
 /// them while the kernel runs; the slots are unwritten and the counters 0; there is at least one
-/// chunk, and no more blocks than chunks.
+/// chunk, and at most one block more than chunks.
 #[inline(always)]
 pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
-    start();
+    start::<THREADS, BLOCKS_PER_MULTIPROCESSOR>();
+    let blocks = ptx::grid_size();
+    // The last of several blocks has no chunk. It mostly starts last, and merges what the others
+    // find. What it runs for that, the multiprocessor has not run lately; so it goes through it
+    // once while nothing is there to merge, and waits for the instructions before anybody waits
+    // for it.
+    let workers = if blocks > 1 { blocks - 1 } else { 1 };
+    // Opaque, so that there is one copy of the instructions.
+    let mut rehearsal = ptx::opaque_u32(u32::from(ptx::block_index() >= workers)) != 0;
+    let smem = ptx::dynamic_smem();
+    let mut records = smem;
+    if ptx::block_index() < workers {
+        // SAFETY: the caller's contract.
+        match unsafe { work::<E, S>(params, workers) } {
+            Some(set) => records = set,
+            None => return,
+        }
+    }
+    loop {
+        ptx::nounroll();
+        let count = if rehearsal { 0 } else { params.chunks.count };
+        // SAFETY: but for the rehearsal, every block has drawn its ticket before this one drew the
+        // last. The two sets take turns, with a barrier between. A block draws its chunks before
+        // it writes the slot of the last, so the counters are nobody's once all slots are written.
+        unsafe {
+            let moments = merged::<S>(params, count, records);
+            if !rehearsal {
+                if is_first_thread() {
+                    ptx::st_global_u32(params.counters, 0);
+                    ptx::st_global_u32(params.counters + 4, 0);
+                    store_result(params.result, &moments);
+                }
+                return;
+            }
+            rehearsal = ptx::opaque_u32(0) != 0;
+            wait_for_predecessors();
+            let ticket = smem + 2 * SET_BYTES;
+            if is_first_thread() {
+                let started = ptx::atom_add_relaxed_gpu_u32(params.counters, 1);
+                ptx::st_shared_u32(ticket, started);
+            }
+            ptx::bar_sync::<0, THREADS>();
+            if ptx::ld_shared_u32(ticket) != blocks - 1 {
+                return;
+            }
+            records = smem + (records - smem ^ SET_BYTES);
+        }
+    }
+}
+
+/// What a block with chunks does. If it started last of all blocks and has to merge, it gives the
+/// set of records that it may use next.
+///
+/// # Safety
+/// As [`reduce`]; the block's number is below that of the `workers`.
+#[inline(always)]
+unsafe fn work<E: Element, S: Statistic>(params: &ReduceParams, workers: u32) -> Option<u32> {
     #[cfg(kasmina_tier = "hopper")]
     // SAFETY: the caller's contract.
     unsafe {
-        prefetch::<E>(params);
+        if is_first_thread() {
+            prefetch::<E>(params, ptx::block_index());
+        }
     }
     wait_for_predecessors();
     let (chunks, rule) = (params.chunks, params.rule());
@@ -277,14 +340,14 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
         if several && is_first_thread() {
             let started = ptx::atom_add_relaxed_gpu_u32(params.counters, 1);
             ptx::st_shared_u32(draws, started);
-            if blocks < chunks.count {
+            if workers < chunks.count {
                 // The block that merges draws nothing, unless there is no other.
-                let draws_too = started != blocks - 1 || blocks == 1;
-                let drawn = if draws_too { draw(params) } else { u32::MAX };
+                let draws_too = started != blocks - 1 || workers == 1;
+                let drawn = if draws_too { draw(params, workers) } else { u32::MAX };
                 ptx::st_shared_u32(draws + 4, drawn);
             }
         }
-        if several && blocks < chunks.count {
+        if several && workers < chunks.count {
             ptx::bar_sync::<0, THREADS>();
             next_chunk = ptx::ld_shared_u32(draws + 4);
         }
@@ -300,7 +363,7 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
         let mut drawn = u32::MAX;
         if is_first_thread() && next_chunk < chunks.count {
             // SAFETY: the counter is the grid's. Looked at when the chunk is done.
-            drawn = unsafe { draw(params) };
+            drawn = unsafe { draw(params, workers) };
         }
         // SAFETY: the chunks' elements are readable by the caller's contract.
         unsafe {
@@ -320,7 +383,7 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
                 if is_first_thread() {
                     store_result(params.result, &alone::<S>(&partial, chunks.len));
                 }
-                return;
+                return None;
             }
             if is_first_thread() {
                 put(params.partials, chunk, &partial);
@@ -334,21 +397,8 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
         }
         records = smem + (records - smem ^ SET_BYTES);
     }
-    if !last_started {
-        return;
-    }
-    records = smem + (records - smem ^ SET_BYTES);
-    // SAFETY: every block has drawn its ticket before this one drew the last. The set in turn was
-    // read before the last barrier but one. A block draws its chunks before it writes the slot of
-    // the last, so the counters are nobody's once all slots are written.
-    unsafe {
-        let moments = merged::<S>(params, records);
-        if is_first_thread() {
-            ptx::st_global_u32(params.counters, 0);
-            ptx::st_global_u32(params.counters + 4, 0);
-            store_result(params.result, &moments);
-        }
-    }
+    // The set in turn was read before the last barrier but one.
+    if last_started { Some(smem + (records - smem ^ SET_BYTES)) } else { None }
 }
 
 /// The statistics of a chunk that is alone.

@@ -1,22 +1,26 @@
-//! Few elements, reduced by one cluster of blocks: what a warp found goes straight into the shared
-//! memory of the first block, without a way through the L2 cache and back.
+//! Few elements, reduced by one cluster of blocks, with a chunk for each team of a block's threads:
+//! what a warp found goes straight into the shared memory of the first block, without a way through
+//! the L2 cache and back.
 
 use super::node::Node;
 use super::*;
-use crate::reduce::{CLUSTER_RECORD_BYTES, CLUSTER_RECORDS_AT};
+use crate::reduce::{
+    CLUSTER_RECORD_BYTES, CLUSTER_RECORDS_AT, CLUSTER_TEAMS, CLUSTER_THREADS, CLUSTER_WARPS,
+};
 
 /// The statistics of all elements.
 ///
 /// # Safety
 /// The elements are readable and the result writable, and nothing else writes them while the kernel
-/// runs; the grid is one cluster, with a block for each chunk, of which there is at least one and
+/// runs; the grid is one cluster, with a team for each chunk, of which there is at least one and
 /// that have at most 2²⁰ elements together.
 #[inline(always)]
 pub(in crate::reduce) unsafe fn few<E: Element, S: Statistic>(params: &ReduceParams) {
-    start();
+    start::<CLUSTER_THREADS, 1>();
     let (chunks, rule) = (params.chunks, params.rule());
-    let (barrier, rank, thread) = (ptx::dynamic_smem(), ptx::block_index(), ptx::thread_index());
-    let num_records = ptx::grid_size() * WARPS;
+    let (barrier, rank, thread) = (ptx::dynamic_smem(), ptx::block_index(), thread_of_team());
+    let team = rank * CLUSTER_TEAMS + ptx::thread_index() / THREADS;
+    let num_records = ptx::grid_size() * CLUSTER_WARPS;
     // SAFETY: one thread prepares the barrier, and the cluster waits for it: all its blocks run
     // from then on, and the first does until all records have come.
     unsafe {
@@ -25,8 +29,8 @@ pub(in crate::reduce) unsafe fn few<E: Element, S: Statistic>(params: &ReducePar
             ptx::fence_mbarrier_init();
             ptx::mbarrier_arrive_expect_tx(barrier, num_records * CLUSTER_RECORD_BYTES);
         }
-        if rank < chunks.count {
-            prefetch::<E>(params);
+        if team < chunks.count && ptx::opaque_u32(thread) == 0 {
+            prefetch::<E>(params, team);
         }
         ptx::barrier_cluster_relaxed();
     }
@@ -34,7 +38,7 @@ pub(in crate::reduce) unsafe fn few<E: Element, S: Statistic>(params: &ReducePar
 
     let aligned = params.data % 16 == 0;
     // SAFETY: the chunk's elements are readable by the caller's contract.
-    let mut at = unsafe { At::<E>::begin(first_batch::<E>(params, rank), aligned) };
+    let mut at = unsafe { At::<E>::begin(first_batch::<E>(params, team), aligned) };
     let len = at.left;
     let mut measure = Measure::new::<E, S>(rule);
     if S::SQUARES {
@@ -55,9 +59,9 @@ pub(in crate::reduce) unsafe fn few<E: Element, S: Statistic>(params: &ReducePar
         }
         node = node.over::<S, 32>();
         if lane == 0 {
-            let elements = share(len, E::WIDTH * 32, WARPS, warp);
+            let elements = share(len, E::WIDTH * 32, WARPS, warp % WARPS);
             let record =
-                barrier + CLUSTER_RECORDS_AT + (rank * WARPS + warp) * CLUSTER_RECORD_BYTES;
+                barrier + CLUSTER_RECORDS_AT + (rank * CLUSTER_WARPS + warp) * CLUSTER_RECORD_BYTES;
             node.send(
                 ptx::mapa_shared_cluster(record, 0),
                 elements,
@@ -72,14 +76,15 @@ pub(in crate::reduce) unsafe fn few<E: Element, S: Statistic>(params: &ReducePar
         }
         let first = f32::from_bits(ptx::ld_shared_u32(barrier + CLUSTER_RECORDS_AT + 16));
         let mut all = Node::of(&Accumulator::new(first));
-        unroll!(i: u32 in [0 1] {
-            let number = lane + 32 * i;
-            if number < num_records {
-                let record = barrier + CLUSTER_RECORDS_AT + number * CLUSTER_RECORD_BYTES;
-                let (one, elements) = Node::received(record);
-                all.absorb::<S>(&one, elements - one.skipped);
-            }
-        });
+        // There are 32 records for each pair of blocks.
+        let mut number = lane;
+        while number < num_records {
+            ptx::nounroll();
+            let record = barrier + CLUSTER_RECORDS_AT + number * CLUSTER_RECORD_BYTES;
+            let (one, elements) = Node::received(record);
+            all.absorb::<S>(&one, elements - one.skipped);
+            number += 32;
+        }
         all = all.over::<S, 32>();
         if ptx::opaque_u32(lane) == 0 {
             let partial = partial_of::<S>(&all, chunks.len as u32);
