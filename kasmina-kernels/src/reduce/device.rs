@@ -26,7 +26,7 @@ use load::*;
 pub(super) use naive::naive;
 use node::{Node, Total};
 pub(super) use segments::segments;
-use slots::{clear, get, mean, put, quotient, store_result};
+use slots::{Usual, clear, get, mean, put, quotient, store_result};
 
 /// What ptxas is told first.
 #[inline(always)]
@@ -179,7 +179,7 @@ unsafe fn merged<S: Statistic>(params: &ReduceParams, count: u32, records: u32) 
     let thread = ptx::thread_index();
     let (warp, lane) = warp_and_lane();
     let mut total = Total::EMPTY;
-    let first_len = chunks.range(0).1;
+    let (first_len, usual) = (chunks.range(0).1, Usual::new(chunks.small_len));
     let mut pivot = 0.0;
     let mut has_pivot = !S::SQUARES;
     let mut chunk = thread;
@@ -203,7 +203,7 @@ unsafe fn merged<S: Statistic>(params: &ReduceParams, count: u32, records: u32) 
                     if chunk != 0 {
                         clear(partials, chunk);
                     }
-                    total.add::<S>(&own, chunks.range(chunk).1, pivot);
+                    total.add::<S>(&own, chunks.range(chunk).1, pivot, usual);
                     chunk += THREADS;
                 }
             });

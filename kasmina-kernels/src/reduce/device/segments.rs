@@ -1,7 +1,7 @@
 //! Device side of segmented reductions: a warp, or a team of fewer lanes, summarises a strip.
 
 use super::node::Total;
-use super::slots::{get, mean, put, store_result};
+use super::slots::{Usual, get, mean, put, store_result};
 use super::*;
 use crate::reduce::segments::{SEGMENT_BLOCKS_PER_MULTIPROCESSOR, SEGMENT_THREADS, Strip};
 use crate::reduce::{BATCHES_PER_PIVOT, SegmentParams};
@@ -343,6 +343,7 @@ unsafe fn merge_segment(params: &SegmentParams, segment: u32, slots: u64, each: 
         let first = get(slots, 0).unwrap_or(Partial::EMPTY);
         // A first strip without elements, or skipped ones, gives 0, which is as good.
         let pivot = mean(&first, cut.elements(segment, 0));
+        let usual = Usual::new(cut.block * cut.piece);
         let mut index = lane;
         while index < each {
             ptx::nounroll();
@@ -353,7 +354,7 @@ unsafe fn merge_segment(params: &SegmentParams, segment: u32, slots: u64, each: 
             unroll!(i: usize in [0 1 2 3] {
                 if let Some(partial) = found[i] {
                     let count = cut.elements(segment, at(i as u32));
-                    total.add::<Summary>(&partial, count, pivot);
+                    total.add::<Summary>(&partial, count, pivot, usual);
                     len += u64::from(count);
                 }
             });
