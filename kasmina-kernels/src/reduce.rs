@@ -16,17 +16,20 @@
 //! grid      the block that was the last to start merges all slots and writes the result
 //! ```
 //! The first chunk of a block is given by its number, the others are drawn from a counter, so that
-//! all blocks finish at about the same time. With one chunk there are no slots.
+//! all blocks finish at about the same time. The block with the highest number has no chunk, as it
+//! mostly is the one to merge. With one chunk there are no slots.
 //!
 //! Of few elements that way through the L2 cache would be most of the time. On Hopper one cluster
-//! of blocks takes them, a chunk each: every warp sends its sums to the shared memory of the first
-//! block, whose first warp merges them.
+//! of blocks of 512 threads takes them, a chunk for each half of a block: every warp sends its sums
+//! to the shared memory of the first block, whose first warp merges them.
 //!
 //! No block waits for another but the merging one. It reads a slot until none of its words is
 //! [`Partial::UNWRITTEN`], and makes it so again. So what one block tells another crosses the L2
 //! cache once, without a fence or a counter of arrivals between. Every block draws a ticket as it
 //! starts, and the one with the highest merges: all others are running or done by then, whatever
-//! else keeps the GPU busy. It draws no chunks and merges while the others work.
+//! else keeps the GPU busy. It draws no chunks and merges while the others work. A multiprocessor
+//! that has not merged lately takes microseconds to fetch the instructions, more than the merging
+//! itself, so the block without a chunk runs through them once before it has to.
 //!
 //! # Errors
 //! Rounding happens in a batch and is relative to it; everything else is f64. With u = 2⁻²⁴ and
