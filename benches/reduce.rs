@@ -8,7 +8,8 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use half::{bf16, f16};
 use kasmina::{
-    DType, Device, Element, KernelConfig, ReducerConfig, Reduction, TelemetryReducer, Tensor, Tier,
+    DType, Device, Element, KernelConfig, ReducerConfig, Reduction, Segments, TelemetryReducer,
+    Tensor, Tier,
 };
 use measure::cuda::Clock;
 use measure::random::Normals;
@@ -30,7 +31,7 @@ const USAGE: &str = "usage: reduce [option VALUE]...
 
   --lengths N,...        numbers of elements, 1000 or 2^20; default 2^10, 2^12, ... 2^30
   --dtype bf16|f16|f32   element type; default f32 and bf16
-  --operation sum|summary|naive
+  --operation sum|summary|chunks|naive
                          default all
   --tier hopper|portable forces a tier; default the best
   --regime burst|steady|graph|all
@@ -40,6 +41,8 @@ const USAGE: &str = "usage: reduce [option VALUE]...
 
 /// From this length on calls are long enough to be timed singly, up to it short enough for a graph.
 const BOTH_REGIMES: usize = 1 << 24;
+/// How the matrix is cut up where each part has statistics of its own.
+const CHUNKS: Segments = Segments::Chunks(16);
 /// Smaller elements count as dead, which a few of normal numbers are.
 const EPSILON: f32 = 1e-3;
 
@@ -179,6 +182,7 @@ impl<T: Element> Ours<'_, T> {
                 drop(self.reducer.reduce_async(data, Reduction::Sum)?);
             }
             Operation::Summary => drop(self.reducer.summary_async(data)?),
+            Operation::Chunks => drop(self.reducer.segmented_async(data, CHUNKS)?),
         }
         Ok(())
     }
@@ -192,6 +196,7 @@ impl<T: Element> Ours<'_, T> {
                 self.operands.sum_error(sum.unwrap_or(f64::NAN))
             }
             Operation::Summary => self.operands.summary_error(&self.reducer.summary(data)?),
+            Operation::Chunks => self.operands.chunks_error(&self.reducer.segmented(data, CHUNKS)?),
         }
     }
 }

@@ -5,8 +5,9 @@
 //! cargo run --release --example telemetry [plot.svg]
 //! ```
 //!
-//! Every batch costs one more launch, whose result stays on the device until the next batch is on
-//! its way, so that watching never makes the GPU wait.
+//! Every batch costs two more launches, one for all activations and one for chunks of the features,
+//! whose results stay on the device until the next batch is on its way, so that watching never makes
+//! the GPU wait.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -15,12 +16,14 @@ use std::path::PathBuf;
 use anyhow::{Context, ensure};
 use half::f16;
 use kasmina::{
-    Activation, DType, Device, LinearConfig, PendingSummary, ReducerConfig, Summary,
-    TelemetryReducer, Tensor,
+    Activation, DType, Device, LinearConfig, PendingSummaries, PendingSummary, ReducerConfig,
+    Segments, Summary, TelemetryReducer, Tensor,
 };
 
 const PIXELS: usize = 64;
 const FEATURES: usize = 1024;
+/// Chunks of the features that are watched each by itself.
+const CHUNKS: usize = 16;
 /// Images per batch.
 const BATCH: usize = 128;
 const BATCHES: usize = 120;
@@ -45,24 +48,29 @@ fn main() -> anyhow::Result<()> {
 
     println!("\nbatch     mean      std  max |x|   dead    SNR  non-finite");
     let mut summaries = Vec::with_capacity(BATCHES);
-    let mut pending: Option<PendingSummary> = None;
+    let mut chunks = Vec::with_capacity(BATCHES);
+    let mut pending: Option<(PendingSummary, PendingSummaries)> = None;
     for batch in 0..BATCHES {
         let x = Tensor::from_slice(&device, &pixels(&images, batch), [BATCH, PIXELS])?;
         let y = layer.forward(&x)?;
-        let summary = reducer.summary_async(&y)?;
-        // That of the batch before, while the GPU works on this one.
-        if let Some(before) = pending.replace(summary) {
-            report(&mut summaries, before.read()?);
+        let whole = reducer.summary_async(&y)?;
+        let each = reducer.segmented_async(&y, Segments::Chunks(CHUNKS))?;
+        // Those of the batch before, while the GPU works on this one.
+        if let Some((whole, each)) = pending.replace((whole, each)) {
+            report(&mut summaries, whole.read()?);
+            chunks.push(each.read()?);
         }
     }
-    if let Some(last) = pending {
-        report(&mut summaries, last.read()?);
+    if let Some((whole, each)) = pending {
+        report(&mut summaries, whole.read()?);
+        chunks.push(each.read()?);
     }
+    print_chunks(&chunks[BATCHES - 1]);
 
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
     }
-    fs::write(&path, plot(&summaries))
+    fs::write(&path, plot(&summaries, &chunks))
         .with_context(|| format!("cannot write {}", path.display()))?;
     println!("\nplot      {}", path.display());
 
@@ -119,6 +127,19 @@ fn report(summaries: &mut Vec<Summary>, summary: Summary) {
     summaries.push(summary);
 }
 
+/// The chunks of one batch, one row each.
+fn print_chunks(chunks: &[Summary]) {
+    println!("\nchunk     mean      std  max |x|   dead    SNR  of the last batch");
+    for (chunk, summary) in chunks.iter().enumerate() {
+        let mut row = format!("{chunk:>5}");
+        for (_, quantity) in QUANTITIES {
+            // Writing to a string cannot fail.
+            let _ = write!(row, "  {:7.4}", quantity(summary));
+        }
+        println!("{row}");
+    }
+}
+
 type Quantity = fn(&Summary) -> f64;
 
 /// What is plotted; a summary of a batch has elements, so no quantity is missing.
@@ -134,9 +155,10 @@ const WIDTH: f64 = 760.0;
 const PANEL: f64 = 110.0;
 const MARGIN: f64 = 40.0;
 
-/// One panel per quantity over the batches, as an SVG; red where an activation was not finite.
-fn plot(summaries: &[Summary]) -> String {
-    let height = MARGIN + QUANTITIES.len() as f64 * PANEL;
+/// One panel per quantity over the batches, as an SVG, red where an activation was not finite; then
+/// the dead ratio of each chunk of features.
+fn plot(summaries: &[Summary], chunks: &[Vec<Summary>]) -> String {
+    let height = MARGIN + (QUANTITIES.len() + 1) as f64 * PANEL;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {height}\" \
          font-family=\"sans-serif\" font-size=\"12\">\n\
@@ -146,8 +168,38 @@ fn plot(summaries: &[Summary]) -> String {
     for (panel, (name, quantity)) in QUANTITIES.into_iter().enumerate() {
         draw_panel(&mut svg, MARGIN + panel as f64 * PANEL, name, summaries, quantity);
     }
+    draw_chunks(&mut svg, MARGIN + QUANTITIES.len() as f64 * PANEL, chunks);
     svg.push_str("</svg>\n");
     svg
+}
+
+/// A row for each chunk and a column for each batch, the darker the more of it is dead.
+fn draw_chunks(svg: &mut String, top: f64, chunks: &[Vec<Summary>]) {
+    // Writing to a string cannot fail.
+    let _ = writeln!(
+        svg,
+        "<text x=\"{MARGIN}\" y=\"{}\">dead ratio of {CHUNKS} chunks of features: white 0, black \
+         1; red: not finite</text>",
+        top - 6.0
+    );
+    let (width, height) = (WIDTH / chunks.len() as f64, (PANEL - MARGIN) / CHUNKS as f64);
+    for (batch, each) in chunks.iter().enumerate() {
+        for (chunk, summary) in each.iter().enumerate() {
+            let (x, y) = (MARGIN + batch as f64 * width, top + chunk as f64 * height);
+            let dead = summary.dead_ratio().unwrap_or(f64::NAN);
+            let grey = (255.0 * (1.0 - dead)).round();
+            let colour = if summary.non_finite() > 0 {
+                "#c0392b".to_owned()
+            } else {
+                format!("rgb({grey},{grey},{grey})")
+            };
+            let _ = writeln!(
+                svg,
+                "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.2}\" height=\"{height:.2}\" \
+                 fill=\"{colour}\"/>"
+            );
+        }
+    }
 }
 
 fn draw_panel(svg: &mut String, top: f64, name: &str, summaries: &[Summary], quantity: Quantity) {

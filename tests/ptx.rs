@@ -28,6 +28,11 @@ fn main() -> ExitCode {
         if module.name.starts_with("persistent_") && module.name != "persistent_echo" {
             trials.push(Trial::test(name("has_each_barrier_once"), || barriers_are_single(module)));
         }
+        if module.name.starts_with("reduce") {
+            trials.push(Trial::test(name("exchanges_nothing_in_two_copies"), || {
+                exchanges_stand_once(module)
+            }));
+        }
         if module.tier == Tier::Hopper {
             trials.push(Trial::test(name("names_no_local_memory_and_no_panic"), || {
                 no_local_memory(module)
@@ -92,6 +97,43 @@ fn entries_agree(module: &Module) -> Result<(), Failed> {
     found.sort_unstable();
     listed.sort_unstable();
     require(found == listed, || format!("the PTX has {found:?}, the host launches {listed:?}"))
+}
+
+/// The compiler knows nothing of exchanges between threads. Where it makes two copies of one,
+/// behind a condition that threads answer differently, they wait for each other for ever.
+fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
+    let hopper = module.tier == Tier::Hopper;
+    for entry in module.ptx().split("\n.visible .entry ").skip(1) {
+        let name = entry.split('(').next().unwrap_or_default();
+        let count = |instructions: &[&str]| -> usize {
+            instructions.iter().map(|instruction| entry.matches(instruction).count()).sum()
+        };
+        // As the sources have them. Barriers: none between warps that have segments of their own,
+        // one in the single-stage sum, and of the others one for the first drawn chunk, one per
+        // chunk, one for the ticket of the block that merges and one where it does. Exchanges: an f64 takes two per step, of which a warp has 5 and
+        // the block's warps 3; what a tier adds up in one instruction takes one.
+        let few = name.contains("_few_");
+        let (barriers, exchanges) = match (name.rsplit('_').next(), hopper) {
+            // The block's warps send what they have to one of them.
+            (Some("summary"), _) if few => (0, 37),
+            (Some("sum"), _) if few => (0, 26),
+            (Some("max" | "min"), _) if few => (0, 8),
+            (Some("segments"), true) => (0, 54),
+            (Some("segments"), false) => (0, 86),
+            (Some("naive"), _) => (1, 8),
+            (Some("summary"), true) => (4, 88),
+            (Some("summary"), false) => (4, 166),
+            (Some("sum"), true) => (4, 48),
+            (Some("sum"), false) => (4, 84),
+            (_, true) => (4, 20),
+            (_, false) => (4, 68),
+        };
+        let found = (count(&["bar.sync"]), count(&["shfl.sync.", "redux.sync.", "vote.sync."]));
+        require(found == (barriers, exchanges), || {
+            format!("{name} has {} barriers and {} exchanges", found.0, found.1)
+        })?;
+    }
+    Ok(())
 }
 
 fn no_local_memory(module: &Module) -> Result<(), Failed> {

@@ -9,6 +9,12 @@ mod gpu;
 mod moments;
 #[path = "support/random.rs"]
 mod random;
+/// Captured reductions.
+#[path = "reduce/replay.rs"]
+mod replay;
+/// Segments of matrices.
+#[path = "reduce/segmented.rs"]
+mod segmented;
 
 use std::collections::BTreeSet;
 use std::env;
@@ -18,8 +24,8 @@ use std::thread;
 use gpu::Gpu;
 use half::{bf16, f16};
 use kasmina::{
-    DType, Device, Element, Error, KernelConfig, ReducerConfig, Reduction, Summary,
-    TelemetryReducer, Tensor, Tier,
+    DType, Device, Element, Error, KernelConfig, NanPolicy, ReducerConfig, Reduction, Segments,
+    Summary, TelemetryReducer, Tensor, Tier,
 };
 use kasmina_kernels::reduce::Chunks;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -78,6 +84,10 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
             ("non_finite_elements_are_counted_and_propagate", non_finite::<T>),
             ("results_do_not_depend_on_where_the_data_starts", unaligned::<T>),
             ("the_same_elements_give_the_same_bits_twice", repeats::<T>),
+            ("skipped_nan_are_counted_and_the_rest_matches_reference", skipped::<T>),
+            ("segments_match_reference", segmented::match_reference::<T>),
+            ("segments_of_views_leave_out_the_gaps", segmented::of_views::<T>),
+            ("segments_keep_their_bits_over_repetitions_and_alignments", segmented::keep_bits::<T>),
         ]
     }
     of_each_type(tier, of::<f32>(), of::<f16>(), of::<bf16>())
@@ -89,6 +99,7 @@ fn gpu_claims(tier: Tier) -> Vec<(String, Check)> {
         vec![
             ("results_do_not_depend_on_the_grid", grids::<T>),
             ("two_streams_give_the_bits_of_one", streams_agree::<T>),
+            ("a_replayed_graph_gives_the_same_bits_every_time", replay::gives_the_same_bits::<T>),
         ]
     }
     of_each_type(tier, of::<f32>(), of::<f16>(), of::<bf16>())
@@ -153,7 +164,7 @@ fn edge_lengths(dtype: DType) -> Vec<usize> {
         BTreeSet::from([0, 1, 2, 3, 5, 31, 32, 33, 97, 1009, 10_007, 100_003, 999_983]);
     let largest = if reduced() { 14 } else { 20 };
     for log2 in 2..=largest {
-        let chunk = 1 << Chunks::of(1 << log2, dtype).log2_chunk;
+        let chunk = Chunks::of(1 << log2, dtype).small_len as usize;
         for edge in [1 << log2, chunk, 3 * chunk] {
             lengths.extend([edge - 1, edge, edge + 1]);
         }
@@ -275,6 +286,41 @@ fn non_finite<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     Ok(())
 }
 
+/// NaN at some places, of which nothing may show but their number.
+fn skipped<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let reducer = TelemetryReducer::with_config(device, config(tier).nan(NanPolicy::Skip))?;
+    let lengths: &[usize] =
+        if reduced() { &[33, 9001] } else { &[1, 33, 4097, 9001, 70_001, 1_000_003] };
+    for &length in lengths {
+        for (every, shift) in [(usize::MAX, 0.0), (1, 0.0), (2, 0.0), (997, 1e4), (7001, 1e4)] {
+            let mut values = normal::<T>("skipped", length);
+            values.iter_mut().for_each(|value| *value = T::from_f32(value.to_f32() + shift));
+            let mut others = Vec::new();
+            for (place, value) in values.iter_mut().enumerate() {
+                if every != usize::MAX && place.is_multiple_of(every) {
+                    *value = T::from_f32(f32::NAN);
+                } else {
+                    others.push(*value);
+                }
+            }
+            let tensor = vector(device, &values)?;
+            let (summary, case) = (reducer.summary(&tensor)?, format!("{length}, every {every}"));
+            let skipped = (length - others.len()) as u64;
+            let counts = (summary.count(), summary.non_finite());
+            require(counts == (others.len() as u64, skipped), || format!("{case}: {counts:?}"))?;
+            let reference = Reference::of(&others, EPSILON, tier).with_non_finite(skipped);
+            reference.compare(&summary).map_err(|error| format!("{case}: {error}"))?;
+            for reduction in Reduction::ALL {
+                let got = reducer.reduce(&tensor, reduction)?;
+                reference
+                    .compare_one(reduction, got)
+                    .map_err(|error| format!("{case}, reduce alone: {error}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Every bit that a reducer's results consist of.
 fn bits<T: Element>(reducer: &TelemetryReducer, tensor: &Tensor<T>) -> Result<Vec<u64>, Failed> {
     let mut bits = summary_bits(&reducer.summary(tensor)?);
@@ -337,7 +383,8 @@ fn repeats<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
 }
 
 fn grids<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
-    let lengths: &[usize] = if reduced() { &[70_001] } else { &[5000, 70_001, 1 << 20, 4_000_037] };
+    let lengths: &[usize] =
+        if reduced() { &[70_001, 600_011] } else { &[5000, 70_001, 1 << 20, 4_000_037] };
     for &length in lengths {
         let tensor = vector(device, &normal::<T>("grids", length))?;
         let expected = bits(&reducer(device, tier)?, &tensor)?;
@@ -463,8 +510,8 @@ fn threads(device: &Device) -> Result<(), Failed> {
 fn refusals(device: &Device) -> Result<(), Failed> {
     let reducer = TelemetryReducer::new(device)?;
     let matrix = Tensor::full(device, [3, 5], 1.0f32)?;
-    let gaps = reducer.summary(&matrix.columns(0..4)?);
-    require(matches!(gaps, Err(Error::Strided { .. })), || format!("gaps: {gaps:?}"))?;
+    let chunks = reducer.segmented(&matrix, Segments::Chunks(6));
+    require(matches!(chunks, Err(Error::Chunks { .. })), || format!("chunks: {chunks:?}"))?;
     let elsewhere = reducer.summary(&Tensor::full(&Device::cpu(), [3], 1.0f32)?);
     require(matches!(elsewhere, Err(Error::DeviceMismatch { .. })), || {
         format!("host memory: {elsewhere:?}")

@@ -10,6 +10,8 @@ use crate::measure::regime::NODES;
 /// itself.
 const SUM_TOLERANCE: f64 = 1e-6;
 const VARIANCE_TOLERANCE: f64 = 1e-5;
+/// Columns of a tensor, if its length is a multiple of them; else it is one row.
+const COLUMNS: usize = 8192;
 
 /// As many tensors of the same length as it takes for each call to find its own outside the L2
 /// cache.
@@ -29,9 +31,11 @@ impl<T: Element> Operands<T> {
         let sets = (2 * l2_bytes as usize).div_ceil(len * size_of::<T>()).clamp(1, NODES);
         let values = normals.take::<T>(len, 1.0);
         let first = Reference::of(&values, epsilon);
-        let mut data = vec![Tensor::from_slice(device, &values, [len])?];
+        let columns = if len.is_multiple_of(COLUMNS) { COLUMNS } else { len };
+        let shape = [len / columns, columns];
+        let mut data = vec![Tensor::from_slice(device, &values, shape)?];
         for _ in 1..sets {
-            data.push(Tensor::from_slice(device, &normals.take::<T>(len, 1.0), [len])?);
+            data.push(Tensor::from_slice(device, &normals.take::<T>(len, 1.0), shape)?);
         }
         Ok(Self { data, first })
     }
@@ -48,6 +52,22 @@ impl<T: Element> Operands<T> {
         let acceptable = error <= SUM_TOLERANCE;
         ensure!(acceptable, "the sum is {sum:e} instead of {:e}", self.first.sum);
         Ok(error)
+    }
+
+    /// As [`sum_error`](Self::sum_error), of the sum over all chunks; their counts and extremes must
+    /// be those of all elements.
+    pub(crate) fn chunks_error(&self, chunks: &[Summary]) -> anyhow::Result<f64> {
+        let Reference { count, min, max, .. } = self.first;
+        let extremes = chunks.iter().filter_map(|chunk| Some((chunk.min()?, chunk.max()?)));
+        let exact = extremes.fold((f32::INFINITY, f32::NEG_INFINITY), |all, chunk| {
+            (all.0.min(chunk.0), all.1.max(chunk.1))
+        });
+        let counted: u64 = chunks.iter().map(Summary::count).sum();
+        ensure!(
+            (counted, exact) == (count, (min, max)),
+            "count, min and max of the chunks are {counted} and {exact:?}"
+        );
+        self.sum_error(chunks.iter().map(Summary::sum).sum())
     }
 
     /// The larger of the errors of sum and variance of the first tensor; what is exact must be

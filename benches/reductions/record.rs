@@ -16,17 +16,20 @@ pub(crate) enum Operation {
     Sum,
     /// All statistics in one pass.
     Summary,
+    /// All statistics of each of 16 chunks of the columns.
+    Chunks,
     /// The sum by the single-stage kernel.
     Naive,
 }
 
 impl Operation {
-    pub(crate) const ALL: [Self; 3] = [Self::Sum, Self::Summary, Self::Naive];
+    pub(crate) const ALL: [Self; 4] = [Self::Sum, Self::Summary, Self::Chunks, Self::Naive];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Sum => "sum",
             Self::Summary => "summary",
+            Self::Chunks => "chunks",
             Self::Naive => "naive",
         }
     }

@@ -192,6 +192,20 @@ pub enum Error {
         row_stride: usize,
     },
 
+    /// A matrix cannot be cut into so many chunks of columns.
+    #[error(
+        "{op}: {columns} columns cannot be cut into {chunks} chunks; ask for at least one chunk, \
+         and for no more than there are columns"
+    )]
+    Chunks {
+        /// The operation.
+        op: &'static str,
+        /// The number of chunks that was asked for.
+        chunks: usize,
+        /// The number of columns.
+        columns: usize,
+    },
+
     /// A size exceeds what can be addressed.
     #[error("{op}: {quantity} exceeds {limit}; split the operation")]
     Overflow {

@@ -8,7 +8,7 @@
 //! | [`gemm`] | the linear layer's forward and backward pass as functions of their operands |
 //! | `device`, `stream` | where things run, and in which order |
 //! | `tensor`, `shape`, `element` | what they run on |
-//! | `reduce` | statistics of whole tensors |
+//! | `reduce` | statistics of whole tensors and of their segments |
 //! | `layer`, `conv1d_layer` | what they are used through |
 //! | `persistent` | layers that stay resident for streams of small batches |
 //! | `config` | how kernels are chosen |
@@ -53,7 +53,8 @@ pub use persistent::{
     Ticket, should_use_persistent,
 };
 pub use reduce::{
-    PendingReduction, PendingSummary, ReducerConfig, Reduction, Summary, TelemetryReducer,
+    NanPolicy, PendingReduction, PendingSummaries, PendingSummary, ReducerConfig, Reduction,
+    Segments, Summary, TelemetryReducer,
 };
 pub use shape::Shape;
 pub use stream::Stream;

@@ -262,6 +262,8 @@ pub struct Kernel<P: KernelParams> {
     /// Whether it waits for the grid before it (`griddepcontrol.wait`) ahead of its first access
     /// to global memory, so that the two may overlap.
     pub waits_for_predecessors: bool,
+    /// Whether its grid is one cluster, of at most 16 blocks.
+    pub one_cluster: bool,
     params: PhantomData<fn(P)>,
 }
 
@@ -287,8 +289,16 @@ impl<P: KernelParams> Kernel<P> {
             block_dim,
             smem_bytes,
             waits_for_predecessors: false,
+            one_cluster: false,
             params: PhantomData,
         }
+    }
+
+    /// The same kernel, whose grid is one cluster.
+    #[must_use]
+    pub const fn as_one_cluster(mut self) -> Self {
+        self.one_cluster = true;
+        self
     }
 
     /// The same kernel, known to wait for the grid before it.

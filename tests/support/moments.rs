@@ -3,7 +3,7 @@
 //!
 //! # Tolerance
 //! Let `u` be the unit roundoff of f32, `A = Σ|x|`, `L = max|x|`, `M = Σ(x − mean)²`, and `r` the
-//! elements that share a pivot over those that it is the mean of: at most 8 in kernels, 64 on the
+//! elements that share a pivot over those that it is the mean of: at most 16 in kernels, 64 on the
 //! CPU. `kasmina_kernels::reduce` gives the bounds of what is rounded to f32:
 //!
 //! ```text
@@ -57,8 +57,13 @@ impl Reference {
             non_finite: wide().filter(|x| !x.is_finite()).count() as u64,
             dead: wide().filter(|x| x.abs() < f64::from(epsilon)).count() as u64,
             magnitude: accurate_sum(values, f64::abs),
-            spread: if tier == Tier::Cpu { 65.0 } else { 9.0 },
+            spread: if tier == Tier::Cpu { 65.0 } else { 17.0 },
         }
+    }
+
+    /// With so many elements that are not finite, of which nothing else is told.
+    pub(crate) fn with_non_finite(self, non_finite: u64) -> Self {
+        Self { non_finite, ..self }
     }
 
     fn abs_max(&self) -> f64 {

@@ -174,7 +174,7 @@ fn describe(log: &str, error: RawError) -> String {
     if log.is_empty() { error.to_string() } else { log.to_owned() }
 }
 
-/// A kernel's function in a loaded module, allowed the shared memory it needs.
+/// A kernel's function in a loaded module, allowed the shared memory and the cluster it needs.
 fn entry<P: KernelParams>(module: CUmodule, kernel: &'static Kernel<P>) -> Result<CUfunction> {
     let missing =
         || Error::EntryMissing { entry: kernel.entry, module: module_name(kernel.module) };
@@ -189,6 +189,11 @@ fn entry<P: KernelParams>(module: CUmodule, kernel: &'static Kernel<P>) -> Resul
         let bytes = kernel.smem_bytes.cast_signed();
         // SAFETY: the function was found above.
         unsafe { driver!(cuFuncSetAttribute(function, attribute, bytes)) }.map_err(failed)?;
+    }
+    if kernel.one_cluster {
+        let attribute = FunctionAttribute::NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+        // SAFETY: the function was found above.
+        unsafe { driver!(cuFuncSetAttribute(function, attribute, 1)) }.map_err(failed)?;
     }
     Ok(function)
 }

@@ -25,7 +25,57 @@ impl PendingSummary {
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if the reduction or an operation before it failed.
     pub fn read(&self) -> Result<Summary> {
-        Ok(Summary { moments: self.moments.read()? })
+        Ok(Summary::of(self.moments.read()?))
+    }
+}
+
+/// Summaries of segments, which are being computed.
+#[must_use = "pending summaries are worth nothing until they are read"]
+pub struct PendingSummaries {
+    pub(super) moments: PendingMoments,
+    pub(super) count: usize,
+}
+
+impl PendingSummaries {
+    /// Waits for the summaries, in the order of the segments.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the reduction or an operation before it failed.
+    pub fn read(&self) -> Result<Vec<Summary>> {
+        Ok(self.moments.read_each(self.count)?.into_iter().map(Summary::of).collect())
+    }
+
+    /// How many segments there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Whether there are no segments.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// The device address of the results, for kernels that use them without a way over the host; 0
+    /// where there are none, on the CPU and for a matrix without elements.
+    ///
+    /// They are written once everything enqueued so far on the reducer's stream has run, and stay
+    /// there as long as this lives. Each segment has 56 bytes: number of elements (u64), sum, mean
+    /// and Σ (x − mean)² (f64), elements that are not finite and dead ones (u64), minimum and
+    /// maximum (f32).
+    #[must_use]
+    pub fn as_device_ptr(&self) -> u64 {
+        match &self.moments {
+            PendingMoments::OnDevice(buffer) => buffer.address(),
+            _ => 0,
+        }
+    }
+}
+
+impl fmt::Debug for PendingSummaries {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PendingSummaries").field("count", &self.count).finish_non_exhaustive()
     }
 }
 
@@ -42,7 +92,7 @@ impl PendingReduction {
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if the reduction or an operation before it failed.
     pub fn read(&self) -> Result<Option<f64>> {
-        Ok(self.reduction.of(&Summary { moments: self.moments.read()? }))
+        Ok(self.reduction.of(&Summary::of(self.moments.read()?)))
     }
 }
 
@@ -62,6 +112,9 @@ impl fmt::Debug for PendingReduction {
 
 pub(super) enum PendingMoments {
     Known(Moments),
+    /// Of each segment.
+    KnownEach(Vec<Moments>),
+    /// A record, or one for each segment.
     OnDevice(Buffer),
     /// From the single-stage kernel: one f32.
     SumOnDevice {
@@ -74,11 +127,29 @@ impl PendingMoments {
     fn read(&self) -> Result<Moments> {
         match self {
             Self::Known(moments) => Ok(*moments),
+            Self::KnownEach(each) => Ok(each.first().copied().unwrap_or(Moments::EMPTY)),
             Self::OnDevice(buffer) => Ok(from_record(&read_start(buffer)?)),
             Self::SumOnDevice { count, sum } => {
                 let sum = f64::from(f32::from_ne_bytes(read_start(sum)?));
                 Ok(Moments { count: *count, sum, mean: sum / *count as f64, ..Moments::EMPTY })
             }
+        }
+    }
+}
+
+impl PendingMoments {
+    /// Those of `count` segments; what is known is the same for all.
+    fn read_each(&self, count: usize) -> Result<Vec<Moments>> {
+        match self {
+            Self::KnownEach(each) => Ok(each.clone()),
+            Self::OnDevice(buffer) if count > 0 => {
+                let mut bytes = vec![0; count * RECORD_BYTES];
+                let (row_bytes, row_stride) = (bytes.len(), bytes.len());
+                buffer.read(Region { offset: 0, rows: 1, row_bytes, row_stride }, &mut bytes)?;
+                let (records, _) = bytes.as_chunks::<RECORD_BYTES>();
+                Ok(records.iter().map(from_record).collect())
+            }
+            _ => Ok(vec![self.read()?; count]),
         }
     }
 }

@@ -5,16 +5,21 @@ use kasmina_kernels::reduce::Moments;
 
 /// What one pass over a tensor tells.
 ///
-/// NaN and infinities are counted and not left out: with a NaN among the elements, sum, mean,
+/// NaN and infinities are counted. Unless NaN are skipped ([`crate::NanPolicy`]), they are not
+/// left out: with a NaN among the elements, sum, mean,
 /// variance, minimum, maximum and norm are NaN; with infinities alone, the sum is what IEEE
 /// addition makes of them and the variance NaN.
 #[derive(Clone, Copy, Debug)]
 pub struct Summary {
-    pub(super) moments: Moments,
+    moments: Moments,
 }
 
 impl Summary {
-    /// The number of elements.
+    pub(super) const fn of(moments: Moments) -> Self {
+        Self { moments }
+    }
+
+    /// The number of elements, without those that were skipped.
     #[must_use]
     pub const fn count(&self) -> u64 {
         self.moments.count
@@ -79,7 +84,7 @@ impl Summary {
         }
     }
 
-    /// How many elements are NaN or infinite.
+    /// How many elements are NaN or infinite, with those that were skipped.
     #[must_use]
     pub const fn non_finite(&self) -> u64 {
         self.moments.non_finite

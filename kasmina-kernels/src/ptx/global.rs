@@ -69,3 +69,38 @@ pub unsafe fn ld_global_nc_u16(address: u64) -> u16 {
     }
     value
 }
+
+/// Asks for `bytes` bytes to be brought into the L2 cache. Whoever writes them later writes them
+/// there, so this may come before a wait for the writer.
+///
+/// # Safety
+/// `address` is a global address of that many bytes; both are multiples of 16.
+#[cfg(kasmina_tier = "hopper")]
+#[inline(always)]
+pub unsafe fn cp_async_bulk_prefetch_l2(address: u64, bytes: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.async.bulk.prefetch.L2.global [{}], {};", in(reg64) address, in(reg32) bytes,
+             options(nostack, preserves_flags));
+    }
+}
+
+/// As [`ld_global_v4_u32`] if `exists`, else zeros. Not a branch, so that several of these are
+/// under way together.
+///
+/// # Safety
+/// As [`ld_global_v4_u32`] if `exists`.
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_global_v4_u32_if(address: u64, exists: bool) -> [u32; 4] {
+    let (mut a, mut b, mut c, mut d) = (0u32, 0u32, 0u32, 0u32);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("{{", ".reg .pred exists;", "setp.ne.u32 exists, {exists}, 0;",
+             "@exists ld.global.v4.u32 {{{a}, {b}, {c}, {d}}}, [{address}];", "}}",
+             exists = in(reg32) u32::from(exists), a = inout(reg32) a, b = inout(reg32) b,
+             c = inout(reg32) c, d = inout(reg32) d, address = in(reg64) address,
+             options(readonly, nostack));
+    }
+    [a, b, c, d]
+}

@@ -49,3 +49,50 @@ pub unsafe fn ld_relaxed_gpu_v4_u32(address: u64) -> [u32; 4] {
     }
     [a, b, c, d]
 }
+
+/// Adds to a counter and returns what it was, in no order with anything else.
+///
+/// # Safety
+/// `address` is a global address of 4 writable bytes, 4-aligned, that other threads access only
+/// by atomics while the kernel runs.
+#[inline(always)]
+pub unsafe fn atom_add_relaxed_gpu_u32(address: u64, value: u32) -> u32 {
+    let before: u32;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("atom.relaxed.gpu.global.add.u32 {}, [{}], {};", out(reg32) before,
+             in(reg64) address, in(reg32) value, options(nostack));
+    }
+    before
+}
+
+/// Loads two words, each as a whole, that other blocks may be writing with
+/// [`st_relaxed_gpu_v2_u64`].
+///
+/// # Safety
+/// `address` is a global address of 16 readable bytes, 16-aligned, that other threads access only
+/// by relaxed loads and stores of words while the kernel runs.
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_relaxed_gpu_v2_u64(address: u64) -> [u64; 2] {
+    let (a, b): (u64, u64);
+    // SAFETY: the caller's contract. Not `readonly`: a repeated load must not be left out.
+    unsafe {
+        asm!("ld.relaxed.gpu.global.v2.u64 {{{}, {}}}, [{}];", out(reg64) a, out(reg64) b,
+             in(reg64) address, options(nostack, preserves_flags));
+    }
+    [a, b]
+}
+
+/// Stores two words, each as a whole, that other blocks may be reading.
+///
+/// # Safety
+/// As [`ld_relaxed_gpu_v2_u64`], of 16 writable bytes.
+#[inline(always)]
+pub unsafe fn st_relaxed_gpu_v2_u64(address: u64, [a, b]: [u64; 2]) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.relaxed.gpu.global.v2.u64 [{}], {{{}, {}}};", in(reg64) address, in(reg64) a,
+             in(reg64) b, options(nostack, preserves_flags));
+    }
+}

@@ -17,6 +17,8 @@ mod math;
 mod mbarrier;
 #[cfg(kasmina_tier = "hopper")]
 pub(crate) mod mma;
+#[cfg(kasmina_tier = "hopper")]
+mod packed;
 mod registers;
 pub mod simt;
 mod smem;
@@ -39,6 +41,8 @@ pub use grid::*;
 pub use grid_memory::*;
 pub use math::*;
 pub use mbarrier::*;
+#[cfg(kasmina_tier = "hopper")]
+pub use packed::*;
 pub use registers::*;
 pub use simt::*;
 pub use smem::*;

@@ -22,6 +22,8 @@ macro_rules! special_register {
 special_register! {
     /// Index of the thread in its block.
     thread_index = "%tid.x";
+    /// Index of the thread in its warp.
+    lane_index = "%laneid";
     /// Index of the block in the grid.
     block_index = "%ctaid.x";
     /// Number of blocks.

@@ -6,7 +6,7 @@ use crate::elementary::fused_multiply_add;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Moments {
-    /// Number of elements.
+    /// Number of elements; those that were skipped do not count.
     pub count: u64,
     /// Their sum, as IEEE addition gives it.
     pub sum: f64,
@@ -14,7 +14,7 @@ pub struct Moments {
     pub mean: f64,
     /// Sum of the squared distances from the mean; NaN if an element is not finite.
     pub m2: f64,
-    /// Elements that are NaN or infinite.
+    /// Elements that are NaN or infinite, with those that were skipped.
     pub non_finite: u64,
     /// Elements of absolute value below epsilon.
     pub dead: u64,
@@ -42,11 +42,13 @@ impl Moments {
     /// Of the elements of both, by Chan's formula: no cancellation, whatever the mean.
     #[must_use]
     pub fn merge(self, other: Self) -> Self {
+        // Without elements, but perhaps with some that were skipped.
+        let non_finite = self.non_finite + other.non_finite;
         if other.count == 0 {
-            return self;
+            return Self { non_finite, ..self };
         }
         if self.count == 0 {
-            return other;
+            return Self { non_finite, ..other };
         }
         let count = self.count + other.count;
         let sum = self.sum + other.sum;
@@ -57,7 +59,7 @@ impl Moments {
             sum,
             mean: sum / count as f64,
             m2: self.m2 + other.m2 + between * between * weight,
-            non_finite: self.non_finite + other.non_finite,
+            non_finite,
             dead: self.dead + other.dead,
             min: min_nan(self.min, other.min),
             max: max_nan(self.max, other.max),
@@ -66,7 +68,8 @@ impl Moments {
 
     /// Of these elements, each widened to f32 exactly.
     #[must_use]
-    pub fn of<T: Copy>(elements: &[T], widen: impl Fn(T) -> f32, epsilon: f32) -> Self {
+    pub fn of<T: Copy>(elements: &[T], widen: impl Fn(T) -> f32, rule: Rule) -> Self {
+        let Rule { epsilon, skip_nan } = rule;
         // Elements that share a pivot, and elements per batch.
         const RUN: usize = 1024;
         const BATCH: usize = 64;
@@ -74,7 +77,10 @@ impl Moments {
         for run in elements.chunks(RUN) {
             let first = &run[..run.len().min(16)];
             let sum: f32 = first.iter().map(|&element| widen(element)).sum();
-            let mut accumulator = Accumulator::new(Accumulator::pivot(sum / first.len() as f32));
+            let mean = sum / first.len() as f32;
+            let finite = || first.iter().map(|&element| widen(element)).find(|x| x.is_finite());
+            let pivot = if mean.is_finite() { mean } else { finite().unwrap_or(0.0) };
+            let mut accumulator = Accumulator::new(pivot);
             for batch in run.chunks(BATCH) {
                 let mut sums = Batch::EMPTY;
                 let (groups, rest) = batch.as_chunks::<4>();
@@ -89,7 +95,9 @@ impl Moments {
                     sums.add_first(group, rest.len() as i32, accumulator.pivot, epsilon);
                 }
                 if !accumulator.take(&sums) {
-                    batch.iter().for_each(|&element| accumulator.add_exactly(widen(element)));
+                    batch
+                        .iter()
+                        .for_each(|&element| accumulator.add_exactly(widen(element), skip_nan));
                 }
             }
             all = all.merge(accumulator.moments(run.len() as u64));
@@ -98,14 +106,23 @@ impl Moments {
     }
 }
 
+/// What the elements are measured by.
+#[derive(Clone, Copy, Debug)]
+pub struct Rule {
+    /// Elements of smaller absolute value count as dead.
+    pub epsilon: f32,
+    /// Whether NaN is counted and left out of everything else.
+    pub skip_nan: bool,
+}
+
 /// f32 sums of a few elements, in four lanes, relative to a pivot.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch {
     pub(super) distances: [f32; 4],
-    squares: [f32; 4],
+    pub(super) squares: [f32; 4],
     pub(super) min: f32,
     pub(super) max: f32,
-    dead: f32,
+    pub(super) dead: f32,
 }
 
 impl Batch {
@@ -126,6 +143,21 @@ impl Batch {
         self.add_to(1, b, b - pivot, epsilon);
         self.add_to(2, c, c - pivot, epsilon);
         self.add_to(3, d, d - pivot, epsilon);
+    }
+
+    /// Adds one element to each lane, to the sums alone: neither to the extremes nor to the dead.
+    #[inline(always)]
+    pub fn add_to_sums(&mut self, values: [f32; 4], pivot: f32) {
+        let mut lane = |lane: usize, value: f32| {
+            let distance = value - pivot;
+            self.distances[lane] += distance;
+            self.squares[lane] = fused_multiply_add(distance, distance, self.squares[lane]);
+        };
+        let [a, b, c, d] = values;
+        lane(0, a);
+        lane(1, b);
+        lane(2, c);
+        lane(3, d);
     }
 
     /// Adds the first `valid` elements; none if it is negative, all if it is beyond 4.
@@ -171,8 +203,10 @@ pub struct Accumulator {
     pub min: f32,
     /// Largest element; NaN if any is.
     pub max: f32,
-    /// Elements that are NaN or infinite.
+    /// Elements that are NaN or infinite, with those that were skipped.
     pub non_finite: u32,
+    /// Elements that were skipped.
+    pub skipped: u32,
     /// Elements of absolute value below epsilon.
     pub dead: u32,
 }
@@ -189,15 +223,9 @@ impl Accumulator {
             min: f32::INFINITY,
             max: f32::NEG_INFINITY,
             non_finite: 0,
+            skipped: 0,
             dead: 0,
         }
-    }
-
-    /// The pivot for elements of which some have this mean: itself, but finite.
-    #[must_use]
-    #[inline(always)]
-    pub const fn pivot(mean: f32) -> f32 {
-        if mean.is_finite() { mean } else { 0.0 }
     }
 
     /// Adds the elements of a batch, and says whether it could: `false` if their squares left the
@@ -237,7 +265,12 @@ impl Accumulator {
 
     /// Adds one element in f64, apart from whether it is dead.
     #[inline(always)]
-    pub fn add_exactly(&mut self, value: f32) {
+    pub fn add_exactly(&mut self, value: f32, skip_nan: bool) {
+        if skip_nan && value.is_nan() {
+            self.non_finite += 1;
+            self.skipped += 1;
+            return;
+        }
         let distance = f64::from(value) - f64::from(self.pivot);
         self.distances += distance;
         self.squares += distance * distance;
@@ -256,16 +289,20 @@ impl Accumulator {
         (distances + shifted, squares + shift * (2.0 * distances + shifted))
     }
 
-    /// The elements' statistics; they are `count`, at least 1.
+    /// The elements' statistics; they are `count`, with those that were skipped.
     #[must_use]
     pub fn moments(&self, count: u64) -> Moments {
+        let count = count - u64::from(self.skipped);
+        if count == 0 {
+            return Moments { non_finite: u64::from(self.non_finite), ..Moments::EMPTY };
+        }
         let elements = count as f64;
         let sum = self.distances + elements * f64::from(self.pivot);
         Moments {
             count,
             sum,
             mean: sum / elements,
-            m2: centred(self.squares, self.distances, elements),
+            m2: centred(self.squares, self.distances, self.distances / elements),
             non_finite: u64::from(self.non_finite),
             dead: u64::from(self.dead),
             min: self.min,
@@ -277,10 +314,10 @@ impl Accumulator {
 /// 2⁻¹²⁰
 const SMALLEST_SQUARES: f32 = f32::from_bits((127 - 120) << 23);
 
-/// `Σ(x − mean)²` from `Σ(x − p)²` and `Σ(x − p)`.
+/// `Σ(x − mean)²` from `Σ(x − p)²`, `Σ(x − p)` and `mean − p`.
 #[inline(always)]
-pub(super) fn centred(squares: f64, distances: f64, count: f64) -> f64 {
-    let m2 = squares - distances * (distances / count);
+pub(super) fn centred(squares: f64, distances: f64, distance: f64) -> f64 {
+    let m2 = squares - distances * distance;
     // Rounding may leave less than nothing. Not `max`: NaN must stay.
     if m2 < 0.0 { 0.0 } else { m2 }
 }
@@ -314,9 +351,10 @@ mod tests {
     use std::vec::Vec;
 
     const EPSILON: f32 = 1e-3;
+    const RULE: Rule = Rule { epsilon: EPSILON, skip_nan: false };
 
     fn of(elements: &[f32]) -> Moments {
-        Moments::of(elements, |element| element, EPSILON)
+        Moments::of(elements, |element| element, RULE)
     }
 
     /// Mean and m2 in f64, in two passes.
@@ -408,6 +446,29 @@ mod tests {
     }
 
     #[test]
+    fn skipped_elements_are_counted_and_leave_no_other_trace() {
+        for places in [&[0][..], &[1, 2, 3], &[15, 16, 64, 1999], &[1024, 2999]] {
+            let mut elements: Vec<f32> = noise(3000).iter().map(|x| x + 1e4).collect();
+            places.iter().for_each(|&place| elements[place] = f32::NAN);
+            let skipping = Rule { skip_nan: true, ..RULE };
+            let got = Moments::of(&elements, |element| element, skipping);
+            elements.retain(|element| !element.is_nan());
+            let (sum, _, m2) = reference(&elements);
+            assert_eq!((got.count, got.non_finite), (elements.len() as u64, places.len() as u64));
+            assert!((got.sum - sum).abs() <= 1e-6 * sum);
+            assert!((got.m2 - m2).abs() <= 1e-6 * m2, "{:e} {m2:e}", got.m2);
+            assert_eq!(got.min, elements.iter().copied().fold(f32::INFINITY, f32::min));
+            assert_eq!(got.max, elements.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        }
+        let nothing_else =
+            Moments::of(&[f32::NAN; 70], |element| element, Rule { skip_nan: true, ..RULE });
+        assert_eq!(nothing_else, Moments { non_finite: 70, ..Moments::EMPTY });
+        let one = of(&[2.0]);
+        assert_eq!(one.merge(nothing_else), Moments { non_finite: 70, ..one });
+        assert_eq!(nothing_else.merge(one), Moments { non_finite: 70, ..one });
+    }
+
+    #[test]
     fn merging_with_no_elements_changes_nothing() {
         let some = of(&noise(10));
         assert_eq!(some.merge(Moments::EMPTY), some);
@@ -421,7 +482,7 @@ mod tests {
             let values = [1.0, -2.0, 0.0, 4.0];
             some.add_first(values, valid, 1.5, EPSILON);
             let existing = &values[..valid.clamp(0, 4) as usize];
-            existing.iter().for_each(|&value| each.add_exactly(value));
+            existing.iter().for_each(|&value| each.add_exactly(value, false));
             let mut got = Accumulator::new(1.5);
             assert!(got.take(&some) || existing.is_empty());
             assert_eq!((got.distances, got.squares), (each.distances, each.squares));
@@ -433,7 +494,7 @@ mod tests {
     #[test]
     fn rebasing_to_another_pivot_keeps_the_moments() {
         let mut near = Accumulator::new(10.0);
-        [9.0, 10.5, 12.0].iter().for_each(|&value| near.add_exactly(value));
+        [9.0, 10.5, 12.0].iter().for_each(|&value| near.add_exactly(value, false));
         let (distances, squares) =
             Accumulator::rebased(near.distances, near.squares, 10.0, -3.0, 3);
         let far = Accumulator { pivot: -3.0, distances, squares, ..near };

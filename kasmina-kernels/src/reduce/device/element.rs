@@ -1,6 +1,7 @@
 //! Element types and statistics, the parameters of the kernels.
 
 use crate::ptx;
+use crate::reduce::Batch;
 
 /// An element type in global memory.
 pub(in crate::reduce) trait Element {
@@ -13,6 +14,30 @@ pub(in crate::reduce) trait Element {
     /// As [`ptx::ld_global_u32`], for one element. Its bits are the lower ones.
     unsafe fn load(address: u64) -> u32;
     fn widen(bits: u32) -> f32;
+
+    /// Whether the extremes and the dead of full vectors are found in [`Pairs`].
+    const PAIRED: bool = false;
+    /// Of no elements.
+    const NO_PAIRS: Pairs = Pairs { min: 0, max: 0, dead: 0 };
+    /// Twice the least number that is not below epsilon.
+    fn pair_of_bounds(_: f32) -> u32 {
+        0
+    }
+    /// Adds two elements.
+    fn add_pair(_: &mut Pairs, _: u32, _: u32) {}
+    /// Adds what was found in pairs to what was found in f32.
+    fn add_pairs(_: Pairs, _: &mut Batch) {}
+}
+
+/// Extremes and numbers of dead elements in the lower and in the upper half of words, in the
+/// element's own type: half the instructions that f32 takes, which 16-bit elements need to keep up
+/// with memory.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(kasmina_tier = "hopper"), expect(dead_code, reason = "other tiers have no pairs"))]
+pub(in crate::reduce) struct Pairs {
+    min: u32,
+    max: u32,
+    dead: u32,
 }
 
 pub(in crate::reduce) struct F32;
@@ -37,7 +62,8 @@ impl Element for F32 {
 }
 
 macro_rules! sixteen_bit_element {
-    ($name:ident, $low:expr, $high:expr) => {
+    ($name:ident, $low:expr, $high:expr, $infinity:literal, $bound:expr,
+     $min:ident $max:ident $count_if_below:ident) => {
         impl Element for $name {
             const LOG2_SIZE: u32 = 1;
             #[inline(always)]
@@ -54,15 +80,54 @@ macro_rules! sixteen_bit_element {
             fn widen(bits: u32) -> f32 {
                 $low(bits)
             }
+
+            #[cfg(kasmina_tier = "hopper")]
+            const PAIRED: bool = true;
+            #[cfg(kasmina_tier = "hopper")]
+            const NO_PAIRS: Pairs = Pairs {
+                min: $infinity * 0x1_0001,
+                max: $infinity * 0x1_0001 | 0x8000_8000,
+                dead: 0,
+            };
+            #[cfg(kasmina_tier = "hopper")]
+            #[inline(always)]
+            fn pair_of_bounds(epsilon: f32) -> u32 {
+                $bound(epsilon) * 0x1_0001
+            }
+            #[cfg(kasmina_tier = "hopper")]
+            #[inline(always)]
+            fn add_pair(pairs: &mut Pairs, pair: u32, bounds: u32) {
+                pairs.min = ptx::$min(pairs.min, pair);
+                pairs.max = ptx::$max(pairs.max, pair);
+                pairs.dead = ptx::$count_if_below(pairs.dead, pair, bounds);
+            }
+            #[cfg(kasmina_tier = "hopper")]
+            #[inline(always)]
+            fn add_pairs(pairs: Pairs, batch: &mut Batch) {
+                batch.min = batch.min.min($low(pairs.min)).min($high(pairs.min));
+                batch.max = batch.max.max($low(pairs.max)).max($high(pairs.max));
+                batch.dead += $low(pairs.dead) + $high(pairs.dead);
+            }
         }
     };
 }
-sixteen_bit_element!(F16, |pair: u32| ptx::cvt_f32_f16(pair as u16), |pair: u32| ptx::cvt_f32_f16(
-    (pair >> 16) as u16
-));
-sixteen_bit_element!(BF16, |pair: u32| f32::from_bits(pair << 16), |pair: u32| f32::from_bits(
-    pair & 0xFFFF_0000
-));
+sixteen_bit_element!(
+    F16,
+    |pair: u32| ptx::cvt_f32_f16(pair as u16),
+    |pair: u32| ptx::cvt_f32_f16((pair >> 16) as u16),
+    0x7C00,
+    |epsilon: f32| u32::from(ptx::cvt_rp_f16_f32(epsilon)),
+    min_f16x2 max_f16x2 count_if_below_f16x2
+);
+sixteen_bit_element!(
+    BF16,
+    |pair: u32| f32::from_bits(pair << 16),
+    |pair: u32| f32::from_bits(pair & 0xFFFF_0000),
+    0x7F80,
+    // Rounded away from zero; a negative bound holds no element either way.
+    |epsilon: f32| (epsilon.to_bits() + 0xFFFF) >> 16,
+    min_bf16x2 max_bf16x2 count_if_below_bf16x2
+);
 
 /// What is computed; the fields that are not are left out of every loop and exchange.
 pub(in crate::reduce) trait Statistic {

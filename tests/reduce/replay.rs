@@ -1,0 +1,102 @@
+//! Reductions that are captured once and run many times: every launch must leave its workspace as
+//! it found it.
+
+use std::ptr;
+
+use kasmina_driver::cust_raw::{CUgraph, CUgraphExec, CUstream, CUstreamCaptureMode};
+use kasmina_driver::{self as driver, check};
+
+use super::*;
+
+/// Replays of a graph.
+const REPLAYS: usize = 20;
+
+pub(crate) fn gives_the_same_bits<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
+    // Only a stream of its own can be captured.
+    let device = device.on_new_stream()?;
+    let reducer = reducer(&device, tier)?;
+    let lengths: &[usize] =
+        if reduced() { &[70_001] } else { &[1000, 20_000, 70_001, 1 << 20, 4_000_037] };
+    for &length in lengths {
+        let tensor = Tensor::from_slice(&device, &normal::<T>("replay", length), [1, length])?;
+        let cut = Segments::Chunks(3);
+        // Outside the capture, so that modules are loaded and the workspace is there.
+        let expected = summary_bits(&reducer.summary(&tensor)?);
+        let of_each: Vec<u64> =
+            reducer.segmented(&tensor, cut)?.iter().flat_map(summary_bits).collect();
+        let sum = reducer.reduce(&tensor, Reduction::Sum)?.map(f64::to_bits);
+
+        let enqueue = || -> Result<_, Failed> {
+            Ok((
+                reducer.summary_async(&tensor)?,
+                reducer.segmented_async(&tensor, cut)?,
+                reducer.reduce_async(&tensor, Reduction::Sum)?,
+                reducer.summary_async(&tensor)?,
+            ))
+        };
+        // What it allocates goes to the stream's pool: the driver gives none during a capture.
+        drop(enqueue()?);
+        device.synchronize()?;
+        let mut pending = None;
+        let graph = Graph::of(&device, || {
+            pending = Some(enqueue()?);
+            Ok(())
+        })?;
+        let (summary, segmented, number, again) = pending.ok_or("nothing was captured")?;
+        for replay in 0..REPLAYS {
+            graph.launch(&device)?;
+            let got: Vec<u64> = segmented.read()?.iter().flat_map(summary_bits).collect();
+            let same = summary_bits(&summary.read()?) == expected
+                && summary_bits(&again.read()?) == expected
+                && got == of_each
+                && number.read()?.map(f64::to_bits) == sum;
+            require(same, || format!("{length} elements: replay {replay} differs"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A captured sequence of operations, ready to run.
+struct Graph {
+    executable: CUgraphExec,
+}
+
+impl Graph {
+    fn of(device: &Device, enqueue: impl FnOnce() -> Result<(), Failed>) -> Result<Self, Failed> {
+        let stream = device.stream().as_raw() as CUstream;
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives as long as its handle.
+        check("cuStreamBeginCapture_v2", unsafe { driver::cuStreamBeginCapture_v2(stream, mode) })?;
+        let enqueued = enqueue();
+        let mut graph: CUgraph = ptr::null_mut();
+        // SAFETY: this thread began the capture; `graph` is where the result is written.
+        let ended = unsafe { driver::cuStreamEndCapture(stream, &raw mut graph) };
+        // The capture must have ended before an error of `enqueue` leaves.
+        enqueued?;
+        check("cuStreamEndCapture", ended)?;
+        let mut executable: CUgraphExec = ptr::null_mut();
+        // SAFETY: the graph is complete and destroyed once; `executable`, which does not need it
+        // afterwards, is where the result is written.
+        let instantiated = unsafe {
+            let instantiated = driver::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0);
+            driver::cuGraphDestroy(graph);
+            instantiated
+        };
+        check("cuGraphInstantiateWithFlags", instantiated)?;
+        Ok(Self { executable })
+    }
+
+    fn launch(&self, device: &Device) -> Result<(), Failed> {
+        let stream = device.stream().as_raw() as CUstream;
+        // SAFETY: the graph was captured on this stream; whoever replays it holds its operands.
+        Ok(check("cuGraphLaunch", unsafe { driver::cuGraphLaunch(self.executable, stream) })?)
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: instantiated once and destroyed once. The driver keeps it until its last launch
+        // has ended.
+        unsafe { driver::cuGraphExecDestroy(self.executable) };
+    }
+}
