@@ -224,7 +224,7 @@ impl Resident {
         match self.never {}
     }
 
-    pub(crate) fn is_running(&self) -> Result<bool> {
+    pub(crate) fn is_running(&mut self) -> Result<bool> {
         match self.never {}
     }
 
