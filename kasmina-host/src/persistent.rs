@@ -2,8 +2,10 @@
 //!
 //! The way of a batch: cut into parts → a slot and a sequence for each, under one lock → payload
 //! into the slot → descriptor into the ring. A block of the resident grid, or a thread, takes the
-//! sequence, computes and stores the slot's completion word, which the waiting thread polls. The
-//! ring's rules are in `kasmina_kernels::persistent::protocol`.
+//! sequence, computes, stores the result and then the completion word of the ring's position. Who
+//! waits for a result in pinned memory polls its elements, which the host had set to all ones; for
+//! other results, the completion word. The ring's rules are in
+//! `kasmina_kernels::persistent::protocol`.
 #![forbid(unsafe_code)]
 
 mod answer;
@@ -302,7 +304,8 @@ impl<T: Element> StreamSession<T> {
     /// The result of a batch if it has been computed.
     ///
     /// # Errors
-    /// [`Error::Session`] as [`wait`](Self::wait).
+    /// [`Error::Session`] as [`wait`](Self::wait), [`Error::Driver`] if a `bounded` session's kernel
+    /// cannot be launched, [`Error::OutOfMemory`] if there is no memory for the result.
     pub fn try_poll(&self, ticket: &mut Ticket<T>) -> Result<Option<Vec<T>>> {
         let op = "StreamSession::try_poll";
         self.check_ticket(op, ticket, false)?;

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::future::{Future, IntoFuture};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
@@ -113,7 +114,11 @@ impl Wakers {
     /// Wakes the task once the sequence is done, or the session has ended.
     fn add<T: Element>(self: &Arc<Self>, shared: &Arc<Shared<T>>, sequence: u64, waker: &Waker) {
         let mut state = lock(&self.state);
-        state.tasks.push((sequence, waker.clone()));
+        // A sequence is of one ticket, whose last waker is the one that counts.
+        match state.tasks.iter_mut().find(|(of, _)| *of == sequence) {
+            Some((_, last)) => last.clone_from(waker),
+            None => state.tasks.push((sequence, waker.clone())),
+        }
         if state.served {
             drop(state);
             self.changed.notify_one();
@@ -126,7 +131,7 @@ impl Wakers {
             state.served = true;
         } else {
             // The task looks again by itself.
-            state.tasks.pop();
+            state.tasks.retain(|(of, _)| *of != sequence);
             drop(state);
             waker.wake_by_ref();
         }
@@ -156,7 +161,12 @@ impl Wakers {
             drop(session);
             if !done.is_empty() {
                 since = Instant::now();
-                done.into_iter().for_each(Waker::wake);
+                for waker in done {
+                    // It is the executor's code, and others wait for theirs.
+                    if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
+                        tracing::warn!("a waker panicked");
+                    }
+                }
             } else if since.elapsed() < YIELD {
                 thread::yield_now();
             } else {

@@ -210,6 +210,10 @@ impl<T: Element> Ring<T> {
     pub(super) fn close_stream(&self, stream: usize) {
         let mut state = lock(&self.state);
         state.open_streams -= usize::from(state.streams[stream].take().is_some());
+        // Its number may be another's by the time they come back.
+        for (of, _) in state.abandoned.iter_mut().filter(|(of, _)| *of == stream) {
+            *of = usize::MAX;
+        }
     }
 
     /// Slots and sequences for a batch, and the version of the weights it is to use.
@@ -221,16 +225,18 @@ impl<T: Element> Ring<T> {
         }
         self.reap(&mut state);
         let held = self.capacity - state.free.len();
+        // As many slots for each logical stream, and no fewer than one batch may need.
+        let share = self.capacity / state.open_streams.max(1);
+        let own = state.streams[stream].unwrap_or(0);
         let part_rows = request.part_rows.unwrap_or_else(|| {
             let idle = self.layout.consumers.saturating_sub(held as u32);
+            // Not into so many parts that the share would not hold them.
+            let idle = idle.min(share.saturating_sub(own) as u32);
             kasmina_kernels::persistent::part_rows(rows as u32, idle)
         }) as usize;
         // A batch without rows is one part that asks for an answer.
         let parts = rows.div_ceil(part_rows).max(1);
-        // As many slots for each logical stream, and no fewer than one batch may need.
-        let streams = state.open_streams.max(1);
-        let share = (self.capacity / streams).max(parts);
-        let own = state.streams[stream].unwrap_or(0);
+        let share = share.max(parts);
         let next = state.next_sequence;
         let vacant = (next..next + parts as u64)
             .all(|sequence| protocol::is_vacant(&self.words, &self.layout, sequence));
@@ -308,7 +314,7 @@ impl<T: Element> Ring<T> {
                 if let Slot::Pinned(slot) = &mut part.slot {
                     slot.clear(part.awaited);
                 }
-                if let Some(own) = &mut state.streams[stream] {
+                if let Some(Some(own)) = state.streams.get_mut(stream) {
                     *own = own.saturating_sub(1);
                 }
                 state.free.push(part.slot);

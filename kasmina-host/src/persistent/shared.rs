@@ -196,7 +196,7 @@ impl<T: Element> Shared<T> {
     }
 
     /// Whether those who serve the session, having been told to end, have done so.
-    fn has_ended(&self) -> Result<bool> {
+    pub(super) fn has_ended(&self) -> Result<bool> {
         match &self.backend {
             Backend::Threads { workers, .. } => Ok(workers.have_ended()),
             Backend::Resident(residence) => {

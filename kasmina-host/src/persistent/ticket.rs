@@ -142,6 +142,7 @@ impl<T: Element> Drop for Ticket<T> {
         if let Some(tensors) = self.tensors.take()
             && !self.is_complete()
             && self.wait_until_complete("Ticket::drop", self.stream.shared.drain_timeout()).is_err()
+            && !matches!(self.stream.shared.has_ended(), Ok(true))
         {
             // A kernel may still write there.
             std::mem::forget(tensors);
