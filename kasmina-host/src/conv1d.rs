@@ -326,19 +326,19 @@ impl<T: Element> Backward<'_, T> {
         let operands = inputs.into_iter().chain(outputs).map(|(_, tensor)| tensor);
         let operands: Vec<_> = operands.collect();
         ordered(self.w, &operands, || {
-            // First the one that needs most memory: where there is none, nothing has been enqueued.
-            if let Some(pass) = &wgrad {
-                match wgrad_tier {
-                    Some(Tier::Hopper) => hopper::wgrad(&launch, stream, pass)?,
-                    _ => portable::wgrad(&launch, stream, pass)?,
-                }
-            }
             if let (Some(pass), Some(dx)) = (&dgrad, dx)
                 && !dx.tensor.is_empty()
             {
                 match dgrad_tier {
                     Some(Tier::Hopper) => hopper::dgrad(&launch, stream, pass)?,
                     _ => portable::dgrad(&launch, pass)?,
+                }
+            }
+            // Last what may be added to: after an error the call can be made again.
+            if let Some(pass) = &wgrad {
+                match wgrad_tier {
+                    Some(Tier::Hopper) => hopper::wgrad(&launch, stream, pass)?,
+                    _ => portable::wgrad(&launch, stream, pass)?,
                 }
             }
             Ok(())

@@ -375,8 +375,8 @@ pub enum Obstacle {
         /// The distance from row to row.
         bytes: u64,
     },
-    /// The output's rows are not a multiple of 16 bytes long. TMA stores in pieces of 16 bytes and
-    /// would overwrite what follows.
+    /// Rows are not a multiple of 16 bytes long: those of an output, as TMA stores in pieces of 16
+    /// bytes and would overwrite what follows, or the part of a group in a row of channels.
     #[error("the rows of {operand} are {bytes} bytes long, not a multiple of 16")]
     RowLength {
         /// Which operand.

@@ -11,6 +11,7 @@ use kasmina_kernels::conv1d::hopper::wgrad::{self, Split, WgradParams};
 use kasmina_kernels::conv1d::hopper::{MAX_STEP, SLAB_N, serves};
 use kasmina_kernels::conv1d::{Conv1dShape, Gather, SequenceLayout};
 use kasmina_kernels::gemm::hopper::CONSUMER_M;
+use kasmina_kernels::tile_scheduler::TileScheduler;
 
 use super::pass::{DgradPass, Filter, ForwardPass, Sequence, WgradPass};
 use crate::config::KernelConfig;
@@ -24,6 +25,8 @@ const TMA_ALIGN: u64 = 16;
 const TMA_MAX_STRIDE: u64 = 1 << 40;
 /// The driver's limit on the blocks of a grid.
 const MAX_BLOCKS: u64 = i32::MAX as u64;
+/// More parts of a filter's gradient than any GPU has multiprocessors.
+const MAX_PARTS: u32 = 1 << 16;
 /// Bytes of an element of the types that it serves.
 const SIZE: u64 = 2;
 
@@ -66,11 +69,9 @@ impl Volume {
         if !fits {
             return Some(Obstacle::RowStride { operand, bytes });
         }
-        // Groups follow each other in a row of channels.
+        // Groups follow each other in a row of channels. A map has that distance for one group too.
         let group_bytes = SIZE * u64::from(self.channels / self.groups);
-        let ragged = self.groups > 1
-            && layout == SequenceLayout::Nlc
-            && !group_bytes.is_multiple_of(TMA_ALIGN);
+        let ragged = layout == SequenceLayout::Nlc && !group_bytes.is_multiple_of(TMA_ALIGN);
         ragged.then_some(Obstacle::RowLength { operand, bytes: group_bytes })
     }
 
@@ -216,6 +217,8 @@ impl<'a> GatherPass<'a> {
             gather::select(dtype, layouts, &self.problem(), sm_count).ok_or_else(unsupported)?;
         let walk = gather::Walk::new(gather, self.channels, selected);
         let tiles = walk.scheduler(selected, self.shape.batch, groups);
+        // The same order, and `group_m · tiles_n` is no more than the number of tiles.
+        let tiles = TileScheduler { group_m: tiles.group_m.min(tiles.tiles_m), ..tiles };
         let blocks = u64::from(tiles.tiles_m) * u64::from(tiles.tiles_n);
         let blocks =
             checked_blocks(launch, blocks)?.min(sm_count * selected.blocks_per_multiprocessor());
@@ -305,7 +308,10 @@ fn with_packed(
 
 /// Why it cannot serve a forward pass.
 pub(super) fn forward_obstacle(pass: &ForwardPass, config: &KernelConfig) -> Option<Obstacle> {
+    // A tensor without elements has no map, though padding alone gives an output.
+    let empty = pass.shape.in_length == 0;
     general_obstacle(pass.dtype, &pass.shape, config)
+        .or_else(|| empty.then_some(Obstacle::Operation))
         .or_else(|| GatherPass::forward(pass).obstacle())
 }
 
@@ -320,15 +326,29 @@ pub(super) fn wgrad_obstacle(pass: &WgradPass, config: &KernelConfig) -> Option<
     let shape = &pass.shape;
     let operands =
         [volume(pass.x, shape, true, pass.dtype), volume(pass.dz, shape, false, pass.dtype)];
-    // An empty batch has no steps; the gradients are zeros.
+    // An empty batch or sequence has no steps; the gradient of the filter is zeros.
     let unserved = pass.dw.is_none()
         || (pass.x.layout == SequenceLayout::Ncl && !meets_whole_pieces(shape))
         || shape.stride > MAX_STEP
         || shape.batch == 0
+        || shape.in_length == 0
         || shape.filter_elements() > MAX_BLOCKS;
     general_obstacle(pass.dtype, shape, config)
         .or_else(|| unserved.then_some(Obstacle::Operation))
         .or_else(|| operands.iter().find_map(Volume::obstacle))
+        .or_else(|| {
+            let selected = wgrad::select(pass.dtype, [pass.dz.layout, pass.x.layout], shape)?;
+            let (tiles, k_blocks) =
+                steps(shape, &wgrad::Walk::new(shape, selected)).unwrap_or((u32::MAX, u32::MAX));
+            let counted = Split::new(tiles, k_blocks, MAX_PARTS).is_some();
+            (!counted).then_some(Obstacle::Operation)
+        })
+}
+
+/// Tiles of a filter's gradient, and steps over positions of each.
+fn steps(shape: &Conv1dShape, walk: &wgrad::Walk) -> Option<(u32, u32)> {
+    let tiles = u64::from(shape.groups) * u64::from(walk.tiles_m) * u64::from(walk.tiles_n);
+    Some((u32::try_from(tiles).ok()?, walk.batch.checked_mul(walk.sequence_blocks)?))
 }
 
 /// Whether every tap meets positions that TMA can begin a box with where positions are contiguous:
@@ -370,11 +390,9 @@ pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass)
         quantity: "the number of steps over tiles and positions",
         limit: i32::MAX as u64,
     };
-    let tiles = u64::from(shape.groups) * u64::from(walk.tiles_m) * u64::from(walk.tiles_n);
-    let tiles = u32::try_from(tiles).map_err(|_| overflow())?;
-    let k_blocks = walk.batch.checked_mul(walk.sequence_blocks);
-    let split = k_blocks.and_then(|k_blocks| Split::new(tiles, k_blocks, sm_count));
-    let split = split.ok_or_else(overflow)?;
+    let split = steps(shape, &walk)
+        .and_then(|(tiles, k_blocks)| Split::new(tiles, k_blocks, sm_count))
+        .ok_or_else(overflow)?;
 
     let sums = u64::from(split.num_slots()) * selected.slot_bytes();
     let bytes = sums + 4 * sum::bias_floats(&split);
@@ -465,6 +483,26 @@ mod tests {
     }
 
     #[test]
+    fn filter_gradients_of_more_steps_than_can_be_counted_are_left_to_others() {
+        let nlc = SequenceLayout::Nlc;
+        let with = |batch| {
+            let shape = Conv1dShape { batch, ..shape(3, 1, 1, 1) };
+            let pass = WgradPass {
+                shape,
+                dtype: DType::BF16,
+                x: sequence("x", nlc, 64),
+                dz: sequence("dz", nlc, 48),
+                dw: Some(Filter { address: 4096, layout: FilterLayout::OutInTap, row_stride: 3 }),
+                db: None,
+                accumulate: false,
+            };
+            wgrad_obstacle(&pass, &KernelConfig::default())
+        };
+        assert_eq!(with(3), None);
+        assert_eq!(with(i32::MAX as u32), Some(Obstacle::Operation));
+    }
+
+    #[test]
     fn passes_that_it_cannot_serve_say_why() {
         let (ncl, nlc) = (SequenceLayout::Ncl, SequenceLayout::Nlc);
         let config = KernelConfig::default();
@@ -483,6 +521,13 @@ mod tests {
         // Groups of 4 channels do not start on whole pieces.
         let groups = forward([nlc; 2], shape(3, 1, 1, 16));
         assert_eq!(obstacle(&groups), Some(Obstacle::RowLength { operand: "x", bytes: 8 }));
+        // 60 channels of rows of 64.
+        let narrow = Conv1dShape { in_channels: 60, ..served.shape };
+        let expected = Some(Obstacle::RowLength { operand: "x", bytes: 120 });
+        assert_eq!(obstacle(&ForwardPass { shape: narrow, ..served }), expected);
+        let empty = Conv1dShape { in_length: 0, ..served.shape };
+        let pass = ForwardPass { shape: empty, ..served };
+        assert_eq!(obstacle(&pass), Some(Obstacle::Operation));
         let x = Sequence { address: 4104, ..served.x };
         let expected = Some(Obstacle::Address { operand: "x" });
         assert_eq!(obstacle(&ForwardPass { x, ..served }), expected);
