@@ -338,9 +338,9 @@ pub(super) fn wgrad_obstacle(pass: &WgradPass, config: &KernelConfig) -> Option<
         .or_else(|| operands.iter().find_map(Volume::obstacle))
         .or_else(|| {
             let selected = wgrad::select(pass.dtype, [pass.dz.layout, pass.x.layout], shape)?;
-            let (tiles, k_blocks) =
-                steps(shape, &wgrad::Walk::new(shape, selected)).unwrap_or((u32::MAX, u32::MAX));
-            let counted = Split::new(tiles, k_blocks, MAX_PARTS).is_some();
+            let counted = steps(shape, &wgrad::Walk::new(shape, selected))
+                .and_then(|(tiles, k_blocks)| Split::new(tiles, k_blocks, MAX_PARTS))
+                .is_some();
             (!counted).then_some(Obstacle::Operation)
         })
 }
