@@ -30,6 +30,8 @@ LENGTHS = "2^10,2^12,2^14,2^16,2^18,2^20,2^22,2^24,2^26,2^28,2^30"
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Beyond this length a call is timed by itself, up to it in a graph of calls.
 LONGEST_IN_GRAPH = 1 << 24
+# Writes of the flushing buffer ahead of a sample of the burst regime.
+FLUSHES = 6
 # Answers of the session that are timed, and those ahead of them.
 ANSWERS, WARM_UP = 5000, 500
 PEER = f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
@@ -41,12 +43,27 @@ def buffer_sets(size):
     return min(NODES, max(1, -(-2 * l2_bytes // size)))
 
 
-def burst(contender, samples, flush):
-    contender.record_single()
-    return contender.burst(samples, flush, REST)
+def burst(call, samples, flush):
+    """Calls one by one, not in a graph, whose launch would be timed too."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(samples):
+        time.sleep(REST)
+        start, end = event(), event()
+        # Long enough for Python to enqueue the call behind it.
+        for _ in range(FLUSHES):
+            flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return times
 
 
-def graph(contender, samples, flush):
+def graph(calls, samples, flush):
+    contender = Contender("graph", calls, {})
     contender.record_single()
     calls = contender.capture(NODES)
     calls.replay()
@@ -102,7 +119,7 @@ def convolutions(options, flush):
                     "out_channels": outputs, "length": length, "taps": taps, "groups": groups,
                     "layout": layout, "dtype": options.dtype, "regime": "burst",
                 }
-                yield fields, burst(Contender(name, [call], {}), options.samples, flush)
+                yield fields, burst(call, options.samples, flush)
 
 
 def reductions(options, flush):
@@ -116,9 +133,12 @@ def reductions(options, flush):
             data = [torch.randn(length, device="cuda", dtype=DTYPES[dtype]) for _ in range(sets)]
             for name, function in (("sum", torch.sum), ("var_mean", torch.var_mean)):
                 calls = [lambda x=x, function=function: function(x) for x in data]
-                regime, measure = ("graph", graph) if in_graph else ("burst", burst)
+                regime = "graph" if in_graph else "burst"
                 fields = {"operation": name, "len": length, "dtype": dtype, "regime": regime}
-                yield fields, measure(Contender(name, calls, {}), options.samples, flush)
+                if in_graph:
+                    yield fields, graph(calls, options.samples, flush)
+                else:
+                    yield fields, burst(calls[0], options.samples, flush)
             del data
 
 
