@@ -21,8 +21,9 @@
 //!
 //! # Shape contract
 //! - m, k ≥ 1, and any edge may cut a tile: TMA fills with zeros on load and clips on store.
-//! - n is a multiple of 8: a store clips to whole pieces of 16 bytes and would write beyond Y.
-//! - Addresses and row strides of X, W and Y are multiples of 16 bytes: the rule of tensor maps.
+//! - Addresses and row strides of X and W are multiples of 16 bytes, the rule of tensor maps, and
+//!   those of Y and its n too, as a TMA store clips to whole pieces of 16 bytes and would write
+//!   beyond Y: else X and W are packed before, and Y is stored without TMA (`unaligned`).
 //! - The number of tiles plus a grid fits 32 bits.
 
 use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
@@ -30,9 +31,11 @@ use crate::activation::EpilogueActivation;
 use crate::gemm::WeightLayout;
 use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
+use unaligned::PlainRows;
 
 pub mod comparison;
 pub mod split;
+pub mod unaligned;
 pub mod weight_gradient;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
@@ -357,11 +360,14 @@ pub struct HopperGemmParams {
     pub activation: EpilogueActivation,
     /// Bytes of the boxes of X and W that make a stage.
     pub stage_bytes: u32,
+    /// Y, where TMA cannot store it; then `y_map` is not used.
+    pub plain: PlainRows,
 }
 
-// SAFETY: repr(C); 384 bytes of maps, a u64 and sixteen 32-bit fields: no padding.
+// SAFETY: repr(C); 384 bytes of maps, three u64 and eighteen 32-bit fields, of which
+// sixteen stand after the first u64: no padding.
 unsafe impl KernelParams for HopperGemmParams {}
-const _: () = assert!(size_of::<HopperGemmParams>() == 3 * 128 + 8 + 16 * 4);
+const _: () = assert!(size_of::<HopperGemmParams>() == 3 * 128 + 3 * 8 + 18 * 4);
 
 /// One row makes a kernel's module, its host-side description and, on the device, its entry.
 macro_rules! kernels {
