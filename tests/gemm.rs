@@ -304,27 +304,30 @@ fn every_tile_unaligned<T: Poison>(device: &Device, tier: Tier) -> Result<(), Fa
     each_kernel::<T>(device, tier, &cases)
 }
 
-/// The cases with every kernel: tile, blocks that share it, blocks that W is loaded into.
+/// The cases with every kernel: tile, blocks that share it, blocks that W is loaded into, whether
+/// consumers take turns.
 fn each_kernel<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result<(), Failed> {
     let kernels = match T::DTYPE {
-        DType::F32 => vec![([128, 128], 1, 1), ([64, 128], 1, 1)],
+        DType::F32 => vec![([128, 128], 1, 1, false), ([64, 128], 1, 1, false)],
         _ => vec![
-            ([128, 256], 1, 1),
-            ([128, 128], 1, 1),
-            ([64, 128], 1, 1),
-            ([64, 64], 1, 1),
-            ([64, 128], 1, 2),
-            ([64, 64], 2, 1),
-            ([64, 64], 4, 1),
-            ([64, 64], 8, 1),
+            ([128, 256], 1, 1, false),
+            ([128, 128], 1, 1, false),
+            ([128, 128], 1, 1, true),
+            ([64, 128], 1, 1, false),
+            ([64, 64], 1, 1, false),
+            ([64, 128], 1, 2, false),
+            ([64, 64], 2, 1, false),
+            ([64, 64], 4, 1, false),
+            ([64, 64], 8, 1, false),
         ],
     };
-    for (tile, split_k, multicast) in kernels {
-        let config = KernelConfig::default().hopper_tile(tile);
+    for (tile, split_k, multicast, ping_pong) in kernels {
+        let config = KernelConfig::default().hopper_tile(tile).hopper_ping_pong(ping_pong);
         let config = config.hopper_split_k(split_k).hopper_multicast(multicast);
         each_with::<T>(device, tier, &config, cases).map_err(|error| {
             let message = error.message().unwrap_or("no message");
-            format!("tile {tile:?} of {split_k} blocks, W into {multicast}: {message}")
+            let turns = if ping_pong { "in turns" } else { "together" };
+            format!("tile {tile:?} of {split_k} blocks, W into {multicast}, {turns}: {message}")
         })?;
     }
     Ok(())
@@ -524,8 +527,13 @@ fn hopper_refuses(device: &Device) -> Result<(), Failed> {
     }
     let config = KernelConfig::default().tier(Tier::Hopper).hopper_split_k(4).hopper_multicast(2);
     match forward.run(&mut y, &config) {
-        Err(Error::Unsupported { reason: Obstacle::Multicast(2), .. }) => Ok(()),
-        other => Err(format!("multicast and blocks that share a tile: {other:?}").into()),
+        Err(Error::Unsupported { reason: Obstacle::Multicast(2), .. }) => {}
+        other => return Err(format!("multicast and blocks that share a tile: {other:?}").into()),
+    }
+    let config = KernelConfig::default().tier(Tier::Hopper).hopper_tile([64, 64]);
+    match forward.run(&mut y, &config.hopper_ping_pong(true)) {
+        Err(Error::Unsupported { reason: Obstacle::PingPong, .. }) => Ok(()),
+        other => Err(format!("consumers of a tile of 64×64 that take turns: {other:?}").into()),
     }
 }
 

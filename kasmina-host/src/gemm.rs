@@ -407,12 +407,14 @@ pub(crate) fn pick(
 
 /// Why there is no Hopper kernel as it is forced.
 fn kernel_obstacle(forced: Forced) -> Option<Obstacle> {
-    let any_multicast = Forced { cluster_m: None, ..forced };
+    let any_turns = Forced { ping_pong: None, ..forced };
+    let any_multicast = Forced { cluster_m: None, ..any_turns };
     let any_split = Forced { split_k: None, ..any_multicast };
     let tile = forced.tile.filter(|_| !any_split.exists()).map(Obstacle::Tile);
     let split = || forced.split_k.filter(|_| !any_multicast.exists()).map(Obstacle::SplitK);
-    let multicast = || forced.cluster_m.filter(|_| !forced.exists()).map(Obstacle::Multicast);
-    tile.or_else(split).or_else(multicast)
+    let multicast = || forced.cluster_m.filter(|_| !any_turns.exists()).map(Obstacle::Multicast);
+    let ping_pong = || (!forced.exists()).then_some(Obstacle::PingPong);
+    tile.or_else(split).or_else(multicast).or_else(ping_pong)
 }
 
 pub(crate) fn check_shape(

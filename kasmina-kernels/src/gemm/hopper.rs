@@ -17,7 +17,8 @@
 //! the one before it in the stream ends; it fetches its first stages into L2, and waits before it
 //! reads or writes global memory. Where tiles are few and k is long, 2 to 8 blocks share a tile
 //! (`device/exchange.rs`); where reading L2 takes longest, two blocks with tiles below each other
-//! share the columns of W (`device/share.rs`).
+//! share the columns of W (`device/share.rs`); where tiles are many and k is short, consumers have a
+//! tile each and take turns (`ping_pong.rs`).
 //!
 //! # Shape contract
 //! - m, k ≥ 1, and any edge may cut a tile: TMA fills with zeros on load and clips on store.
@@ -34,6 +35,7 @@ use crate::tile_scheduler::TileScheduler;
 use unaligned::PlainRows;
 
 pub mod comparison;
+pub mod ping_pong;
 pub mod split;
 pub mod unaligned;
 pub mod weight_gradient;
@@ -211,7 +213,15 @@ impl Tile {
     /// slowest counts. Each tile pays for its epilogue as for two steps, and 3000 cycles for what
     /// the blocks of a cluster do together.
     const fn cost(self, problem: Problem, multiprocessors: u32) -> u64 {
-        let Problem { m, n, k, x_straddles, w_straddles } = problem;
+        let (waves, step) = self.waves_and_step(problem, multiprocessors);
+        let steps = problem.k.div_ceil(BLOCK_K).div_ceil(self.split_k) + 2;
+        let together = if self.cluster() > 1 { 3000 } else { 0 };
+        waves * (steps as u64 * step as u64 + together)
+    }
+
+    /// Tiles that the busiest multiprocessor does, and the cycles of a step of k.
+    const fn waves_and_step(self, problem: Problem, multiprocessors: u32) -> (u64, u32) {
+        let Problem { m, n, x_straddles, w_straddles, .. } = problem;
         let TileScheduler { tiles_m, tiles_n, .. } = self.scheduler(m, n);
         // Not `num_tiles`, which wraps: whether the product fits is checked later.
         let blocks = tiles_m as u64 * tiles_n as u64 * self.cluster() as u64;
@@ -225,10 +235,7 @@ impl Tile {
         let loaded = if lines > arriving { lines } else { arriving };
         let read = at_once * lines / 60;
         let step = self.cycles_per_step(loaded);
-        let step = if step > read { step } else { read };
-        let steps = k.div_ceil(BLOCK_K).div_ceil(self.split_k) + 2;
-        let together = if self.cluster() > 1 { 3000 } else { 0 };
-        waves * (steps as u64 * step as u64 + together)
+        (waves, if step > read { step } else { read })
     }
 
     /// Estimated cycles in which a multiprocessor multiplies and loads a step of k, so many lines
@@ -280,8 +287,20 @@ pub struct HopperKernel {
     pub layout: WeightLayout,
     /// How it cuts the problem up.
     pub tile: Tile,
+    /// Whether consumers have a tile each and take turns.
+    pub ping_pong: bool,
     /// What to launch.
     pub kernel: Kernel<HopperGemmParams>,
+}
+
+impl HopperKernel {
+    const fn cost(&self, problem: Problem, multiprocessors: u32) -> u64 {
+        if self.ping_pong {
+            self.tile.cost_in_turns(problem, multiprocessors)
+        } else {
+            self.tile.cost(problem, multiprocessors)
+        }
+    }
 }
 
 /// Whether there are kernels here for this element type: not for f32, which wgmma would round and
@@ -300,13 +319,19 @@ pub struct Forced {
     pub split_k: Option<u32>,
     /// Blocks that share columns of W.
     pub cluster_m: Option<u32>,
+    /// Whether consumers have a tile each and take turns.
+    pub ping_pong: Option<bool>,
 }
 
 impl Forced {
     /// Whether there are kernels like this.
     #[must_use]
     pub fn exists(self) -> bool {
-        KERNELS.iter().any(|row| self.admits(row.tile, u32::MAX))
+        all_kernels().any(|row| self.admits_kernel(row, u32::MAX))
+    }
+
+    fn admits_kernel(self, row: &HopperKernel, k: u32) -> bool {
+        self.admits(row.tile, k) && self.ping_pong.is_none_or(|turns| row.ping_pong == turns)
     }
 
     fn admits(self, tile: Tile, k: u32) -> bool {
@@ -330,11 +355,14 @@ pub fn select(
     forced: Forced,
 ) -> Option<&'static HopperKernel> {
     // The first of equals: rows go from the largest tile, which reads least, to the smallest.
-    KERNELS
-        .iter()
+    all_kernels()
         .filter(|row| (row.dtype, row.layout) == (dtype, layout))
-        .filter(|row| forced.admits(row.tile, problem.k) && row.tile.can_split(problem.k))
-        .min_by_key(|row| row.tile.cost(problem, multiprocessors))
+        .filter(|row| forced.admits_kernel(row, problem.k) && row.tile.can_split(problem.k))
+        .min_by_key(|row| row.cost(problem, multiprocessors))
+}
+
+fn all_kernels() -> impl Iterator<Item = &'static HopperKernel> {
+    KERNELS.iter().chain(&ping_pong::KERNELS)
 }
 
 /// What a Hopper forward kernel takes.
@@ -385,6 +413,7 @@ macro_rules! kernels {
                 dtype: DType::$element,
                 layout: WeightLayout::$layout,
                 tile,
+                ping_pong: false,
                 kernel: Kernel::new(
                     &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
                 )

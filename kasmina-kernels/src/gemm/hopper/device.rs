@@ -214,6 +214,8 @@ pub(crate) struct Epilogue {
     tile: Tile,
     /// 0 or 1.
     consumer: u32,
+    /// First row of the tile that is this consumer's.
+    first_row: u32,
     /// Which of the blocks that share the tile this is.
     rank: u32,
     /// Of the warpgroup, 0 to 127.
@@ -242,6 +244,7 @@ impl Epilogue {
         Self {
             tile,
             consumer,
+            first_row: consumer * CONSUMER_M,
             rank: block.rank_of_k(),
             thread: ptx::thread_index() % WARPGROUP,
             slabs: block.smem + tile.y_offset() + consumer * (tile.slab_buffers() * SLAB_BYTES),
@@ -258,6 +261,12 @@ impl Epilogue {
     #[inline(always)]
     pub(crate) fn storing(self, plain: PlainRows) -> Self {
         Self { plain, ..self }
+    }
+
+    /// The same of a consumer that has tiles to itself: 64 rows are stored where `end_slab` says.
+    #[inline(always)]
+    pub(crate) fn of_whole_tiles(self) -> Self {
+        Self { first_row: 0, ..self }
     }
 
     /// This thread's two bias elements of the tile at column `n`, as bits; 0 beyond the edge.
@@ -367,7 +376,7 @@ impl Epilogue {
     #[inline(always)]
     pub(crate) unsafe fn end_slab<E: Element>(self, slab: u32, m: u32, n: u32) {
         let first = self.rank * self.tile.store_rows();
-        let row = m + self.consumer * CONSUMER_M + first;
+        let row = m + self.first_row + first;
         let column = n + slab * SLAB_N;
         // SAFETY: by the caller's contract; the buffer is complete, and is not written before
         // `begin_slab` has waited for the store, or for every thread.

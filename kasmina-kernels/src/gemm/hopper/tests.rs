@@ -12,7 +12,17 @@ fn large_problems_get_the_tile_that_reads_least() {
     assert_eq!(selected(Problem::aligned(8192, 8192, 8192)), (128, 256, 1));
     assert_eq!(selected(Problem::aligned(4096, 4096, 4096)), (128, 256, 1));
     assert_eq!(selected(Problem::aligned(2048, 2048, 2048)), (128, 256, 1));
-    assert_eq!(selected(Problem::aligned(8192, 1024, 256)), (128, 256, 1));
+}
+
+#[test]
+fn consumers_take_turns_where_tiles_are_many_and_k_is_short() {
+    let ping_pong = |m, n, k| {
+        let (layout, problem) = (WeightLayout::OutIn, Problem::aligned(m, n, k));
+        let row = select(DType::F16, layout, problem, 132, Forced::default()).expect("a kernel");
+        row.ping_pong
+    };
+    assert!(ping_pong(8192, 1024, 256) && ping_pong(4096, 4096, 256));
+    assert!(!ping_pong(4096, 4096, 4096) && !ping_pong(1024, 1024, 256));
 }
 
 /// Timed on an H200 with bf16, each was the fastest, as were those of the next three tests.
@@ -130,6 +140,13 @@ fn what_is_forced_is_what_is_used_or_nothing_is() {
         assert_eq!(select(forced, 8192).expect("a kernel").cluster_m, cluster_m);
         assert!(forced.exists());
     }
+    for ping_pong in [false, true] {
+        let forced = Forced { ping_pong: Some(ping_pong), ..Forced::default() };
+        let (layout, problem) = (WeightLayout::OutIn, Problem::aligned(8192, 8192, 8192));
+        let row = super::select(DType::F16, layout, problem, 132, forced).expect("a kernel");
+        assert_eq!(row.ping_pong, ping_pong);
+        assert!(forced.exists());
+    }
     let none = Forced::default();
     for forced in [
         Forced { tile: Some([64, 32]), ..none },
@@ -137,6 +154,7 @@ fn what_is_forced_is_what_is_used_or_nothing_is() {
         Forced { split_k: Some(3), ..none },
         Forced { cluster_m: Some(3), ..none },
         Forced { split_k: Some(2), cluster_m: Some(2), ..none },
+        Forced { tile: Some([128, 256]), ping_pong: Some(true), ..none },
     ] {
         assert!(select(forced, 8192).is_none() && !forced.exists());
     }
@@ -144,16 +162,17 @@ fn what_is_forced_is_what_is_used_or_nothing_is() {
 
 #[test]
 fn entry_names_say_what_the_kernel_serves() {
-    for row in &KERNELS {
+    for row in all_kernels() {
         let Tile { split_k, cluster_m, .. } = row.tile;
         let expected = std::format!(
-            "gemm_{}_{}_{}x{}x{BLOCK_K}{}{}",
+            "gemm_{}_{}_{}x{}x{BLOCK_K}{}{}{}",
             row.dtype,
             row.layout.name(),
             row.tile.block_m,
             row.tile.block_n,
             if split_k > 1 { std::format!("_k{split_k}") } else { std::string::String::new() },
             if cluster_m > 1 { "_c2" } else { "" },
+            if row.ping_pong { "_pp" } else { "" },
         );
         assert_eq!(row.kernel.entry, expected);
         assert_eq!(row.kernel.module.entries, [row.kernel.entry]);

@@ -1,8 +1,8 @@
 //! Device side of the copy, and the stores of results that TMA cannot store.
 
 use super::{PIECE, PIECES_PER_THREAD, PackJob, PackParams, PlainRows, THREADS, shifted};
-use crate::gemm::hopper::SLAB_N;
 use crate::gemm::hopper::device::{Element, wait_for_predecessors};
+use crate::gemm::hopper::{CONSUMER_M, SLAB_N};
 use crate::ptx;
 use crate::smem_layout::swizzle_128b;
 
@@ -136,6 +136,22 @@ pub(crate) struct Slab {
     pub(crate) column: u32,
 }
 
+/// What a thread has of a row of a slab.
+#[derive(Clone, Copy)]
+struct Part {
+    exists: bool,
+    /// Address of the row's first element in the result.
+    start: u64,
+    /// Row in shared memory.
+    buffer_row: u32,
+    /// Elements ahead of the first whole piece.
+    head: u32,
+    piece: [u32; 4],
+    /// One of the elements ahead of the whole pieces and behind them: which, and its bits.
+    element: u32,
+    bits: u16,
+}
+
 /// Stores a slab's rows, or adds them to what is there.
 ///
 /// # Safety
@@ -151,42 +167,66 @@ pub(crate) unsafe fn store_slab<E: Element>(
     let piece = thread % 8;
     let left = out.columns.saturating_sub(slab.column);
     let width = if left < SLAB_N { left } else { SLAB_N };
-    let mut row = thread / 8;
-    while row < slab.rows && slab.row + row < out.rows {
-        ptx::nounroll();
-        let element = u64::from(slab.row + row) * out.stride + u64::from(slab.column);
-        let start = out.address + 2 * element;
-        // Elements ahead of the first whole piece.
+    let row = thread / 8;
+    let address =
+        out.address + 2 * (u64::from(slab.row + row) * out.stride + u64::from(slab.column));
+    let part = |i: u32| {
+        let row = row + 16 * i;
+        let start = address + u64::from(32 * i) * out.stride;
         let head = 0u32.wrapping_sub((start >> 1) as u32) % PIECE;
-        let at = |element: u32| slab.buffer + swizzle_128b(slab.first + row, 2 * element);
+        // Rows that do not exist read some row of the slab all the same.
+        let buffer_row = (slab.first + row) % CONSUMER_M;
+        let at = |element: u32| slab.buffer + swizzle_128b(buffer_row, 2 * element);
         let next = if piece < 7 { piece + 1 } else { 7 };
-        let from = head + PIECE * piece;
-        // SAFETY: inside the slab, and elements of the result that only this thread has.
+        let element = if piece < head { piece } else { SLAB_N - PIECE + piece };
+        // SAFETY: inside the slab.
         unsafe {
             let first = ptx::ld_shared_v4_u32(at(PIECE * piece));
-            let values = shifted(first, ptx::ld_shared_v4_u32(at(PIECE * next)), head);
-            let address = start + 2 * u64::from(from);
-            if from + PIECE <= width {
-                store_piece::<E>(address, values, accumulate);
-            } else if width < SLAB_N {
-                let mut i = 0;
-                while i < PIECE && from + i < width {
-                    ptx::nounroll();
-                    let bits = ptx::ld_shared_u16(at(from + i));
-                    store_element::<E>(address + 2 * u64::from(i), bits, accumulate);
-                    i += 1;
-                }
-            }
-            // Those ahead of the whole pieces and, unless the loop above has them, those behind.
-            let element = if piece < head { piece } else { SLAB_N - PIECE + piece };
-            let behind = width == SLAB_N && head != 0;
-            if (piece < head && element < width) || (piece >= head && behind) {
-                let bits = ptx::ld_shared_u16(at(element));
-                store_element::<E>(start + 2 * u64::from(element), bits, accumulate);
+            let second = ptx::ld_shared_v4_u32(at(PIECE * next));
+            Part {
+                exists: row < slab.rows && slab.row + row < out.rows,
+                start,
+                buffer_row,
+                head,
+                piece: shifted(first, second, head),
+                element,
+                bits: ptx::ld_shared_u16(at(element)),
             }
         }
-        row += 16;
-    }
+    };
+    // SAFETY: elements of the result that only this thread has, of the slab's row.
+    let store = |part: Part| unsafe {
+        if !part.exists {
+            return;
+        }
+        let from = part.head + PIECE * piece;
+        let address = part.start + 2 * u64::from(from);
+        if from + PIECE <= width {
+            store_piece::<E>(address, part.piece, accumulate);
+        } else if width < SLAB_N {
+            let mut i = 0;
+            while i < PIECE && from + i < width {
+                ptx::nounroll();
+                let source = swizzle_128b(part.buffer_row, 2 * (from + i));
+                let bits = ptx::ld_shared_u16(slab.buffer + source);
+                store_element::<E>(address + 2 * u64::from(i), bits, accumulate);
+                i += 1;
+            }
+        }
+        // Unless the loop above has those behind.
+        let behind = width == SLAB_N && part.head != 0;
+        if (piece < part.head && part.element < width) || (piece >= part.head && behind) {
+            let address = part.start + 2 * u64::from(part.element);
+            store_element::<E>(address, part.bits, accumulate);
+        }
+    };
+    // All are on their way before the first is used: row after row took a tenth of the time of
+    // 4096×4095×4096 on an H200.
+    let parts: [Part; (CONSUMER_M / 16) as usize] = [part(0), part(1), part(2), part(3)];
+    store(parts[0]);
+    store(parts[1]);
+    store(parts[2]);
+    store(parts[3]);
 }
 
 /// # Safety
