@@ -2,9 +2,13 @@ use super::*;
 
 /// `(block_m, block_n, blocks of a cluster)` of the kernel for this problem.
 fn selected(problem: Problem) -> (u32, u32, u32) {
+    let tile = selected_tile(problem);
+    (tile.block_m, tile.block_n, tile.cluster())
+}
+
+fn selected_tile(problem: Problem) -> Tile {
     let layout = WeightLayout::InOut;
-    let row = select(DType::BF16, layout, problem, 132, Forced::default()).expect("a kernel");
-    (row.tile.block_m, row.tile.block_n, row.tile.cluster())
+    select(DType::BF16, layout, problem, 132, Forced::default()).expect("a kernel").tile
 }
 
 #[test]
@@ -30,7 +34,6 @@ fn consumers_take_turns_where_tiles_are_many_and_k_is_short() {
 fn small_and_skinny_problems_get_tiles_that_fill_the_gpu() {
     assert_eq!(selected(Problem::aligned(1024, 1024, 1024)), (64, 128, 1));
     assert_eq!(selected(Problem::aligned(512, 512, 512)), (64, 64, 1));
-    assert_eq!(selected(Problem::aligned(128, 4096, 4096)), (64, 64, 1));
     assert_eq!(selected(Problem::aligned(1, 8192, 8192)), (64, 64, 1));
 }
 
@@ -48,6 +51,8 @@ fn blocks_share_a_tile_where_tiles_are_few_and_k_is_long() {
 #[test]
 fn blocks_share_columns_where_reading_l2_takes_longest() {
     assert_eq!(selected(Problem::aligned(256, 4096, 4096)), (64, 128, 2));
+    assert_eq!(selected(Problem::aligned(128, 4096, 4096)), (64, 64, 2));
+    assert_eq!(selected_tile(Problem::aligned(128, 4096, 4096)).cluster_m, 2);
 }
 
 #[test]
@@ -84,6 +89,9 @@ fn blocks_below_each_other_have_a_row_of_tiles_each() {
     assert_eq!((tile.num_blocks(3, 132), tile.num_blocks(100, 132)), (6, 132));
     assert_eq!((tile.num_blocks(100, 131), tile.num_blocks(100, 1)), (130, 2));
     assert_eq!((tile.w_rows(), tile.stage_bytes(64)), (64, 192 * 128));
+    // A part of W is a box: of columns, or of k where columns are less than a slab.
+    let narrow = Tile { block_n: 64, ..tile };
+    assert_eq!([tile.w_depth(), narrow.w_depth(), narrow.w_rows()], [64, 32, 32]);
 }
 
 #[test]
