@@ -14,7 +14,7 @@
 //! # Shape contract
 //! - As `hopper.rs`.
 
-use super::{BLOCK_K, HopperGemmParams, HopperKernel, Problem, Tile};
+use super::{BLOCK_K, HopperKernel, Problem, Tile};
 use crate::abi::{DType, Kernel, Module, module};
 use crate::gemm::WeightLayout;
 

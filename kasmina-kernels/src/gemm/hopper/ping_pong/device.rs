@@ -86,7 +86,7 @@ macro_rules! entry {
         /// Launched by `launch` on the host with the geometry of its `Kernel` and parameters that
         /// `gemm.rs` has checked against the shape contract.
         #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $entry(params: HopperGemmParams) {
+        pub unsafe extern "ptx-kernel" fn $entry(params: crate::gemm::hopper::HopperGemmParams) {
             use crate::gemm::hopper::device::*;
             use crate::gemm::hopper::{CONSUMER_M, WARPGROUP};
             use crate::smem_layout::{Major, descriptor_step_k16, wgmma_descriptor};
