@@ -41,6 +41,7 @@ const USAGE: &str = "usage: gemm [option VALUE]...
   --tile MxN             forces the output tile of hopper
   --split-k N            forces how many blocks of hopper share a tile
   --multicast N          forces into how many blocks of hopper W is loaded
+  --ping-pong yes|no     forces whether consumers of hopper have a tile each
   --without tma|specialisation|persistence
                          takes a hopper kernel without that part
   --products six|three   products of parts for f32 on hopper; default six
@@ -180,11 +181,7 @@ impl Options {
                     options.products = named.with_context(unknown)?;
                 }
                 "--peer-tf32" => {
-                    options.peer_tf32 = match value.as_str() {
-                        "yes" => true,
-                        "no" => false,
-                        _ => bail!("{}", unknown()),
-                    };
+                    options.peer_tf32 = yes_or_no(&value).with_context(unknown)?;
                 }
                 "--regime" if value == "all" => options.regime = None,
                 "--regime" => {
@@ -206,6 +203,10 @@ impl Options {
                 "--multicast" => {
                     let blocks = value.parse().with_context(unknown)?;
                     options.force(&option, &value, |kernel| kernel.hopper_multicast(blocks));
+                }
+                "--ping-pong" => {
+                    let turns = yes_or_no(&value).with_context(unknown)?;
+                    options.force(&option, &value, |kernel| kernel.hopper_ping_pong(turns));
                 }
                 "--without" => {
                     let part = match value.as_str() {
@@ -272,6 +273,14 @@ const fn products_name(products: F32Products) -> &'static str {
     match products {
         F32Products::Six => "six",
         F32Products::Three => "three",
+    }
+}
+
+fn yes_or_no(value: &str) -> Option<bool> {
+    match value {
+        "yes" => Some(true),
+        "no" => Some(false),
+        _ => None,
     }
 }
 

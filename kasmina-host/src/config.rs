@@ -26,6 +26,7 @@ pub struct KernelConfig {
     hopper_tile: Option<[u32; 2]>,
     hopper_split_k: Option<u32>,
     hopper_multicast: Option<u32>,
+    hopper_ping_pong: Option<bool>,
     without: Option<Without>,
     f32_products: F32Products,
     enable_tma: bool,
@@ -41,6 +42,7 @@ impl Default for KernelConfig {
             hopper_tile: None,
             hopper_split_k: None,
             hopper_multicast: None,
+            hopper_ping_pong: None,
             without: None,
             f32_products: F32Products::Six,
             enable_tma: true,
@@ -102,11 +104,21 @@ impl KernelConfig {
     }
 
     /// Forces into how many blocks of a Hopper kernel, with tiles below each other, each part of W
-    /// is loaded: 1, or 2 with the tile of 64×128. By default each call gets what is expected to be
+    /// is loaded: 1, or 2 with the tiles of 64×128 and 64×64. By default each call gets what is expected to be
     /// fastest. f32 kernels and the weight's gradient take no notice.
     #[must_use]
     pub const fn hopper_multicast(mut self, blocks: u32) -> Self {
         self.hopper_multicast = Some(blocks);
+        self
+    }
+
+    /// Forces whether the two consumers of a Hopper kernel have a tile each, one stored while the
+    /// other is multiplied, or share each tile. There are kernels where they have a tile each with
+    /// the tile of 128×128. By default each call gets what is expected to be fastest. f32 kernels,
+    /// the weight's gradient and kernels without a part take no notice.
+    #[must_use]
+    pub const fn hopper_ping_pong(mut self, ping_pong: bool) -> Self {
+        self.hopper_ping_pong = Some(ping_pong);
         self
     }
 
@@ -187,6 +199,12 @@ impl KernelConfig {
         self.hopper_multicast
     }
 
+    /// Whether consumers of a Hopper kernel are forced to have a tile each or not, if either is.
+    #[must_use]
+    pub const fn forced_hopper_ping_pong(&self) -> Option<bool> {
+        self.hopper_ping_pong
+    }
+
     /// The part that Hopper's forward kernels are to go without, if one is.
     #[must_use]
     pub const fn left_out(&self) -> Option<Without> {
@@ -196,7 +214,8 @@ impl KernelConfig {
     /// What of Hopper kernels is forced.
     pub(crate) const fn forced_hopper(&self) -> Forced {
         let (tile, split_k) = (self.hopper_tile, self.hopper_split_k);
-        Forced { tile, split_k, cluster_m: self.hopper_multicast }
+        let (cluster_m, ping_pong) = (self.hopper_multicast, self.hopper_ping_pong);
+        Forced { tile, split_k, cluster_m, ping_pong }
     }
 
     /// Which products of parts make up an f32 product on the `hopper` tier.

@@ -17,7 +17,7 @@ use crate::config::KernelConfig;
 use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::gemm::{Forward, Operand, Pass, choose_forward_tier};
+use crate::gemm::{Forward, Pass, choose_forward_tier};
 use crate::persistent::{StreamConfig, StreamSession};
 use crate::shape::Shape;
 use crate::tensor::{Tensor, zeroed};
@@ -320,11 +320,8 @@ impl KasminaLayer {
             let (op, limit) = ("KasminaLayer::tier_for", isize::MAX as u64);
             return Err(Error::Overflow { op, quantity: "the batch's size in bytes", limit });
         }
-        let weight = with_parameters!(&self.parameters, linear => Operand::of("w", &linear.weight));
-        let inputs = [Operand::contiguous("x", in_features, dtype), weight];
-        let output = Operand::contiguous("y", out_features, dtype);
         let shape = [batch, out_features, in_features];
-        let pass = Pass { dtype, layout, shape, inputs, output };
+        let pass = Pass { dtype, layout, shape };
         choose_forward_tier(&self.device, &self.config.kernel_config, pass)
     }
 

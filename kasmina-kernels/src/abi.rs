@@ -9,7 +9,7 @@ use core::marker::PhantomData;
 use miniz_oxide::inflate;
 
 use crate::conv1d::{self, hopper as conv1d_hopper};
-use crate::gemm::hopper::{self, comparison, split, weight_gradient};
+use crate::gemm::hopper::{self, comparison, ping_pong, split, weight_gradient};
 use crate::gemm::{backward, portable};
 use crate::persistent;
 use crate::reduce;
@@ -182,7 +182,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 30] = [
+    const FIRST: [&Module; 31] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -211,11 +211,13 @@ pub static MODULES: &[&Module] = &{
         &conv1d::portable::F32,
         &conv1d::portable::F16,
         &conv1d::portable::BF16,
+        &hopper::unaligned::MODULE,
         &conv1d_hopper::pack::MODULE,
         &conv1d_hopper::wgrad::sum::MODULE,
     ];
     const GEMM: usize = FIRST.len();
-    const GEMM_WGRAD: usize = GEMM + hopper::KERNELS.len();
+    const PING_PONG: usize = GEMM + hopper::KERNELS.len();
+    const GEMM_WGRAD: usize = PING_PONG + ping_pong::KERNELS.len();
     const SPLIT: usize = GEMM_WGRAD + weight_gradient::KERNELS.len();
     const COMPARISON: usize = SPLIT + split::NUM_MODULES;
     const GATHER: usize = COMPARISON + comparison::KERNELS.len();
@@ -226,8 +228,10 @@ pub static MODULES: &[&Module] = &{
     while row < modules.len() {
         modules[row] = if row < GEMM {
             FIRST[row]
-        } else if row < GEMM_WGRAD {
+        } else if row < PING_PONG {
             hopper::KERNELS[row - GEMM].kernel.module
+        } else if row < GEMM_WGRAD {
+            ping_pong::KERNELS[row - PING_PONG].kernel.module
         } else if row < SPLIT {
             weight_gradient::KERNELS[row - GEMM_WGRAD].kernel.module
         } else if row < COMPARISON {

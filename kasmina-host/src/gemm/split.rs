@@ -12,7 +12,7 @@ use kasmina_kernels::gemm::hopper::split::{
 };
 use kasmina_kernels::gemm::portable::{self, RepairParams};
 
-use super::{Extents, Forward, OP, Operand, check_tiles, choose_tier, pick};
+use super::{Extents, Forward, OP, check_tiles, choose_tier, pick};
 use crate::config::KernelConfig;
 use crate::device::Device;
 use crate::element::Element;
@@ -28,8 +28,6 @@ pub(crate) struct Pass {
     pub(crate) layout: WeightLayout,
     /// m, n, k.
     pub(crate) shape: [usize; 3],
-    pub(crate) inputs: [Operand; 2],
-    pub(crate) output: Operand,
 }
 
 /// The tier that serves a forward pass on this device: as [`choose_tier`], except that f32 is
@@ -39,9 +37,9 @@ pub(crate) fn choose_forward_tier(
     config: &KernelConfig,
     pass: Pass,
 ) -> Result<Tier> {
-    let Pass { dtype, layout, shape, inputs, output } = pass;
+    let Pass { dtype, layout, shape } = pass;
     if dtype != DType::F32 {
-        return choose_tier(device, config, dtype, inputs, output);
+        return choose_tier(device, config, dtype);
     }
     let forced = forced_tier(device, config);
     let tier = pick(OP, forced, |tier| {

@@ -68,7 +68,8 @@ macro_rules! with_accumulators {
     };
 }
 
-/// The accumulators of an m64 tile of 64, 128, 192 or 256 columns as asm operands, the first ones.
+/// The accumulators of an m64 tile of 64, 128, 192 or 256 columns as asm operands, the first ones;
+/// `lower 128` is those behind the first 128 columns'.
 macro_rules! accumulator_operands {
     (64) => {
         "{{{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, \
@@ -81,6 +82,14 @@ macro_rules! accumulator_operands {
              {29}, {30}, {31}, {32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, \
              {43}, {44}, {45}, {46}, {47}, {48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, \
              {57}, {58}, {59}, {60}, {61}, {62}, {63}}}"
+    };
+    (lower 128) => {
+        "{{{64}, {65}, {66}, {67}, {68}, {69}, {70}, {71}, {72}, {73}, {74}, {75}, \
+             {76}, {77}, {78}, {79}, {80}, {81}, {82}, {83}, {84}, {85}, {86}, {87}, \
+             {88}, {89}, {90}, {91}, {92}, {93}, {94}, {95}, {96}, {97}, {98}, {99}, \
+             {100}, {101}, {102}, {103}, {104}, {105}, {106}, {107}, {108}, {109}, {110}, {111}, \
+             {112}, {113}, {114}, {115}, {116}, {117}, {118}, {119}, {120}, {121}, {122}, {123}, \
+             {124}, {125}, {126}, {127}}}"
     };
     (192) => {
         "{{{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, \
@@ -152,6 +161,59 @@ macro_rules! wgmma_k64 {
             "wgmma.mma_async.sync.aligned.m64n", $n, "k16.f32.", $dtype, ".", $dtype, " ",
             $crate::ptx::wgmma::accumulator_operands!($n),
             ", a, b, ", $predicate, ", 1, 1, {transpose_a}, {transpose_b};"
+        )
+    };
+}
+
+/// As [`wgmma_k64`] for two m64n128 tiles below each other, with the same `$b`: first the upper 64
+/// accumulators, then the lower. The lower rows of A are `$below` further on, in units of 16 bytes.
+macro_rules! wgmma_two_k64 {
+    ($dtype:literal, $transpose_a:expr, $transpose_b:expr, $step_a:expr, $step_b:expr,
+     $below:expr, $a:expr, $b:expr, $accumulate:expr, $($c:ident)+) => {
+        core::arch::asm!(
+            "{{",
+            ".reg .pred first, rest;",
+            ".reg .b64 a, b, below;",
+            "setp.ne.b32 first, {accumulate}, 0;",
+            "setp.eq.b32 rest, 0, 0;",
+            "mov.b64 a, {a};",
+            "mov.b64 b, {b};",
+            "wgmma.fence.sync.aligned;",
+            $crate::ptx::wgmma::wgmma_two_k64!(@mma $dtype, "first"),
+            $crate::ptx::wgmma::wgmma_two_k64!(@next $dtype),
+            $crate::ptx::wgmma::wgmma_two_k64!(@next $dtype),
+            $crate::ptx::wgmma::wgmma_two_k64!(@next $dtype),
+            "wgmma.commit_group.sync.aligned;",
+            "wgmma.wait_group.sync.aligned 1;",
+            "}}",
+            $(inout(reg32) $c,)+
+            a = in(reg64) $a,
+            b = in(reg64) $b,
+            accumulate = in(reg32) $accumulate,
+            step_a = const $step_a,
+            step_b = const $step_b,
+            below = const $below,
+            transpose_a = const $transpose_a,
+            transpose_b = const $transpose_b,
+            options(nostack),
+        )
+    };
+    (@next $dtype:literal) => {
+        concat!(
+            "add.s64 a, a, {step_a};\n",
+            "add.s64 b, b, {step_b};\n",
+            $crate::ptx::wgmma::wgmma_two_k64!(@mma $dtype, "rest"),
+        )
+    };
+    (@mma $dtype:literal, $predicate:literal) => {
+        concat!(
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.", $dtype, ".", $dtype, " ",
+            $crate::ptx::wgmma::accumulator_operands!(128),
+            ", a, b, ", $predicate, ", 1, 1, {transpose_a}, {transpose_b};\n",
+            "add.s64 below, a, {below};\n",
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.", $dtype, ".", $dtype, " ",
+            $crate::ptx::wgmma::accumulator_operands!(lower 128),
+            ", below, b, ", $predicate, ", 1, 1, {transpose_a}, {transpose_b};"
         )
     };
 }
@@ -307,6 +369,6 @@ macro_rules! wgmma_wait_all {
 }
 
 pub(crate) use {
-    accumulator_operands, wgmma_k64, wgmma_parts_k32, wgmma_sums_k64, wgmma_wait_all,
-    wgmma_wait_sums, with_accumulators, with_promoted_accumulators,
+    accumulator_operands, wgmma_k64, wgmma_parts_k32, wgmma_sums_k64, wgmma_two_k64,
+    wgmma_wait_all, wgmma_wait_sums, with_accumulators, with_promoted_accumulators,
 };

@@ -1,13 +1,16 @@
 //! Device side of the Hopper forward kernels.
 
+use super::unaligned::device::{Slab, store_slab};
 use super::*;
 use crate::smem_layout::{SWIZZLE_ROW_BYTES, stmatrix_offset};
 use crate::{pipeline::RingPosition, ptx};
 
+mod element;
 mod exchange;
 mod multiply;
 mod operands;
 mod share;
+pub(crate) use element::{BF16, Element, F16};
 pub(super) use exchange::Exchange;
 pub(crate) use multiply::multiply_tile;
 pub(crate) use operands::{Matrices, Operands, Stage};
@@ -20,46 +23,6 @@ pub(crate) const CONSUMER_REGISTERS: u32 = 232;
 /// Whether consumers need more registers than the block starts with.
 pub(crate) const fn needs_registers(tile: Tile) -> bool {
     tile.block_n == 256
-}
-
-/// A 16-bit element type: how it leaves and enters f32.
-pub(crate) trait Element {
-    fn pack(high: f32, low: f32) -> u32;
-    fn widen(bits: u16) -> f32;
-    /// The two elements of a pair, the one in the lower half first.
-    fn widen_pair(bits: u32) -> (f32, f32);
-}
-
-pub(crate) struct BF16;
-impl Element for BF16 {
-    #[inline(always)]
-    fn pack(high: f32, low: f32) -> u32 {
-        ptx::cvt_rn_bf16x2_f32(high, low)
-    }
-    #[inline(always)]
-    fn widen(bits: u16) -> f32 {
-        ptx::cvt_f32_bf16(bits)
-    }
-    #[inline(always)]
-    fn widen_pair(bits: u32) -> (f32, f32) {
-        (f32::from_bits(bits << 16), f32::from_bits(bits & 0xFFFF_0000))
-    }
-}
-
-pub(crate) struct F16;
-impl Element for F16 {
-    #[inline(always)]
-    fn pack(high: f32, low: f32) -> u32 {
-        ptx::cvt_rn_f16x2_f32(high, low)
-    }
-    #[inline(always)]
-    fn widen(bits: u16) -> f32 {
-        ptx::cvt_f32_f16(bits)
-    }
-    #[inline(always)]
-    fn widen_pair(bits: u32) -> (f32, f32) {
-        (Self::widen(bits as u16), Self::widen((bits >> 16) as u16))
-    }
 }
 
 /// Where the block's shared memory and its ring lie.
@@ -251,6 +214,8 @@ pub(crate) struct Epilogue {
     tile: Tile,
     /// 0 or 1.
     consumer: u32,
+    /// First row of the tile that is this consumer's.
+    first_row: u32,
     /// Which of the blocks that share the tile this is.
     rank: u32,
     /// Of the warpgroup, 0 to 127.
@@ -258,6 +223,8 @@ pub(crate) struct Epilogue {
     slabs: u32,
     bias_smem: u32,
     y_map: u64,
+    /// Y, if TMA does not store it.
+    plain: PlainRows,
     bias: u64,
     n: u32,
     activation: EpilogueActivation,
@@ -277,15 +244,29 @@ impl Epilogue {
         Self {
             tile,
             consumer,
+            first_row: consumer * CONSUMER_M,
             rank: block.rank_of_k(),
             thread: ptx::thread_index() % WARPGROUP,
             slabs: block.smem + tile.y_offset() + consumer * (tile.slab_buffers() * SLAB_BYTES),
             bias_smem: block.smem + tile.bias_offset() + consumer * (tile.block_n * 4),
             y_map,
+            plain: PlainRows::NONE,
             bias,
             n,
             activation,
         }
+    }
+
+    /// The same, which stores Y as `plain` says unless that is none.
+    #[inline(always)]
+    pub(crate) fn storing(self, plain: PlainRows) -> Self {
+        Self { plain, ..self }
+    }
+
+    /// The same of a consumer that has tiles to itself: 64 rows are stored where `end_slab` says.
+    #[inline(always)]
+    pub(crate) fn of_whole_tiles(self) -> Self {
+        Self { first_row: 0, ..self }
     }
 
     /// This thread's two bias elements of the tile at column `n`, as bits; 0 beyond the edge.
@@ -393,16 +374,36 @@ impl Epilogue {
     /// # Safety
     /// The whole warpgroup calls it, after the slab's four `columns`.
     #[inline(always)]
-    pub(crate) unsafe fn end_slab(self, slab: u32, m: u32, n: u32) {
+    pub(crate) unsafe fn end_slab<E: Element>(self, slab: u32, m: u32, n: u32) {
         let first = self.rank * self.tile.store_rows();
-        let row = m + self.consumer * CONSUMER_M + first;
-        // SAFETY: by the caller's contract; `end_slab_with` calls back when the buffer is complete.
+        let row = m + self.first_row + first;
+        let column = n + slab * SLAB_N;
+        // SAFETY: by the caller's contract; the buffer is complete, and is not written before
+        // `begin_slab` has waited for the store, or for every thread.
         unsafe {
-            self.end_slab_with(slab, |map, buffer| {
+            let buffer = self.complete_slab(slab);
+            if self.plain.address != 0 {
+                let rows = self.tile.store_rows();
+                let slab = Slab { buffer, first, rows, row, column };
+                store_slab::<E>(self.plain, slab, self.thread, false);
+            } else if self.thread == 0 {
                 let buffer = buffer + first * SWIZZLE_ROW_BYTES;
-                ptx::cp_async_bulk_tensor_2d_store(map, n + slab * SLAB_N, row, buffer);
-            });
+                ptx::cp_async_bulk_tensor_2d_store(self.y_map, column, row, buffer);
+                ptx::cp_async_bulk_commit_group();
+            }
         }
+    }
+
+    /// Makes what all threads have written of a slab visible, to TMA too; the slab's address.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it.
+    #[inline(always)]
+    unsafe fn complete_slab(self, slab: u32) -> u32 {
+        ptx::fence_proxy_async_shared();
+        // SAFETY: the whole warpgroup, by the caller's contract.
+        unsafe { self.sync() };
+        self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES
     }
 
     /// Stores slab `slab` as `store` says, which gets Y's map and the buffer's address in one
@@ -413,11 +414,10 @@ impl Epilogue {
     /// The whole warpgroup calls it, after the slab's four `columns`.
     #[inline(always)]
     pub(crate) unsafe fn end_slab_with(self, slab: u32, store: impl FnOnce(u64, u32)) {
-        ptx::fence_proxy_async_shared();
         // SAFETY: the whole warpgroup, by the caller's contract.
-        unsafe { self.sync() };
+        let buffer = unsafe { self.complete_slab(slab) };
         if self.thread == 0 {
-            store(self.y_map, self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES);
+            store(self.y_map, buffer);
             ptx::cp_async_bulk_commit_group();
         }
     }
@@ -533,7 +533,8 @@ macro_rules! entry {
                 let consumer = warpgroup - 1;
                 let epilogue = Epilogue::new(
                     block, consumer, y_map, params.bias, params.n, params.activation,
-                );
+                )
+                .storing(params.plain);
                 let elected = block.releases();
                 wait_for_predecessors();
                 let k_steps = block.steps(k_blocks);
@@ -580,7 +581,7 @@ macro_rules! entry {
                                 epilogue.columns::<$element>(group, [$($c),+]);
                             }
                             if group % 4 == 3 {
-                                epilogue.end_slab(group / 4, m, n);
+                                epilogue.end_slab::<$element>(group / 4, m, n);
                             }
                         }
                         group += 1;
