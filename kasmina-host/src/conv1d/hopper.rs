@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-use kasmina_kernels::abi::{DType, TensorMap};
+use kasmina_kernels::abi::{DType, Kernel, TensorMap};
 use kasmina_kernels::activation::{Activation, EpilogueActivation};
+use kasmina_kernels::conv1d::depthwise::{DepthwiseParams, ncl_blocks};
+use kasmina_kernels::conv1d::hopper::depthwise;
 use kasmina_kernels::conv1d::hopper::gather::{self, GatherParams, Problem};
 use kasmina_kernels::conv1d::hopper::pack::{self, PackParams, Rows};
 use kasmina_kernels::conv1d::hopper::wgrad::sum::{self, SumParams};
@@ -14,6 +16,7 @@ use kasmina_kernels::gemm::hopper::CONSUMER_M;
 use kasmina_kernels::tile_scheduler::TileScheduler;
 
 use super::pass::{DgradPass, Filter, ForwardPass, Sequence, WgradPass};
+use super::portable;
 use crate::config::KernelConfig;
 use crate::error::{Error, Obstacle, Result};
 use crate::gpu::{Launch, Stream};
@@ -282,8 +285,8 @@ fn with_packed(
     let packed = |address, stride| Packed {
         address,
         stride,
-        rows: params.rows,
-        columns: params.columns,
+        rows: params.rows(),
+        columns: params.columns(),
         taps: params.taps,
         groups: params.groups,
     };
@@ -306,8 +309,23 @@ fn with_packed(
     enqueue(&packed(buffer.address(), params.packed_stride))
 }
 
+/// A depthwise kernel and what it takes, where it serves a pass.
+type Depthwise = (&'static Kernel<DepthwiseParams>, DepthwiseParams);
+
+fn depthwise(dtype: DType, pass: &portable::GatherPass<'_>) -> Option<Depthwise> {
+    let kernel = depthwise::kernel(dtype)?;
+    Some(kernel).zip(pass.depthwise_rows().filter(depthwise::serves))
+}
+
+fn run_depthwise(launch: &Launch<'_>, (kernel, params): Depthwise) -> Result<()> {
+    launch.run(kernel, checked_blocks(launch, ncl_blocks(&params))?, &params)
+}
+
 /// Why it cannot serve a forward pass.
 pub(super) fn forward_obstacle(pass: &ForwardPass, config: &KernelConfig) -> Option<Obstacle> {
+    if depthwise(pass.dtype, &portable::GatherPass::forward(pass)).is_some() {
+        return None;
+    }
     // A tensor without elements has no map, though padding alone gives an output.
     let empty = pass.shape.in_length == 0;
     general_obstacle(pass.dtype, &pass.shape, config)
@@ -317,6 +335,9 @@ pub(super) fn forward_obstacle(pass: &ForwardPass, config: &KernelConfig) -> Opt
 
 /// Why it cannot serve a dgrad pass.
 pub(super) fn dgrad_obstacle(pass: &DgradPass, config: &KernelConfig) -> Option<Obstacle> {
+    if depthwise(pass.dtype, &portable::GatherPass::dgrad(pass)).is_some() {
+        return None;
+    }
     general_obstacle(pass.dtype, &pass.shape, config)
         .or_else(|| GatherPass::dgrad(pass, 0).obstacle())
 }
@@ -361,6 +382,9 @@ const fn meets_whole_pieces(shape: &Conv1dShape) -> bool {
 
 /// Enqueues a forward pass whose output has elements.
 pub(super) fn forward(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &ForwardPass) -> Result<()> {
+    if let Some(rows) = depthwise(pass.dtype, &portable::GatherPass::forward(pass)) {
+        return run_depthwise(launch, rows);
+    }
     with_packed(launch, stream, &pass.shape, pass.w, Rows::Out, |packed| {
         GatherPass::forward(pass).run(launch, packed)
     })
@@ -368,6 +392,9 @@ pub(super) fn forward(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &ForwardP
 
 /// Enqueues a dgrad pass whose result has elements: a gather for every residue of the stride.
 pub(super) fn dgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &DgradPass) -> Result<()> {
+    if let Some(rows) = depthwise(pass.dtype, &portable::GatherPass::dgrad(pass)) {
+        return run_depthwise(launch, rows);
+    }
     with_packed(launch, stream, &pass.shape, pass.w, Rows::In, |packed| {
         (0..pass.shape.residues())
             .try_for_each(|residue| GatherPass::dgrad(pass, residue).run(launch, packed))
