@@ -88,7 +88,13 @@ impl Volume {
     }
 
     /// Its map with these boxes over the two inner axes and steps between positions.
-    fn map(&self, boxes: [u32; 2], in_step: u32, positions: Positions) -> Result<TensorMap> {
+    fn map(
+        &self,
+        boxes: [u32; 2],
+        in_step: u32,
+        positions: Positions,
+        swizzled: bool,
+    ) -> Result<TensorMap> {
         let Sequence { address, row_stride, layout, .. } = self.sequence;
         let group_channels = self.channels / self.groups;
         let [batch, channel, position] =
@@ -107,6 +113,7 @@ impl Volume {
             boxes,
             steps: [1, if layout == SequenceLayout::Nlc { in_step } else { 1 }],
             dtype: self.dtype,
+            swizzled,
         };
         key.encode()
     }
@@ -229,9 +236,9 @@ impl<'a> GatherPass<'a> {
         let written =
             Positions { first: gather.out_first, step: gather.out_step, count: gather.out_count };
         let params = GatherParams {
-            in_map: self.input.map(in_box, walk.in_step, self.input.positions())?,
+            in_map: self.input.map(in_box, walk.in_step, self.input.positions(), true)?,
             w_map: packed.map(w_box, dtype)?,
-            out_map: self.output.map([SLAB_N, CONSUMER_M], 1, written)?,
+            out_map: self.output.map([SLAB_N, CONSUMER_M], 1, written, true)?,
             bias: self.bias,
             group_out: out_channels,
             out_channels: out_channels * groups,
@@ -266,6 +273,7 @@ impl Packed {
             boxes,
             steps: [1, 1],
             dtype,
+            swizzled: true,
         };
         key.encode()
     }
@@ -349,7 +357,6 @@ pub(super) fn wgrad_obstacle(pass: &WgradPass, config: &KernelConfig) -> Option<
         [volume(pass.x, shape, true, pass.dtype), volume(pass.dz, shape, false, pass.dtype)];
     // An empty batch or sequence has no steps; the gradient of the filter is zeros.
     let unserved = pass.dw.is_none()
-        || (pass.x.layout == SequenceLayout::Ncl && !meets_whole_pieces(shape))
         || shape.stride > MAX_STEP
         || shape.batch == 0
         || shape.in_length == 0
@@ -358,11 +365,10 @@ pub(super) fn wgrad_obstacle(pass: &WgradPass, config: &KernelConfig) -> Option<
         .or_else(|| unserved.then_some(Obstacle::Operation))
         .or_else(|| operands.iter().find_map(Volume::obstacle))
         .or_else(|| {
-            let selected = wgrad::select(pass.dtype, [pass.dz.layout, pass.x.layout], shape)?;
-            let counted = steps(shape, &wgrad::Walk::new(shape, selected))
-                .and_then(|(tiles, k_blocks)| Split::new(tiles, k_blocks, MAX_PARTS))
-                .is_some();
-            (!counted).then_some(Obstacle::Operation)
+            let counted = wgrad::select(pass.dtype, [pass.dz.layout, pass.x.layout], shape)
+                .and_then(|selected| steps(shape, &wgrad::Walk::new(shape, selected)))
+                .and_then(|(tiles, k_blocks)| Split::new(tiles, k_blocks, MAX_PARTS));
+            counted.is_none().then_some(Obstacle::Operation)
         })
 }
 
@@ -370,14 +376,6 @@ pub(super) fn wgrad_obstacle(pass: &WgradPass, config: &KernelConfig) -> Option<
 fn steps(shape: &Conv1dShape, walk: &wgrad::Walk) -> Option<(u32, u32)> {
     let tiles = u64::from(shape.groups) * u64::from(walk.tiles_m) * u64::from(walk.tiles_n);
     Some((u32::try_from(tiles).ok()?, walk.batch.checked_mul(walk.sequence_blocks)?))
-}
-
-/// Whether every tap meets positions that TMA can begin a box with where positions are contiguous:
-/// multiples of 16 bytes.
-const fn meets_whole_pieces(shape: &Conv1dShape) -> bool {
-    shape.stride == 1
-        && shape.padding_left.is_multiple_of(8)
-        && (shape.kernel_size == 1 || shape.dilation.is_multiple_of(8))
 }
 
 /// Enqueues a forward pass whose output has elements.
@@ -431,8 +429,8 @@ pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass)
     let [dz_box, x_box] = selected.boxes([walk.in_step, walk.tap_step]);
     let (dz, x) = (volume(pass.dz, shape, false, dtype), volume(pass.x, shape, true, dtype));
     let params = WgradParams {
-        dz_map: dz.map(dz_box, 1, dz.positions())?,
-        x_map: x.map(x_box, walk.in_step, x.positions())?,
+        dz_map: dz.map(dz_box, 1, dz.positions(), true)?,
+        x_map: x.map(x_box, walk.in_step, x.positions(), !selected.transposes())?,
         partials,
         bias_partials,
         split,
@@ -499,14 +497,6 @@ mod tests {
             y: sequence("y", y, stride(y, shape.out_channels, shape.out_length)),
             tiled: true,
         }
-    }
-
-    #[test]
-    fn boxes_of_channels_first_inputs_start_on_whole_pieces() {
-        assert!(meets_whole_pieces(&shape(1, 1, 0, 1)));
-        assert!(meets_whole_pieces(&shape(3, 8, 16, 1)));
-        assert!(!meets_whole_pieces(&shape(3, 1, 0, 1)));
-        assert!(!meets_whole_pieces(&shape(1, 1, 1, 1)));
     }
 
     #[test]
