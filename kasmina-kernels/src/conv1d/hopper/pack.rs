@@ -24,6 +24,7 @@ pub const PIECE: u32 = 8;
 /// Threads: each writes a piece of every tap.
 const THREADS: u32 = TILE_OUT * TILE_IN / PIECE;
 const SMEM_BYTES: u32 = TILE_OUT * pitch(MAX_TAPS) * 2;
+const _: () = assert!(SMEM_BYTES <= 48 * 1024, "what every block may have");
 
 /// Elements from output channel to output channel in shared memory: an odd number of words, so that
 /// neighbours start on different banks.
@@ -259,8 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tile_of_the_most_taps_fits_what_every_block_may_have() {
-        assert!(SMEM_BYTES <= 48 * 1024);
+    fn rows_of_a_tile_are_an_odd_number_of_words_apart() {
         assert_eq!(pitch(1) / 2 % 2, 1);
         assert_eq!(pitch(MAX_TAPS) / 2 % 2, 1);
     }
