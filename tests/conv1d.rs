@@ -46,6 +46,7 @@ use poison::{Poison, bits};
 use random::seed;
 
 type Check = fn(&Device, Tier) -> Result<(), Failed>;
+type HopperCheck = fn(&Device) -> Result<(), Failed>;
 
 /// Passes that were compared in this run.
 static COMPARED: AtomicUsize = AtomicUsize::new(0);
@@ -98,7 +99,7 @@ fn gpu_lacks(tier: Tier) -> bool {
 }
 
 /// What is claimed of the Hopper tier for an element type, besides what is claimed of every tier.
-fn hopper_claims<T: Poison>() -> [(&'static str, fn(&Device) -> Result<(), Failed>); 3] {
+fn hopper_claims<T: Poison>() -> [(&'static str, HopperCheck); 3] {
     [
         (
             "conv1d_matches_reference_and_gives_the_same_bits_twice",
