@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kasmina_kernels::abi::{DType, Kernel, TensorMap};
 use kasmina_kernels::activation::{Activation, EpilogueActivation};
-use kasmina_kernels::conv1d::depthwise::{DepthwiseParams, ncl_blocks};
+use kasmina_kernels::conv1d::depthwise::DepthwiseParams;
 use kasmina_kernels::conv1d::hopper::depthwise;
 use kasmina_kernels::conv1d::hopper::gather::{self, GatherParams, Problem};
 use kasmina_kernels::conv1d::hopper::pack::{self, PackParams, Rows};
@@ -326,7 +326,7 @@ fn depthwise(dtype: DType, pass: &portable::GatherPass<'_>) -> Option<Depthwise>
 }
 
 fn run_depthwise(launch: &Launch<'_>, (kernel, params): Depthwise) -> Result<()> {
-    launch.run(kernel, checked_blocks(launch, ncl_blocks(&params))?, &params)
+    launch.run(kernel, checked_blocks(launch, depthwise::blocks(&params))?, &params)
 }
 
 /// Why it cannot serve a forward pass.

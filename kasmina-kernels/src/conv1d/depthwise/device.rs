@@ -147,10 +147,11 @@ pub(in crate::conv1d) unsafe fn load_taps<E: Element>(
     (taps, bias)
 }
 
-/// Eight results from three vectors, the first tap of the first result at element `SHIFT`.
+/// Eight results of `count` taps from three vectors, the first tap of the first result at element
+/// `SHIFT`.
 #[inline(always)]
 pub(in crate::conv1d) fn convolve<E: Element, const SHIFT: usize>(
-    params: &DepthwiseParams,
+    count: u32,
     window: [&Raw; 3],
     taps: &[f32; 8],
     bias: f32,
@@ -158,7 +159,7 @@ pub(in crate::conv1d) fn convolve<E: Element, const SHIFT: usize>(
     let mut sums = [bias; 8];
     unroll!(t: usize in [0 1 2 3 4 5 6 7] {
         // Not a product with a zero: that would carry an infinity of a neighbour over.
-        if (t as u32) < params.taps {
+        if (t as u32) < count {
             unroll!(i: usize in [0 1 2 3 4 5 6 7] {
                 let at = SHIFT + t + i;
                 let value = widened::<E>(window[at / 8], at % 8);
@@ -239,8 +240,8 @@ unsafe fn row<E: Pack>(
         macro_rules! by_shift {
             ($($shift:literal)+) => {
                 match shift {
-                    $($shift => convolve::<E, $shift>(params, window, &taps, bias),)+
-                    _ => convolve::<E, 0>(params, window, &taps, bias),
+                    $($shift => convolve::<E, $shift>(params.taps, window, &taps, bias),)+
+                    _ => convolve::<E, 0>(params.taps, window, &taps, bias),
                 }
             };
         }
@@ -253,18 +254,20 @@ unsafe fn row<E: Pack>(
 }
 
 /// The row of a thread.
-pub(in crate::conv1d) struct OwnRow {
+#[cfg(kasmina_tier = "portable")]
+struct OwnRow {
     /// Where it begins in the input and in the output.
-    pub(in crate::conv1d) addresses: [u64; 2],
+    addresses: [u64; 2],
     /// Its channel.
-    pub(in crate::conv1d) channel: u32,
+    channel: u32,
     /// The thread's number among those that share it.
-    pub(in crate::conv1d) thread: u32,
+    thread: u32,
 }
 
 /// The row of this thread, where there is one.
+#[cfg(kasmina_tier = "portable")]
 #[inline(always)]
-pub(in crate::conv1d) fn own_row<E: Element>(params: &DepthwiseParams) -> Option<OwnRow> {
+fn own_row<E: Element>(params: &DepthwiseParams) -> Option<OwnRow> {
     let log2 = params.log2_row_threads;
     let thread = ptx::thread_index();
     let index =

@@ -4,28 +4,54 @@
 //! ```text
 //! out[8v + i] = act(bias + Σ_t in[8v + i + first + t] · w[t])      i in 0..8, t below taps
 //! ```
-//! A warp walks along its run by 32 vectors of eight elements. A thread makes eight results from its
-//! vector and the next two, which its neighbours hold: they come by shuffles, those beyond the
-//! warp's from the step after, which is on its way in any case. So nothing is loaded twice, and no
-//! load is waited for but that of four steps ago. Two results are rounded by one instruction.
+//! A warp makes 64 vectors of a row, so that the warps of a block read a stretch without gaps. Each
+//! thread loads all it needs before it computes anything: of the three vectors that results are made
+//! from the second, for two vectors of results. The first and the third are its neighbours' second
+//! ones and come by shuffles, those beyond the warp's own by loads of the first and the last lane.
+//! Many short blocks that are always at different stages keep the memory busy better than few long
+//! ones. Walks over the taps are compiled for every number of them and every position of the first
+//! in its vector, so that products follow each other without branches; two results are rounded by
+//! one instruction.
 //!
 //! # Shape contract
 //! [`serves`], and that of [`depthwise::serves_ncl`](crate::conv1d::depthwise::serves_ncl).
 
 use crate::abi::{DType, Kernel, Module, module};
-use crate::conv1d::depthwise::DepthwiseParams;
+use crate::conv1d::depthwise::{DepthwiseParams, RUN};
 use crate::conv1d::portable::THREADS;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
 
-/// log₂ of the fewest threads of a row: a warp.
-pub const LOG2_WARP: u32 = 5;
+/// Threads of a warp.
+const WARP: u32 = 32;
 
-/// Whether rows are long enough: each occupies whole warps.
+/// Vectors that a thread makes.
+const UNITS: u32 = 2;
+
+/// Threads that would share a row of the shortest length that is served: half as many vectors would
+/// leave most of a warp idle.
+const LOG2_LEAST_ROW_THREADS: u32 = 5;
+
+/// Whether rows are long enough for whole warps, and no more than can be numbered.
 #[must_use]
 pub const fn serves(params: &DepthwiseParams) -> bool {
-    params.log2_row_threads >= LOG2_WARP
+    params.log2_row_threads >= LOG2_LEAST_ROW_THREADS
+        && blocks(params) <= (u32::MAX / (THREADS / WARP)) as u64
+}
+
+/// Warps that share a row of `length` results.
+#[must_use]
+#[inline(always)]
+pub const fn parts_of_row(length: u32) -> u32 {
+    length.div_ceil(RUN * UNITS * WARP)
+}
+
+/// Blocks of the launch; `u64::MAX` stands for more.
+#[must_use]
+pub const fn blocks(params: &DepthwiseParams) -> u64 {
+    let rows = params.batch as u64 * params.channels as u64;
+    rows.saturating_mul(parts_of_row(params.out_length) as u64).div_ceil((THREADS / WARP) as u64)
 }
 
 /// The kernel for an element type; `None` for f32, of which half as many fit a vector.
@@ -36,16 +62,6 @@ pub fn kernel(dtype: DType) -> Option<&'static Kernel<DepthwiseParams>> {
         DType::BF16 => Some(&BF16_KERNEL),
         DType::F32 => None,
     }
-}
-
-/// Vectors of a row that a warp makes, of `vectors` that `1 << log2_row_threads` threads share:
-/// whole steps of 32, and zero or fewer than elsewhere for the last warps.
-#[must_use]
-#[inline(always)]
-pub const fn run_of_warp(vectors: u32, log2_row_threads: u32) -> u32 {
-    let warps = 1 << (log2_row_threads - LOG2_WARP);
-    let steps = vectors.div_ceil(32);
-    ((steps + warps - 1) >> (log2_row_threads - LOG2_WARP)) * 32
 }
 
 macro_rules! kernels {
@@ -86,16 +102,11 @@ kernels! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conv1d::depthwise::log2_row_threads;
 
     #[test]
-    fn runs_of_a_rows_warps_cover_its_vectors_in_whole_steps() {
-        for vectors in [1, 17, 31, 32, 33, 64, 65, 255, 256, 257, 1000, 1024, 4099] {
-            let log2 = log2_row_threads(8 * vectors).max(LOG2_WARP);
-            let run = run_of_warp(vectors, log2);
-            let warps = 1 << (log2 - LOG2_WARP);
-            assert!(run.is_multiple_of(32) && run * warps >= vectors);
-            assert!(run < vectors.div_ceil(warps) + 32 * warps);
+    fn warps_of_a_row_make_all_of_its_vectors() {
+        for (vectors, parts) in [(0, 0), (1, 1), (63, 1), (64, 1), (65, 2), (128, 2), (4099, 65)] {
+            assert_eq!(parts_of_row(RUN * vectors), parts);
         }
     }
 }

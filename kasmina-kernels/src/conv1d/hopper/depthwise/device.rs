@@ -1,34 +1,61 @@
 //! Device side of the depthwise kernels.
 
-use super::{LOG2_WARP, run_of_warp};
+use super::{UNITS, WARP, parts_of_row};
 use crate::activation::Activation;
 use crate::conv1d::depthwise::device::{
-    OwnRow, Pack, Raw, activate, convolve, load_taps, load_vector, own_row, store_vector,
+    Pack, Raw, activate, convolve, load_taps, load_vector, store_vector,
 };
 use crate::conv1d::depthwise::{DepthwiseParams, RUN};
-use crate::conv1d::portable::THREADS;
+use crate::conv1d::portable::{Strided, THREADS};
 use crate::ptx;
+use crate::tile_scheduler::div;
 use crate::unroll::unroll;
 
 /// Blocks that share a multiprocessor.
-const BLOCKS_PER_MULTIPROCESSOR: u32 = 3;
+const BLOCKS_PER_MULTIPROCESSOR: u32 = 4;
 
-/// The vector so many lanes on: the step's own, and beyond the last lane those of the step after.
+/// What a vector's results are made from: the vector, and its neighbours before and after.
+#[derive(Clone, Copy)]
+struct Window {
+    before: Raw,
+    own: Raw,
+    after: Raw,
+}
+
+/// The neighbours of every lane's vector, as far as results need them: their words from `from` on
+/// before it, and below `to` after it. `beyond` is what the warp has not: of the first lane the one
+/// before, of the last the one after.
 ///
 /// # Safety
-/// The whole warp calls it.
+/// The whole warp calls it with the same `from` and `to`.
 #[inline(always)]
-unsafe fn further<const LANES: u32, const WORDS: usize>(own: &Raw, after: &Raw, lane: u32) -> Raw {
-    let mut raw = [0; 8];
-    unroll!(word: usize in [0 1 2 3] {
-        if word < WORDS {
-            // The first lanes are asked by the last ones alone.
-            let value = if lane < LANES { after[word] } else { own[word] };
+unsafe fn window(own: Raw, beyond: Raw, lane: u32, from: u32, to: u32) -> Window {
+    let (mut before, mut after) = (beyond, beyond);
+    macro_rules! exchange {
+        ($side:ident, $other:expr, $edge:literal, $word:literal) => {
             // SAFETY: the whole warp, by the caller's contract.
-            raw[word] = unsafe { ptx::shfl_sync_idx(value, (lane + LANES) % 32) };
-        }
-    });
-    raw
+            let value = unsafe { ptx::shfl_sync_idx(own[$word], $other % 32) };
+            if lane != $edge {
+                $side[$word] = value;
+            }
+        };
+    }
+    if from < 2 {
+        exchange!(before, lane + 31, 0, 0);
+        exchange!(before, lane + 31, 0, 1);
+    }
+    if from < 4 {
+        exchange!(before, lane + 31, 0, 2);
+        exchange!(before, lane + 31, 0, 3);
+    }
+    if to > 0 {
+        exchange!(after, lane + 1, 31, 0);
+    }
+    if to > 1 {
+        exchange!(after, lane + 1, 31, 1);
+        exchange!(after, lane + 1, 31, 2);
+    }
+    Window { before, own, after }
 }
 
 /// # Safety
@@ -45,68 +72,81 @@ pub(super) unsafe fn rows<E: Pack>(params: &DepthwiseParams) {
             options(nomem, nostack, preserves_flags),
         );
     }
-    let Some(row) = own_row::<E>(params) else { return };
-    let OwnRow { addresses: [input, output], channel, thread } = row;
+    let thread = ptx::thread_index();
+    let lane = thread % WARP;
+    let index = ptx::block_index() * (THREADS / WARP) + thread / WARP;
+    let parts = parts_of_row(params.out_length);
+    let row = div(index, parts);
+    let part = index - row * parts;
+    let batch = div(row, params.channels);
+    if batch >= params.batch {
+        return;
+    }
+    let channel = row - batch * params.channels;
+    let (from, to) = (&params.input, &params.output);
+    let at = |tensor: &Strided| {
+        let elements = u64::from(batch) * tensor.batch + u64::from(channel) * tensor.channel;
+        tensor.address + elements * u64::from(E::SIZE)
+    };
+    let (input, output) = (at(from), at(to));
     let (in_vectors, out_vectors) = (params.in_length / RUN, params.out_length / RUN);
     // Where the first tap falls: vectors further on, and elements into that vector.
     let ahead = (params.first >> 3) as u32;
     let shift = params.first as u32 & 7;
-    let run = run_of_warp(out_vectors, params.log2_row_threads);
-    let lane = thread % 32;
-    let first = (thread >> LOG2_WARP) * run;
-    let left = out_vectors.saturating_sub(first);
-    let end = first + if run < left { run } else { left };
-    // Of the step after the last, two lanes' vectors.
-    let wanted = |vector: u32| {
-        if vector < end.next_multiple_of(32) + 2 { vector.wrapping_add(ahead) } else { u32::MAX }
+    let first = part * (UNITS * WARP) + lane;
+    // A thread loads the second of its three vectors, and at the ends of the warp another one.
+    let edge = match lane {
+        0 => ahead,
+        31 => ahead.wrapping_add(2),
+        _ => 0,
     };
-    let mut vector = first + lane;
-    let mut coming = [[0; 8]; 4];
-    unroll!(step: u32 in [0 1 2 3] {
+    let at_edge = lane == 0 || lane == WARP - 1;
+    let mut own = [[0; 8]; UNITS as usize];
+    let mut beyond = [[0; 8]; UNITS as usize];
+    unroll!(unit: u32 in [0 1] {
+        let vector = first + unit * WARP;
+        let second = vector.wrapping_add(ahead).wrapping_add(1);
         // SAFETY: the caller's contract.
-        coming[step as usize] =
-            unsafe { load_vector::<E>(input, wanted(vector + 32 * step), in_vectors) };
+        own[unit as usize] = unsafe { load_vector::<E>(input, second, in_vectors) };
     });
-    // After these, so as not to wait for the taps first.
+    unroll!(unit: u32 in [0 1] {
+        let vector = (first + unit * WARP).wrapping_add(edge);
+        let vector = if at_edge { vector } else { u32::MAX };
+        // SAFETY: the caller's contract.
+        beyond[unit as usize] = unsafe { load_vector::<E>(input, vector, in_vectors) };
+    });
     // SAFETY: the channel exists.
     let (taps, bias) = unsafe { load_taps::<E>(params, channel) };
     let activation = Activation::from_code(params.activation);
-    // Elements of the third vector that a window reaches.
-    let third_elements = shift + params.taps + 7;
-    while vector - lane < end {
-        ptx::nounroll();
-        let [own, after, ..] = coming;
-        unroll!(step: usize in [0 1 2] {
-            coming[step] = coming[step + 1];
-        });
-        // SAFETY: the caller's contract; the whole warp is here.
-        let (second, third) = unsafe {
-            coming[3] = load_vector::<E>(input, wanted(vector + 128), in_vectors);
-            let second = further::<1, 4>(&own, &after, lane);
-            let third = if third_elements > 18 {
-                further::<2, 3>(&own, &after, lane)
-            } else if third_elements > 16 {
-                further::<2, 1>(&own, &after, lane)
-            } else {
-                [0; 8]
-            };
-            (second, third)
-        };
-        let window = [&own, &second, &third];
+    // Words of the neighbours that windows reach.
+    let from = shift / 2;
+    let to = (shift + params.taps).saturating_sub(8).div_ceil(2);
+    unroll!(unit: usize in [0 1] {
+        // SAFETY: the whole warp is here.
+        let window = unsafe { window(own[unit], beyond[unit], lane, from, to) };
+        let window = [&window.before, &window.own, &window.after];
         macro_rules! by_shift {
-            ($($shift:literal)+) => {
+            ($taps:expr; $($shift:literal)+) => {
                 match shift {
-                    $($shift => convolve::<E, $shift>(params, window, &taps, bias),)+
-                    _ => convolve::<E, 0>(params, window, &taps, bias),
+                    $($shift => convolve::<E, $shift>($taps, window, &taps, bias),)+
+                    _ => convolve::<E, 0>($taps, window, &taps, bias),
                 }
             };
         }
-        let mut sums = by_shift!(1 2 3 4 5 6 7);
+        macro_rules! by_taps {
+            ($($count:literal)+) => {
+                match params.taps {
+                    $($count => by_shift!($count; 1 2 3 4 5 6 7),)+
+                    _ => by_shift!(8; 1 2 3 4 5 6 7),
+                }
+            };
+        }
+        let mut sums = by_taps!(1 2 3 4 5 6 7);
         activate(activation, &mut sums);
-        if vector < end {
+        let vector = first + unit as u32 * WARP;
+        if vector < out_vectors {
             // SAFETY: an existing vector of this thread's own.
             unsafe { store_vector::<E>(output, vector, sums) };
         }
-        vector += 32;
-    }
+    });
 }
