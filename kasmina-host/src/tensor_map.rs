@@ -60,10 +60,12 @@ pub(crate) struct SequenceMap {
     /// Steps inside a box on the inner two axes.
     pub(crate) steps: [u32; 2],
     pub(crate) dtype: DType,
+    /// Whether rows of a box, of 128 bytes, are swizzled; else they follow each other.
+    pub(crate) swizzled: bool,
 }
 
 impl SequenceMap {
-    /// The map: boxes of 128-byte rows, swizzled over 128 bytes, zeros beyond the edges.
+    /// The map, with zeros beyond the edges.
     pub(crate) fn encode(&self) -> KasminaResult<TensorMap> {
         crate::gpu::encode_sequence_map(self)
     }

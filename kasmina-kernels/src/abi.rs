@@ -182,7 +182,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 31] = [
+    const FIRST: [&Module; 33] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -212,6 +212,8 @@ pub static MODULES: &[&Module] = &{
         &conv1d::portable::F16,
         &conv1d::portable::BF16,
         &hopper::unaligned::MODULE,
+        &conv1d_hopper::depthwise::F16,
+        &conv1d_hopper::depthwise::BF16,
         &conv1d_hopper::pack::MODULE,
         &conv1d_hopper::wgrad::sum::MODULE,
     ];

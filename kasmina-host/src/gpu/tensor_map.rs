@@ -59,6 +59,8 @@ pub(crate) fn encode_sequence_map(key: &SequenceMap) -> Result<TensorMap> {
     let box_extents = [box_inner, box_outer, 1, 1];
     let [inner_step, outer_step] = key.steps;
     let element_strides = [inner_step, outer_step, 1, 1];
+    let swizzle =
+        if key.swizzled { CUtensorMapSwizzle::Bytes128 } else { CUtensorMapSwizzle::None };
     let mut map = CUtensorMap::default();
     // SAFETY: the driver writes one map and reads four extents, three strides (that of the
     // contiguous axis is implied), four box extents and four element strides, all of which outlive
@@ -74,7 +76,7 @@ pub(crate) fn encode_sequence_map(key: &SequenceMap) -> Result<TensorMap> {
             box_extents.as_ptr(),
             element_strides.as_ptr(),
             CUtensorMapInterleave::None,
-            CUtensorMapSwizzle::Bytes128,
+            swizzle,
             CUtensorMapL2promotion::Bytes256,
             CUtensorMapFloatOOBfill::Zeros,
         ))
