@@ -11,6 +11,7 @@ use crate::unroll::unroll;
 mod chunk;
 #[cfg(kasmina_tier = "hopper")]
 mod cluster;
+mod columns;
 mod element;
 mod load;
 mod naive;
@@ -21,6 +22,7 @@ mod slots;
 use chunk::At;
 #[cfg(kasmina_tier = "hopper")]
 pub(super) use cluster::few;
+pub(super) use columns::columns;
 pub(super) use element::{BF16, Element, F16, F32, Max, Min, Pairs, Statistic, Sum, Summary};
 use load::*;
 pub(super) use naive::naive;

@@ -324,7 +324,7 @@ pub(super) fn centred(squares: f64, distances: f64, distance: f64) -> f64 {
 
 /// `count + 1` if `|x| < bound`, else `count`.
 #[inline(always)]
-fn count_if_below(count: f32, x: f32, bound: f32) -> f32 {
+pub(super) fn count_if_below(count: f32, x: f32, bound: f32) -> f32 {
     #[cfg(target_arch = "nvptx64")]
     return crate::ptx::count_if_below_f32(count, x, bound);
     #[cfg(not(target_arch = "nvptx64"))]
