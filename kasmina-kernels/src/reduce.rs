@@ -417,6 +417,9 @@ mod tests {
                 let segments = segment_kernel(tier, dtype).expect("a kernel");
                 assert_eq!(segments.entry, format!("reduce_{dtype}_segments"));
                 assert_eq!(segments.waits_for_predecessors, tier == Tier::Hopper);
+                let columns = column_kernel(tier, dtype).expect("a kernel");
+                assert_eq!(columns.entry, format!("reduce_{dtype}_columns"));
+                assert_eq!(columns.waits_for_predecessors, tier == Tier::Hopper);
                 let naive = naive_kernel(tier, dtype).expect("a kernel");
                 assert_eq!(naive.entry, format!("reduce_{dtype}_naive"));
             }

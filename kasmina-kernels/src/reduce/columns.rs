@@ -16,8 +16,8 @@
 //! first four, and added by fours, and these in runs of four, so that the sums of squares err by at
 //! most 10·17·u of those from the mean.
 
-use super::moments::Rule;
 use super::WARPS;
+use super::moments::Rule;
 #[cfg(any(test, target_arch = "nvptx64"))]
 use super::share;
 use crate::abi::{DType, KernelParams};

@@ -354,7 +354,7 @@ unsafe fn work<E: Element, S: Statistic>(params: &ReduceParams, workers: u32) ->
         if S::SQUARES {
             measure.pivot = at.pivot();
         }
-        let mut accumulator = Accumulator::new(measure.pivot);
+        let mut accumulator = Accumulator::new(number_or_zero(measure.pivot));
         let mut drawn = u32::MAX;
         if is_first_thread() && next_chunk < chunks.count {
             // SAFETY: the counter is the grid's. Looked at when the chunk is done.

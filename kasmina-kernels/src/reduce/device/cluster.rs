@@ -47,7 +47,7 @@ pub(in crate::reduce) unsafe fn few<E: Element, S: Statistic>(params: &ReducePar
     if S::SQUARES {
         measure.pivot = at.pivot();
     }
-    let mut accumulator = Accumulator::new(measure.pivot);
+    let mut accumulator = Accumulator::new(number_or_zero(measure.pivot));
     // SAFETY: as above.
     unsafe { at.add_chunk::<S>(&mut accumulator, measure, rule, || (0, 0)) };
 
