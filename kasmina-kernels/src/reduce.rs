@@ -4,7 +4,8 @@
 //! The elements are cut into chunks by their index ([`Chunks`]), the chunks are summarised each in
 //! a fixed order ([`Partial`]), and the chunks' summaries are merged in a fixed order, so that the
 //! result depends on the elements alone: not on the grid, nor on which block finishes first. A
-//! matrix may also be cut into segments, each with statistics of its own ([`Segments`]).
+//! matrix may also be cut into segments, each with statistics of its own ([`Segments`]); where each
+//! column is one and the rows are wide, by a kernel that has as many sums as columns ([`Columns`]).
 //!
 //! A block of 256 threads takes chunk after chunk. Per batch a thread holds four vectors of 16
 //! bytes, neighbouring threads neighbouring vectors, while the next four are on their way:
@@ -39,7 +40,8 @@
 //! - sum with [`Statistic::Summary`]: at most 10·(1 + r)·u·Σ|x|, and far less unless single elements
 //!   dwarf the rest; with [`Statistic::Sum`]: at most 10·u·Σ|x|.
 //! - A batch whose squares leave the range of f32 (an element beyond 10¹⁹, all differences below
-//!   10⁻¹⁸, infinities, NaN) is summed again in f64, so finite data of any size are right.
+//!   10⁻¹⁸, infinities, NaN) is summed again in f64, so finite data of any size are right. So are
+//!   all that follow a first batch without a finite mean, which leaves them without a pivot.
 //! - Sum and mean of infinities and NaN are what IEEE addition gives, m2 is then NaN. The extremes
 //!   are NaN if any element is. These elements are counted. If NaN are to be skipped, they are
 //!   counted and the rest is as if they were not there.

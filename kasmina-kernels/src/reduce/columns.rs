@@ -103,6 +103,22 @@ pub(super) const fn rows_of_warp(rows: u32, warp: u32) -> u32 {
     share(rows, 1, WARPS, warp)
 }
 
+/// Numbers of dead, non-finite and skipped elements, each below 1024, in one word.
+#[cfg(any(test, target_arch = "nvptx64"))]
+#[must_use]
+#[inline(always)]
+pub(super) const fn packed([dead, non_finite, skipped]: [u32; 3]) -> u32 {
+    dead | non_finite << 10 | skipped << 20
+}
+
+/// The numbers that were [`packed`].
+#[cfg(any(test, target_arch = "nvptx64"))]
+#[must_use]
+#[inline(always)]
+pub(super) const fn unpacked(word: u32) -> [u32; 3] {
+    [word & 1023, word >> 10 & 1023, word >> 20]
+}
+
 /// What the kernel for columns takes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -170,6 +186,15 @@ mod tests {
     fn an_activation_of_8192_by_8192_takes_two_waves_of_stripes() {
         let cut = Columns::of(8192, 8192, DType::BF16).expect("wide enough");
         assert_eq!((cut.stripes, cut.grid(DType::BF16), cut.slots()), (16, 512, 16 * 8192));
+    }
+
+    #[test]
+    fn packed_counts_come_out_as_they_went_in() {
+        for count in [0, 1, 63, 64, 1023] {
+            for counts in [[count, 0, 0], [0, count, 0], [0, 0, count], [count, 7, count]] {
+                assert_eq!(unpacked(packed(counts)), counts);
+            }
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use super::Statistic;
 use crate::ptx;
 use crate::reduce::Accumulator;
+use crate::reduce::columns::{packed, unpacked};
 use crate::reduce::moments::{max_nan, min_nan};
 
 /// Sums of a chunk's elements relative to a pivot: of a lane, of a warp, of the block.
@@ -121,7 +122,7 @@ impl Node {
     pub(super) unsafe fn put_in_halves(&self, smem: u32, half: u32, warp: u32, place: u32) {
         let [a, b] = halves(self.distances.to_bits());
         let [c, d] = halves(self.squares.to_bits());
-        let counts = f32::from_bits(self.dead | self.non_finite << 10 | self.skipped << 20);
+        let counts = f32::from_bits(packed([self.dead, self.non_finite, self.skipped]));
         let address = smem + warp * 2 * half + place * 16;
         // SAFETY: the caller's contract; places are multiples of 16.
         unsafe {
@@ -140,16 +141,16 @@ impl Node {
         // SAFETY: the caller's contract; places are multiples of 16.
         let ([a, b, c, d], [pivot, min, max, counts]) =
             unsafe { (ptx::ld_shared_v4_f32(address), ptx::ld_shared_v4_f32(address + half)) };
-        let counts = counts.to_bits();
+        let [dead, non_finite, skipped] = unpacked(counts.to_bits());
         Self {
             distances: f64::from_bits(joined(a, b)),
             squares: f64::from_bits(joined(c, d)),
             pivot,
             min,
             max,
-            non_finite: counts >> 10 & 1023,
-            skipped: counts >> 20,
-            dead: counts & 1023,
+            non_finite,
+            skipped,
+            dead,
         }
     }
 
