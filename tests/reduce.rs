@@ -291,6 +291,9 @@ fn non_finite<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Of an element's place, and the length of a stretch.
+type IsSkipped = fn(usize, usize) -> bool;
+
 /// NaN at some places, of which nothing may show but their number.
 fn skipped<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     let reducer = TelemetryReducer::with_config(device, config(tier).nan(NanPolicy::Skip))?;
@@ -299,7 +302,7 @@ fn skipped<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     for &length in lengths {
         // What the threads of a block have under way at once.
         let stretch = 16_384 / size_of::<T>();
-        let patterns: [(&str, fn(usize, usize) -> bool, f32); 7] = [
+        let patterns: [(&str, IsSkipped, f32); 7] = [
             ("none", |_, _| false, 0.0),
             ("each", |_, _| true, 0.0),
             ("every second", |place, _| place.is_multiple_of(2), 0.0),
