@@ -11,6 +11,7 @@ use crate::unroll::unroll;
 mod chunk;
 #[cfg(kasmina_tier = "hopper")]
 mod cluster;
+mod columns;
 mod element;
 mod load;
 mod naive;
@@ -21,6 +22,7 @@ mod slots;
 use chunk::At;
 #[cfg(kasmina_tier = "hopper")]
 pub(super) use cluster::few;
+pub(super) use columns::columns;
 pub(super) use element::{BF16, Element, F16, F32, Max, Min, Pairs, Statistic, Sum, Summary};
 use load::*;
 pub(super) use naive::naive;
@@ -352,7 +354,7 @@ unsafe fn work<E: Element, S: Statistic>(params: &ReduceParams, workers: u32) ->
         if S::SQUARES {
             measure.pivot = at.pivot();
         }
-        let mut accumulator = Accumulator::new(measure.pivot);
+        let mut accumulator = Accumulator::new(number_or_zero(measure.pivot));
         let mut drawn = u32::MAX;
         if is_first_thread() && next_chunk < chunks.count {
             // SAFETY: the counter is the grid's. Looked at when the chunk is done.

@@ -25,6 +25,10 @@ pub(in crate::reduce) trait Element {
     }
     /// Adds two elements.
     fn add_pair(_: &mut Pairs, _: u32, _: u32) {}
+    /// Smallest, largest and number of dead in the lower and in the upper half.
+    fn split(_: Pairs) -> [(f32, f32, f32); 2] {
+        [(0.0, 0.0, 0.0); 2]
+    }
     /// Adds what was found in pairs to what was found in f32.
     fn add_pairs(_: Pairs, _: &mut Batch) {}
 }
@@ -100,6 +104,14 @@ macro_rules! sixteen_bit_element {
                 pairs.min = ptx::$min(pairs.min, pair);
                 pairs.max = ptx::$max(pairs.max, pair);
                 pairs.dead = ptx::$count_if_below(pairs.dead, pair, bounds);
+            }
+            #[cfg(kasmina_tier = "hopper")]
+            #[inline(always)]
+            fn split(pairs: Pairs) -> [(f32, f32, f32); 2] {
+                [
+                    ($low(pairs.min), $low(pairs.max), $low(pairs.dead)),
+                    ($high(pairs.min), $high(pairs.max), $high(pairs.dead)),
+                ]
             }
             #[cfg(kasmina_tier = "hopper")]
             #[inline(always)]
