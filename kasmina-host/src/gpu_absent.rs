@@ -178,6 +178,18 @@ impl PinnedSlot {
         match self.never {}
     }
 
+    pub(crate) fn is_vacant(&self) -> bool {
+        match self.never {}
+    }
+
+    pub(crate) fn vacate(&mut self) {
+        match self.never {}
+    }
+
+    pub(crate) fn write_arriving(&mut self, _: &[u16]) {
+        match self.never {}
+    }
+
     pub(crate) fn present(&self, _: usize, _: usize, _: usize) -> usize {
         match self.never {}
     }

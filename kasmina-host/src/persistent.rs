@@ -1,7 +1,8 @@
 //! Layers that stay resident and answer a stream of small batches without a launch.
 //!
 //! The way of a batch: cut into parts → a slot and a sequence for each, under one lock → payload
-//! into the slot → descriptor into the ring. A block of the resident grid, or a thread, takes the
+//! into the slot → descriptor into the ring, or the other way round where the kernel reads the
+//! payload as it arrives. A block of the resident grid, or a thread, takes the
 //! sequence, computes, stores the result and then the completion word of the ring's position. Who
 //! waits for a result in pinned memory polls its elements, which the host had set to all ones; for
 //! other results, the completion word. The ring's rules are in
@@ -156,11 +157,18 @@ impl<T: Element> StreamSession<T> {
         let submitted = Instant::now();
         let (mut parts, version) =
             self.shared().ring.reserve(self.request(op, rows, self.shared().out_features))?;
+        let ring = &self.shared().ring;
+        // Those that are read as they arrive are found while they are written.
+        for part in parts.iter().filter(|part| part.arrives) {
+            ring.publish(part, version, None);
+        }
         let mut rest = batch;
         for part in &mut parts {
             let (own, after) = rest.split_at(part.rows * columns);
-            part.slot.write(own);
-            self.shared().ring.publish(part, version, None);
+            part.write(own);
+            if !part.arrives {
+                ring.publish(part, version, None);
+            }
             rest = after;
         }
         Ok(self.ticket(parts, rows, submitted, None))

@@ -2,7 +2,7 @@
 //! and device run, over loom's atomics, with payloads whose unsynchronised access loom reports.
 
 use kasmina_kernels::persistent::protocol::{
-    self, ABSENT, COMMAND, Command, Descriptor, Layout, Words,
+    self, ABSENT, COMMAND, Command, Descriptor, Layout, Payload, Words,
 };
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
@@ -55,7 +55,7 @@ impl Model {
     fn submit(&self, layout: &Layout, sequence: u64, slot: u16, value: u64) {
         // SAFETY: the slot is the producer's until the descriptor is published.
         self.inputs[usize::from(slot)].with_mut(|input| unsafe { *input = value });
-        let descriptor = Descriptor { rows: 1, slot, version: 0, by_address: false };
+        let descriptor = Descriptor { rows: 1, slot, version: 0, payload: Payload::Present };
         protocol::publish(self, layout, sequence, descriptor);
     }
 
@@ -198,7 +198,7 @@ fn results_that_say_themselves_that_they_are_there_are_of_their_unit() {
                 thread::yield_now();
             }
             let version = sequence as u32 + 1;
-            let descriptor = Descriptor { rows: 1, slot, version, by_address: false };
+            let descriptor = Descriptor { rows: 1, slot, version, payload: Payload::Present };
             protocol::publish(&*model, &layout, sequence, descriptor);
             assert_eq!(model.result_in_band(slot), u64::from(version) * 10);
         }

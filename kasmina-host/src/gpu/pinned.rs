@@ -4,7 +4,7 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
-use kasmina_kernels::persistent::protocol::ABSENT;
+use kasmina_kernels::persistent::protocol::{self, ABSENT};
 
 use super::{Gpu, Stream, driver, failed};
 use crate::error::Result;
@@ -92,11 +92,13 @@ pub(crate) struct PinnedSlot {
     output: usize,
     input_bytes: usize,
     output_bytes: usize,
+    /// How much of the input's beginning may not be absent.
+    used: usize,
 }
 
 impl PinnedSlot {
     /// So many slots of so many bytes, multiples of 64, and the device addresses of the first input
-    /// and output. The outputs are absent.
+    /// and output. Inputs and outputs are absent.
     pub(crate) fn new(
         stream: &Stream,
         slots: u16,
@@ -106,11 +108,8 @@ impl PinnedSlot {
         let outputs = usize::from(slots) * input_bytes;
         let bytes = outputs + usize::from(slots) * output_bytes;
         let memory = Arc::new(Pinned::new(stream, bytes)?);
-        // SAFETY: the outputs, of which nobody else knows yet.
-        unsafe {
-            let outputs_of = memory.host.as_ptr().add(outputs);
-            ptr::write_bytes(outputs_of, ABSENT, bytes - outputs);
-        }
+        // SAFETY: the whole block, of which nobody else knows yet.
+        unsafe { ptr::write_bytes(memory.host.as_ptr(), ABSENT, bytes) };
         let addresses = [memory.device, memory.device + outputs as u64];
         let slots = (0..slots).map(|index| Self {
             memory: Arc::clone(&memory),
@@ -119,6 +118,7 @@ impl PinnedSlot {
             output: outputs + usize::from(index) * output_bytes,
             input_bytes,
             output_bytes,
+            used: 0,
         });
         Ok((slots.collect(), addresses))
     }
@@ -130,12 +130,35 @@ impl PinnedSlot {
     /// Writes the beginning of the input.
     pub(crate) fn write(&mut self, bytes: &[u8]) {
         assert!(bytes.len() <= self.input_bytes, "the payload is larger than its slot");
+        self.used = self.used.max(bytes.len());
         // SAFETY: within this slot's input, which nobody else on the host uses; the device reads
         // it only after the descriptor that is published later.
         unsafe {
             let target = self.memory.host.as_ptr().add(self.input);
             ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len());
         }
+    }
+
+    /// Whether the input is absent.
+    pub(crate) const fn is_vacant(&self) -> bool {
+        self.used == 0
+    }
+
+    /// Makes the input absent, which no device reads now.
+    pub(crate) fn vacate(&mut self) {
+        // SAFETY: within this slot's input, which nobody else uses.
+        unsafe { ptr::write_bytes(self.memory.host.as_ptr().add(self.input), ABSENT, self.used) };
+        self.used = 0;
+    }
+
+    /// Writes elements of 16 bits to the beginning of the input, which is vacant, for a device that
+    /// reads each as it arrives.
+    pub(crate) fn write_arriving(&mut self, elements: &[u16]) {
+        assert!(size_of_val(elements) <= self.input_bytes, "the payload is larger than its slot");
+        self.used = size_of_val(elements);
+        // SAFETY: this slot's input, which is aligned to a line and nobody else on the host uses.
+        // The device reads it at the same time, which is why the writes are volatile.
+        unsafe { copy_arriving(elements, self.memory.host.as_ptr().add(self.input).cast()) };
     }
 
     /// How many of the output's first `bytes` bytes, elements of `size` bytes, have been written,
@@ -194,6 +217,36 @@ impl PinnedSlot {
     }
 }
 
+/// Copies elements, none of them as the one that means that nothing is there.
+///
+/// # Safety
+/// `target` is 16-aligned and valid for volatile writes of as many elements.
+unsafe fn copy_arriving(elements: &[u16], target: *mut u16) {
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{
+            __m128i, _mm_cmpeq_epi16, _mm_loadu_si128, _mm_set1_epi8, _mm_slli_epi16, _mm_xor_si128,
+        };
+        // SAFETY: SSE2 is part of the architecture; eight elements are within both ends.
+        unsafe {
+            let absent = _mm_set1_epi8(ABSENT.cast_signed());
+            for eight in elements.chunks_exact(8) {
+                let values = _mm_loadu_si128(eight.as_ptr().cast());
+                let signs = _mm_slli_epi16::<15>(_mm_cmpeq_epi16(values, absent));
+                let place = target.add(done).cast::<__m128i>();
+                place.write_volatile(_mm_xor_si128(values, signs));
+                done += 8;
+            }
+        }
+    }
+    for &element in &elements[done..] {
+        // SAFETY: this contract.
+        unsafe { target.add(done).write_volatile(protocol::arriving(element)) };
+        done += 1;
+    }
+}
+
 /// Bytes that are looked at together.
 const LINE_BYTES: usize = 64;
 
@@ -245,6 +298,22 @@ mod tests {
 
     #[repr(align(64))]
     struct Line([u8; LINE_BYTES]);
+
+    #[test]
+    fn what_arrives_holds_no_element_of_all_ones_and_the_others_as_they_are() {
+        #[repr(align(16))]
+        struct Place([u16; 40]);
+        for count in [0, 1, 7, 8, 9, 31, 33] {
+            let elements: Vec<u16> =
+                (0..count).map(|i| [0xFFFF, 0x7FFF, 0, 0xFFFE, 0x8000][i % 5]).collect();
+            let mut place = Place([0xAAAA; 40]);
+            // SAFETY: the place is aligned and larger.
+            unsafe { copy_arriving(&elements, place.0.as_mut_ptr()) };
+            let expected = elements.iter().map(|&bits| protocol::arriving(bits));
+            assert!(place.0[..count].iter().copied().eq(expected), "{count}");
+            assert!(place.0[count..].iter().all(|&bits| bits == 0xAAAA), "{count}");
+        }
+    }
 
     #[test]
     fn a_line_is_present_when_no_element_is_all_ones() {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kasmina_kernels::persistent::protocol::{
-    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Status, Words,
+    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Payload, Status, Words,
 };
 
 use crate::element::Element;
@@ -59,7 +59,12 @@ impl<T: Element> Slot<T> {
         }
     }
 
-    pub(super) fn write(&mut self, values: &[T]) {
+    /// Whether a payload may be written while it is read. What no device reads does not say.
+    fn is_vacant(&self) -> bool {
+        matches!(self, Self::Pinned(slot) if slot.is_vacant())
+    }
+
+    fn write(&mut self, values: &[T]) {
         match self {
             Self::Host { index, memory } => {
                 let mut payload = lock(&memory[usize::from(*index)]);
@@ -86,10 +91,22 @@ pub(super) struct Part<T> {
     pub(super) slot: Slot<T>,
     pub(super) sequence: u64,
     pub(super) rows: usize,
+    /// Whether the payload is read as it arrives, and so may follow its descriptor.
+    pub(super) arrives: bool,
     /// Bytes of a result that says itself that it is there, 0 of one that does not, and how many of
     /// them are there.
     awaited: usize,
     present: usize,
+}
+
+impl<T: Element> Part<T> {
+    /// Writes the payload.
+    pub(super) fn write(&mut self, values: &[T]) {
+        match &mut self.slot {
+            Slot::Pinned(slot) if self.arrives => slot.write_arriving(bytemuck::cast_slice(values)),
+            slot => slot.write(values),
+        }
+    }
 }
 
 /// What one batch needs of the ring.
@@ -110,12 +127,16 @@ pub(super) struct Ring<T> {
     words: RingWords,
     /// The most parts that may hold a slot.
     capacity: usize,
+    /// Whether the consumers read payloads as they arrive.
+    arriving: bool,
     state: Mutex<State<T>>,
 }
 
 struct State<T> {
     next_sequence: u64,
     free: Vec<Slot<T>>,
+    /// Free as well, but to be made vacant before a payload may arrive there.
+    used: Vec<Slot<T>>,
     /// Parts whose tickets were dropped before they completed.
     abandoned: Vec<(usize, Part<T>)>,
     /// For each logical stream, whether there is one and how many slots it holds.
@@ -127,12 +148,24 @@ struct State<T> {
     fault: Option<SessionFault>,
 }
 
+impl<T> State<T> {
+    /// Slots that nobody holds.
+    const fn available(&self) -> usize {
+        self.free.len() + self.used.len()
+    }
+
+    fn take(&mut self) -> Option<Slot<T>> {
+        self.free.pop().or_else(|| self.used.pop())
+    }
+}
+
 impl<T: Element> Ring<T> {
     pub(super) fn new(
         layout: Layout,
         words: RingWords,
         slots: Vec<Slot<T>>,
         num_streams: usize,
+        arriving: bool,
     ) -> Self {
         words.store(COMMAND, Command::Run.encode());
         let state = State {
@@ -144,9 +177,10 @@ impl<T: Element> Ring<T> {
             version_since: 0,
             fault: None,
             free: slots,
+            used: Vec::new(),
         };
         let capacity = state.free.len();
-        Self { layout, words, capacity, state: Mutex::new(state) }
+        Self { layout, words, capacity, arriving, state: Mutex::new(state) }
     }
 
     pub(super) const fn words(&self) -> &RingWords {
@@ -159,7 +193,7 @@ impl<T: Element> Ring<T> {
 
     /// Slots that are held.
     pub(super) fn depth(&self) -> usize {
-        self.capacity - lock(&self.state).free.len()
+        self.capacity - lock(&self.state).available()
     }
 
     /// The sequence after the last one that was given out.
@@ -224,7 +258,7 @@ impl<T: Element> Ring<T> {
             return Err(Error::Session { op, fault });
         }
         self.reap(&mut state);
-        let held = self.capacity - state.free.len();
+        let held = self.capacity - state.available();
         // As many slots for each logical stream, and no fewer than one batch may need.
         let share = self.capacity / state.open_streams.max(1);
         let own = state.streams[stream].unwrap_or(0);
@@ -240,7 +274,7 @@ impl<T: Element> Ring<T> {
         let next = state.next_sequence;
         let vacant = (next..next + parts as u64)
             .all(|sequence| protocol::is_vacant(&self.words, &self.layout, sequence));
-        if own + parts > share || parts > state.free.len() || !vacant {
+        if own + parts > share || parts > state.available() || !vacant {
             return Err(Error::QueueFull { op, in_flight: own, capacity: share });
         }
         state.next_sequence += parts as u64;
@@ -248,29 +282,31 @@ impl<T: Element> Ring<T> {
             *own += parts;
         }
         let mut taken = Vec::with_capacity(parts);
-        let first = state.free.len() - parts;
-        for (part, slot) in state.free.drain(first..).enumerate() {
+        for part in 0..parts {
+            let Some(slot) = state.take() else { break };
             let sequence = next + part as u64;
             let rows = part_rows.min(rows - part * part_rows);
             let pinned = matches!(slot, Slot::Pinned(_));
             let awaited = if pinned { rows * columns * size_of::<T>() } else { 0 };
-            taken.push(Part { slot, sequence, rows, awaited, present: 0 });
+            let arrives = self.arriving && awaited > 0 && slot.is_vacant();
+            taken.push(Part { slot, sequence, rows, arrives, awaited, present: 0 });
         }
         Ok((taken, state.version))
     }
 
-    /// Commits a part whose payload has been written.
+    /// Commits a part whose payload has been written, or arrives.
     pub(super) fn publish(&self, part: &Part<T>, version: u32, addresses: Option<[u64; 2]>) {
         let slot = part.slot.index();
-        if let Some(addresses) = addresses {
-            protocol::store_addresses(&self.words, &self.layout, slot, addresses);
-        }
-        let descriptor = Descriptor {
-            rows: part.rows as u16,
-            slot,
-            version: version & (u32::MAX >> 1),
-            by_address: addresses.is_some(),
+        let payload = match addresses {
+            Some(addresses) => {
+                protocol::store_addresses(&self.words, &self.layout, slot, addresses);
+                Payload::Elsewhere
+            }
+            None if part.arrives => Payload::Arriving,
+            None => Payload::Present,
         };
+        let (rows, version) = (part.rows as u16, version & (u32::MAX >> 2));
+        let descriptor = Descriptor { rows, slot, version, payload };
         protocol::publish(&self.words, &self.layout, part.sequence, descriptor);
     }
 
@@ -296,7 +332,27 @@ impl<T: Element> Ring<T> {
         if let Some(own) = &mut state.streams[stream] {
             *own = own.saturating_sub(parts.len());
         }
-        state.free.extend(parts.drain(..).map(|part| part.slot));
+        for part in parts.drain(..) {
+            self.keep(&mut state, part.slot);
+        }
+    }
+
+    /// Keeps a slot whose payload was read.
+    fn keep(&self, state: &mut State<T>, slot: Slot<T>) {
+        let room =
+            if self.arriving && !slot.is_vacant() { &mut state.used } else { &mut state.free };
+        room.push(slot);
+    }
+
+    /// Makes a slot ready for a payload that arrives; false if there was none to do that to. For
+    /// whoever has nothing else to do.
+    pub(super) fn vacate_one(&self) -> bool {
+        let Some(mut slot) = lock(&self.state).used.pop() else { return false };
+        if let Slot::Pinned(slot) = &mut slot {
+            slot.vacate();
+        }
+        lock(&self.state).free.push(slot);
+        true
     }
 
     /// Takes back the slots of parts that nobody will read, once they have completed.
@@ -317,7 +373,7 @@ impl<T: Element> Ring<T> {
                 if let Some(Some(own)) = state.streams.get_mut(stream) {
                     *own = own.saturating_sub(1);
                 }
-                state.free.push(part.slot);
+                self.keep(state, part.slot);
             } else {
                 next += 1;
             }

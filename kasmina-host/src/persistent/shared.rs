@@ -345,7 +345,7 @@ impl Parts<'_> {
             .map(|index| Slot::Host { index, memory: Arc::clone(&payloads) })
             .collect();
         let streams = self.config.num_streams.max(1);
-        let ring = Arc::new(Ring::new(layout, RingWords::Host(words), slots, streams));
+        let ring = Arc::new(Ring::new(layout, RingWords::Host(words), slots, streams, false));
         let workers = Workers::new(&ring, payloads, stack);
         Ok(self.share(ring, tier, Backend::Threads { workers, device }))
     }
@@ -388,7 +388,10 @@ impl Parts<'_> {
         let resident = Resident::new(stream, &setup, OP)?;
         let slots = slots.into_iter().map(Slot::Pinned).collect();
         let streams = self.config.num_streams.max(1);
-        let ring = Arc::new(Ring::new(layout, RingWords::Pinned(words), slots, streams));
+        // A bounded grid is launched after its batches were written.
+        let arriving = plan.takes_arriving() && !self.config.bounded;
+        let words = RingWords::Pinned(words);
+        let ring = Arc::new(Ring::new(layout, words, slots, streams, arriving));
         let heartbeat = Heartbeat::start(&ring, self.config.lease / BEATS);
         let (start_timeout, bounded) = (self.config.start_timeout, self.config.bounded);
         let backend = Backend::Resident(Box::new(Residence {

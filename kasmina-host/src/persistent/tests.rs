@@ -9,7 +9,7 @@ use std::task::{Context, Wake};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kasmina_kernels::persistent::protocol::{self, Command, Descriptor};
+use kasmina_kernels::persistent::protocol::{self, Command, Descriptor, Payload};
 
 use super::ring::{Part, Request};
 use super::{StreamConfig, StreamSession, Ticket};
@@ -58,7 +58,7 @@ fn ends_with(session: &StreamSession<f32>, ticket: &mut Ticket<f32>, expected: S
 fn a_batch_that_fails_ends_the_session_and_says_why() {
     let session = session();
     let mut parts = reserve(&session);
-    parts[0].slot.write(&[1.0]);
+    parts[0].write(&[1.0]);
     session.shared().ring.publish(&parts[0], 0, None);
     let mut ticket = ticket(&session, parts);
     let cause = "its values are not the rows that it claims";
@@ -71,7 +71,7 @@ fn a_worker_that_panics_ends_the_session_and_says_so() {
     let parts = reserve(&session);
     let ring = &session.shared().ring;
     // There is no such slot.
-    let descriptor = Descriptor { rows: 3, slot: u16::MAX, version: 0, by_address: false };
+    let descriptor = Descriptor { rows: 3, slot: u16::MAX, version: 0, payload: Payload::Present };
     protocol::publish(ring.words(), &ring.layout, parts[0].sequence, descriptor);
     let mut ticket = ticket(&session, parts);
     ends_with(&session, &mut ticket, SessionFault::WorkerPanicked);

@@ -64,11 +64,14 @@ impl<T: Element> Ticket<T> {
         timeout: Duration,
     ) -> Result<()> {
         let mut start = None;
+        let mut idle = true;
         loop {
             for _ in 0..LOOKS {
                 if self.is_complete() {
                     return Ok(());
                 }
+                // Where there is a slot to make ready, this is the time.
+                idle = idle && self.stream.shared.ring.vacate_one();
                 std::hint::spin_loop();
             }
             // The clock is read only now: most batches need no more.

@@ -16,7 +16,7 @@ use super::EchoParams;
 #[cfg(kasmina_tier = "portable")]
 use super::protocol::LINE;
 use super::protocol::{
-    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Lease, Status, Words,
+    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Lease, Payload, Status, Words,
 };
 use super::{LayerPlan, MAILBOX_BYTES, MAX_LAYERS, PersistentParams, THREADS};
 use crate::ptx;
@@ -63,6 +63,8 @@ pub(in crate::persistent) struct Unit {
     version: u32,
     input: u64,
     output: u64,
+    /// Whether the input may still be on its way.
+    arriving: bool,
 }
 
 /// What the parameters say, in registers.
@@ -81,7 +83,8 @@ struct Waiting {
     /// The sequence it waits for or computes.
     sequence: u64,
     lease: Lease,
-    by_address: bool,
+    /// Whether somebody looks at the completion word to find the result.
+    announces: bool,
 }
 
 /// Answers units until told to exit.
@@ -97,7 +100,7 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
         status: params.layout.status(ptx::block_index()),
         sequence: 0,
         lease: Lease::new(0, ptx::globaltimer(), params.lease_ns),
-        by_address: false,
+        announces: false,
     };
     // SAFETY: this contract; all threads take the same way through the loop, by what thread 0 puts
     // into the mailbox, and meet at each barrier.
@@ -127,7 +130,13 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
                 version = unit.version;
                 ahead = E::ahead(&grid);
             }
-            E::compute(&grid, unit, &ahead);
+            if !E::compute(&grid, unit, &ahead) {
+                // The payload did not arrive within the lease.
+                if ptx::opaque_u32(grid.thread) == 0 {
+                    waiting.words.store(waiting.status, Status::LeaseExpired as u64);
+                }
+                return;
+            }
             // Taken ahead of the barrier, which hides some of the time.
             let next = if grid.thread == 0 { grid.take_sequence() } else { 0 };
             ptx::bar_sync_all();
@@ -135,8 +144,8 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
             // this one together and give thread 0 a barrier of its own, at which the others of its
             // warp are not.
             if ptx::opaque_u32(grid.thread) == 0 {
-                let Waiting { words, sequence, by_address, .. } = &waiting;
-                if *by_address {
+                let Waiting { words, sequence, announces, .. } = &waiting;
+                if *announces {
                     protocol::complete(words, &params.layout, *sequence);
                 } else {
                     protocol::acknowledge(words, &params.layout, *sequence);
@@ -207,8 +216,8 @@ impl Grid<'_> {
     unsafe fn write_mailbox(&self, waiting: &mut Waiting, descriptor: Descriptor) {
         let params = self.params;
         let slot = u32::from(descriptor.slot);
-        waiting.by_address = descriptor.by_address;
-        let [input, output] = if descriptor.by_address {
+        waiting.announces = matches!(descriptor.payload, Payload::Elsewhere);
+        let [input, output] = if waiting.announces {
             protocol::load_addresses(&waiting.words, &params.layout, descriptor.slot)
         } else {
             [
@@ -216,7 +225,8 @@ impl Grid<'_> {
                 params.outputs + u64::from(slot) * u64::from(params.output_slot_bytes),
             ]
         };
-        let head = [u32::from(descriptor.rows), descriptor.version, 0, 0];
+        let arriving = matches!(descriptor.payload, Payload::Arriving);
+        let head = [u32::from(descriptor.rows), descriptor.version, u32::from(arriving), 0];
         let addresses = [input as u32, (input >> 32) as u32, output as u32, (output >> 32) as u32];
         // SAFETY: this contract; the mailbox is the first 64 bytes of shared memory.
         unsafe {
@@ -230,13 +240,14 @@ impl Grid<'_> {
     #[inline(always)]
     unsafe fn read_mailbox(&self) -> Unit {
         // SAFETY: this contract.
-        let ([rows, version, ..], [input, input_high, output, output_high]) =
+        let ([rows, version, arriving, _], [input, input_high, output, output_high]) =
             unsafe { (ptx::ld_shared_v4_u32(self.smem), ptx::ld_shared_v4_u32(self.smem + 16)) };
         Unit {
             rows,
             version,
             input: u64::from(input) | u64::from(input_high) << 32,
             output: u64::from(output) | u64::from(output_high) << 32,
+            arriving: arriving != 0,
         }
     }
 

@@ -186,6 +186,12 @@ impl StackPlan {
         &self.layers[..self.count]
     }
 
+    /// Whether the kernel reads a payload while it arrives in its slot.
+    #[must_use]
+    pub fn takes_arriving(&self) -> bool {
+        self.tier == Tier::Hopper && self.layers[0].in_features.is_multiple_of(8)
+    }
+
     /// Puts a layer's matrix and bias where the kernel expects them in the packed weights.
     ///
     /// `weight(k, n)` gives the bits of the weight from input `k` to output `n`, in the lower end.

@@ -17,12 +17,12 @@ pub(in crate::persistent) trait Stack {
     /// # Safety
     /// Every thread of the block calls it, after a barrier that follows the loading of the weights.
     unsafe fn ahead(grid: &Grid<'_>) -> Self::Ahead;
-    /// Computes a unit.
+    /// Computes a unit, whose input is there; false never.
     ///
     /// # Safety
     /// Every thread of the block calls it, between two barriers, with a unit of this grid and what
     /// `ahead` gave for the unit's weights.
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead);
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead) -> bool;
 }
 
 /// What differs between the element types. Bits travel in the lower end of a `u32`.
@@ -114,7 +114,7 @@ impl<E: Element> Stack for E {
     unsafe fn ahead(_: &Grid<'_>) {}
 
     #[inline(always)]
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit, (): &()) {
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, (): &()) -> bool {
         let mut first = 0;
         while first < unit.rows {
             ptx::nounroll();
@@ -124,6 +124,7 @@ impl<E: Element> Stack for E {
             unsafe { run::<E>(grid, unit, first, rows) }
             first += PORTABLE_ROWS;
         }
+        true
     }
 }
 

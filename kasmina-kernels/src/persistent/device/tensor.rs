@@ -1,7 +1,8 @@
 //! Layers on tensor cores: `mma.m16n8k16` of the packed weights and eight rows of the batch.
 
-use super::{Grid, Unit};
+use super::{Grid, POLLS, Unit};
 use crate::activation::EpilogueActivation;
+use crate::persistent::protocol;
 use crate::persistent::{LayerPlan, PART_ROWS, SCRATCH_BYTES, THREADS};
 use crate::ptx;
 use crate::ptx::mma::{ldmatrix_x4, mma_m16n8k16_bf16, mma_m16n8k16_f16};
@@ -29,12 +30,12 @@ pub(in crate::persistent) trait Stack {
     /// # Safety
     /// Every thread of the block calls it, after a barrier that follows the loading of the weights.
     unsafe fn ahead(grid: &Grid<'_>) -> Self::Ahead;
-    /// Computes a unit.
+    /// Computes a unit; false, in every thread, if its input did not arrive within the lease.
     ///
     /// # Safety
     /// Every thread of the block calls it, between two barriers, with a unit of this grid and what
     /// `ahead` gave for the unit's weights.
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead);
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead) -> bool;
 }
 
 /// Sums of two times 16 outputs by up to four times 8 rows, as `mma` holds them in a lane.
@@ -100,9 +101,13 @@ impl<E: Element> Stack for E {
     }
 
     #[inline(always)]
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Group) {
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Group) -> bool {
         // SAFETY: this contract; the branch is the same in every thread.
         unsafe {
+            let missing = load_rows(grid, unit, grid.smem + SCRATCH_BYTES, grid.plan(0, 0));
+            if ptx::bar_red_or_all(missing) {
+                return false;
+            }
             if unit.rows <= 8 {
                 run::<E, 1>(grid, unit, ahead);
             } else if unit.rows <= 16 {
@@ -111,21 +116,20 @@ impl<E: Element> Stack for E {
                 run::<E, 4>(grid, unit, ahead);
             }
         }
+        true
     }
 }
 
-/// Computes a unit of at most `8·N` rows.
+/// Computes a unit of at most `8·N` rows, whose input is in the first buffer.
 ///
 /// # Safety
-/// As [`Stack::compute`].
+/// As [`Stack::compute`], after a barrier.
 #[inline(always)]
 unsafe fn run<E: Element, const N: u32>(grid: &Grid<'_>, unit: Unit, ahead: &Group) {
     let mut source = grid.smem + SCRATCH_BYTES;
     let mut target = source + PART_ROWS * grid.params.row_bytes;
     // SAFETY: this contract; both buffers have `PART_ROWS` rows as wide as the widest layer.
     unsafe {
-        load_rows(grid, unit, source, grid.plan(0, 0));
-        ptx::bar_sync_all();
         let mut weights = *ahead;
         let mut layer = 0;
         loop {
@@ -146,6 +150,39 @@ unsafe fn run<E: Element, const N: u32>(grid: &Grid<'_>, unit: Unit, ahead: &Gro
         }
         ptx::bar_sync_all();
         store_rows(grid, unit, target, grid.plan(layer - 1, 1));
+    }
+}
+
+/// Vectors of the input that a thread has under way at a time: each takes a trip over the bus.
+const LOADS: u32 = 4;
+
+/// Whether an element of a vector is not there yet.
+#[inline(always)]
+fn is_absent(vector: [u32; 4]) -> bool {
+    let [a, b, c, d] = vector.map(protocol::is_absent_in_pair);
+    a || b || c || d
+}
+
+/// How long a thread waits for what is to arrive.
+#[derive(Default)]
+struct Patience {
+    polls: u32,
+    since: u64,
+}
+
+impl Patience {
+    /// Counts a poll in vain; whether these have gone on for so long.
+    #[inline(always)]
+    fn is_over(&mut self, nanoseconds: u64) -> bool {
+        self.polls += 1;
+        if !self.polls.is_multiple_of(POLLS) {
+            return false;
+        }
+        let now = ptx::globaltimer();
+        if self.since == 0 {
+            self.since = now;
+        }
+        now.wrapping_sub(self.since) > nanoseconds
     }
 }
 
@@ -184,32 +221,51 @@ impl Vectors {
 }
 
 /// Brings the unit's input to shared memory, the columns up to the next multiple of 32 as zeros:
-/// what lay there could be NaN, and 0 · NaN is NaN.
+/// what lay there could be NaN, and 0 · NaN is NaN. Whether this thread waited in vain for a part
+/// that was to arrive, for longer than the lease.
 ///
 /// # Safety
-/// As [`Stack::compute`]; a barrier follows.
+/// As [`Stack::compute`]; a barrier follows. Only rows of whole vectors arrive
+/// ([`StackPlan::takes_arriving`](crate::persistent::StackPlan::takes_arriving)).
 #[inline(always)]
-unsafe fn load_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) {
+unsafe fn load_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) -> bool {
     let row_bytes = grid.params.row_bytes;
+    let mut missing = false;
     // SAFETY: the input has `rows` rows of `width` elements, one after the other; a buffer's row
     // has room for `width` rounded up to 32.
     unsafe {
         if width.is_multiple_of(8) && unit.input.is_multiple_of(16) {
             let mut at = Vectors::new(grid.thread, width / 8);
-            // Several loads on their way at a time: each takes a trip over the bus.
-            while at.row < unit.rows {
+            while at.row < unit.rows && !missing {
                 ptx::nounroll();
                 let mut places = [u32::MAX; 4];
                 let mut values = [[0; 4]; 4];
-                const LOADS: u32 = 4;
+                let first = unit.input + u64::from(at.index) * 16;
+                let load = |load: usize| {
+                    ptx::ld_relaxed_sys_v4_u32(first + load as u64 * u64::from(THREADS * 16))
+                };
                 for_each_below!(LOADS, LOAD => {
                     if at.row < unit.rows {
-                        let address = unit.input + u64::from(at.index) * 16;
-                        values[LOAD] = ptx::ld_relaxed_sys_v4_u32(address);
+                        values[LOAD] = load(LOAD);
                         places[LOAD] = buffer + at.row * row_bytes + at.column * 16;
                         at.advance();
                     }
                 });
+                let mut patience = Patience::default();
+                while unit.arriving && !missing {
+                    ptx::nounroll();
+                    let mut absent = false;
+                    for_each_below!(LOADS, LOAD => {
+                        if places[LOAD] != u32::MAX && is_absent(values[LOAD]) {
+                            absent = true;
+                            values[LOAD] = load(LOAD);
+                        }
+                    });
+                    if !absent {
+                        break;
+                    }
+                    missing = patience.is_over(grid.params.lease_ns);
+                }
                 for_each_below!(LOADS, LOAD => {
                     if places[LOAD] != u32::MAX {
                         ptx::st_shared_v4_u32(places[LOAD], values[LOAD]);
@@ -240,6 +296,7 @@ unsafe fn load_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) {
             }
         }
     }
+    missing
 }
 
 /// Writes the unit's result.
