@@ -38,13 +38,18 @@ pub(in crate::persistent) trait Stack {
     unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead) -> bool;
 }
 
-/// Sums of two times 16 outputs by up to four times 8 rows, as `mma` holds them in a lane.
-type Sums = [[[f32; 4]; 4]; 2];
+/// Sums of two times 16 outputs by two times 8 rows, as `mma` holds them in a lane, over the
+/// even and over the odd ones of the 16 inputs: an `mma` waits for the one before it that adds to
+/// the same sums.
+type Sums = [[[[f32; 4]; 2]; 2]; 2];
 
-/// The body for each number below `N`, at most 4, as a constant: what is held in registers must
-/// not be indexed by a variable.
+/// The body for each number below a bound, at most 2 or 4, as a constant: what is held in registers
+/// must not be indexed by a variable.
 macro_rules! for_each_below {
-    ($bound:ident, $index:ident => $body:block) => {
+    ($bound:ident of 2, $index:ident => $body:block) => {
+        for_each_below!(@ $bound, $index, $body, 0 1)
+    };
+    ($bound:ident of 4, $index:ident => $body:block) => {
         for_each_below!(@ $bound, $index, $body, 0 1 2 3)
     };
     (@ $bound:ident, $index:ident, $body:block, $($number:literal)+) => {
@@ -244,7 +249,7 @@ unsafe fn load_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) -> boo
                 let load = |load: usize| {
                     ptx::ld_relaxed_sys_v4_u32(first + load as u64 * u64::from(THREADS * 16))
                 };
-                for_each_below!(LOADS, LOAD => {
+                for_each_below!(LOADS of 4, LOAD => {
                     if at.row < unit.rows {
                         values[LOAD] = load(LOAD);
                         places[LOAD] = buffer + at.row * row_bytes + at.column * 16;
@@ -255,7 +260,7 @@ unsafe fn load_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) -> boo
                 while unit.arriving && !missing {
                     ptx::nounroll();
                     let mut absent = false;
-                    for_each_below!(LOADS, LOAD => {
+                    for_each_below!(LOADS of 4, LOAD => {
                         if places[LOAD] != u32::MAX && is_absent(values[LOAD]) {
                             absent = true;
                             values[LOAD] = load(LOAD);
@@ -266,7 +271,7 @@ unsafe fn load_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) -> boo
                     }
                     missing = patience.is_over(grid.params.lease_ns);
                 }
-                for_each_below!(LOADS, LOAD => {
+                for_each_below!(LOADS of 4, LOAD => {
                     if places[LOAD] != u32::MAX {
                         ptx::st_shared_v4_u32(places[LOAD], values[LOAD]);
                     }
@@ -333,6 +338,13 @@ unsafe fn store_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) {
     }
 }
 
+/// The weights of several steps, and which they are.
+struct Held {
+    group: Group,
+    pair: u32,
+    step: u32,
+}
+
 /// One layer of one unit.
 struct Product {
     /// The packed matrix in shared memory, unless it is streamed, and in global memory.
@@ -396,58 +408,88 @@ impl Product {
         }
     }
 
+    /// `8·N` rows, at most two times 8 at a time: weights stay in registers while the sums change.
+    ///
     /// # Safety
     /// Every thread of the block calls it, between two barriers, with what `ahead` gave.
     #[inline(always)]
     unsafe fn run<E: Element, const N: u32, const STREAMED: bool>(&self, ahead: &Group) {
-        let mut weights = *ahead;
+        let mut weights = Held { group: *ahead, pair: self.warp, step: 0 };
         let mut pair = self.warp;
         while pair < self.pairs {
             ptx::nounroll();
-            let mut sums = [[[0.0; 4]; 4]; 2];
-            let mut step = 0;
-            // SAFETY: this contract; steps and pairs are those of the packed matrix.
+            // SAFETY: this contract; the pair is one of the packed matrix.
             unsafe {
-                if STREAMED {
-                    while step + STREAM_STEPS <= self.steps {
-                        ptx::nounroll();
-                        self.streamed_steps::<E, N>(&mut sums, pair, step);
-                        step += STREAM_STEPS;
-                    }
-                    while step < self.steps {
-                        ptx::nounroll();
-                        self.step::<E, N>(&mut sums, step, self.streamed(pair, step));
-                        step += 1;
-                    }
+                if N == 1 {
+                    self.pair::<E, 1, STREAMED>(pair, &mut weights);
                 } else {
-                    while step + RESIDENT_STEPS <= self.steps {
+                    let mut rows = Self { ..*self };
+                    let mut pass = 0;
+                    while pass < N / 2 {
                         ptx::nounroll();
-                        if pair != self.warp || step > 0 {
-                            weights = self.group(pair, step);
-                            // All of them under way before the first is used: the assembler would
-                            // put loads off to save registers.
-                            ptx::bar_warp_sync();
-                        }
-                        let [w0, w1, w2, w3, w4, w5, w6, w7] = weights;
-                        self.step::<E, N>(&mut sums, step, w0);
-                        self.step::<E, N>(&mut sums, step + 1, w1);
-                        self.step::<E, N>(&mut sums, step + 2, w2);
-                        self.step::<E, N>(&mut sums, step + 3, w3);
-                        self.step::<E, N>(&mut sums, step + 4, w4);
-                        self.step::<E, N>(&mut sums, step + 5, w5);
-                        self.step::<E, N>(&mut sums, step + 6, w6);
-                        self.step::<E, N>(&mut sums, step + 7, w7);
-                        step += RESIDENT_STEPS;
-                    }
-                    while step < self.steps {
-                        ptx::nounroll();
-                        self.step::<E, N>(&mut sums, step, self.resident(pair, step));
-                        step += 1;
+                        rows.pair::<E, 2, STREAMED>(pair, &mut weights);
+                        rows.source += 16 * self.row_bytes;
+                        rows.target += 16 * self.row_bytes;
+                        pass += 1;
                     }
                 }
-                self.finish::<E, N>(&sums, pair);
             }
             pair += WARPS;
+        }
+    }
+
+    /// 32 outputs of `8·N` rows.
+    ///
+    /// # Safety
+    /// As [`run`](Self::run), with a pair of the packed matrix.
+    #[inline(always)]
+    unsafe fn pair<E: Element, const N: u32, const STREAMED: bool>(
+        &self,
+        pair: u32,
+        weights: &mut Held,
+    ) {
+        let mut sums = [[[[0.0; 4]; 2]; 2]; 2];
+        let mut step = 0;
+        // SAFETY: this contract; steps and pairs are those of the packed matrix.
+        unsafe {
+            if STREAMED {
+                while step + STREAM_STEPS <= self.steps {
+                    ptx::nounroll();
+                    self.streamed_steps::<E, N>(&mut sums, pair, step);
+                    step += STREAM_STEPS;
+                }
+                while step < self.steps {
+                    ptx::nounroll();
+                    self.step::<E, N>(&mut sums, step, self.streamed(pair, step));
+                    step += 1;
+                }
+            } else {
+                while step + RESIDENT_STEPS <= self.steps {
+                    ptx::nounroll();
+                    if pair != weights.pair || step != weights.step {
+                        *weights = Held { group: self.group(pair, step), pair, step };
+                        // All of them under way before the first is used: the assembler would
+                        // put loads off to save registers.
+                        ptx::bar_warp_sync();
+                    }
+                    let [w0, w1, w2, w3, w4, w5, w6, w7] = weights.group;
+                    self.step::<E, N>(&mut sums, step, w0);
+                    self.step::<E, N>(&mut sums, step + 1, w1);
+                    self.step::<E, N>(&mut sums, step + 2, w2);
+                    self.step::<E, N>(&mut sums, step + 3, w3);
+                    self.step::<E, N>(&mut sums, step + 4, w4);
+                    self.step::<E, N>(&mut sums, step + 5, w5);
+                    self.step::<E, N>(&mut sums, step + 6, w6);
+                    self.step::<E, N>(&mut sums, step + 7, w7);
+                    step += RESIDENT_STEPS;
+                }
+                while step < self.steps {
+                    ptx::nounroll();
+                    self.step::<E, N>(&mut sums, step, self.resident(pair, step));
+                    step += 1;
+                }
+            }
+            self.finish::<E, N>(&sums, pair);
         }
     }
 
@@ -517,14 +559,14 @@ impl Product {
     unsafe fn step<E: Element, const N: u32>(&self, sums: &mut Sums, step: u32, weights: Weights) {
         // Lane l gives row l % 8 of the matrix of the inputs 8·(l / 8) and the next seven.
         let at = self.source + self.lane % 8 * self.row_bytes + self.lane / 8 * 16 + step * 64;
-        for_each_below!(N, ROWS => {
+        for_each_below!(N of 2, ROWS => {
             // SAFETY: this contract; the buffer has `PART_ROWS` rows.
             unsafe {
                 let [b0, b1, b2, b3] = ldmatrix_x4(at + ROWS as u32 * 8 * self.row_bytes);
-                E::mma(&mut sums[0][ROWS], weights[0], [b0, b1]);
-                E::mma(&mut sums[1][ROWS], weights[2], [b0, b1]);
-                E::mma(&mut sums[0][ROWS], weights[1], [b2, b3]);
-                E::mma(&mut sums[1][ROWS], weights[3], [b2, b3]);
+                E::mma(&mut sums[0][ROWS][0], weights[0], [b0, b1]);
+                E::mma(&mut sums[1][ROWS][0], weights[2], [b0, b1]);
+                E::mma(&mut sums[0][ROWS][1], weights[1], [b2, b3]);
+                E::mma(&mut sums[1][ROWS][1], weights[3], [b2, b3]);
             }
         });
     }
@@ -535,29 +577,34 @@ impl Product {
     /// As [`run`](Self::run).
     #[inline(always)]
     unsafe fn finish<E: Element, const N: u32>(&self, sums: &Sums, pair: u32) {
-        const HALVES: u32 = 2;
-        for_each_below!(HALVES, HALF => {
-            // m16n8k16: this lane holds outputs `lane / 4` and that plus 8, of the rows
-            // `2·(lane % 4)` and the next.
-            let output = pair * 32 + HALF as u32 * 16 + self.lane / 4;
-            // SAFETY: biases are padded to a multiple of 32, as rows are.
-            unsafe {
-                let low = f32::from_bits(ptx::ld_shared_u32(self.bias + output * 4));
-                let high = f32::from_bits(ptx::ld_shared_u32(self.bias + output * 4 + 32));
-                for_each_below!(N, ROWS => {
-                    let [c0, c1, c2, c3] = sums[HALF][ROWS];
-                    let [c0, c1, c2, c3] =
-                        self.activate([c0 + low, c1 + low, c2 + high, c3 + high]);
-                    let (first, second) = (E::pack(c0, c2), E::pack(c1, c3));
-                    let row = ROWS as u32 * 8 + self.lane % 4 * 2;
-                    let at = self.target + row * self.row_bytes + output * 2;
-                    ptx::st_shared_u16(at, first as u16);
-                    ptx::st_shared_u16(at + 16, (first >> 16) as u16);
-                    ptx::st_shared_u16(at + self.row_bytes, second as u16);
-                    ptx::st_shared_u16(at + self.row_bytes + 16, (second >> 16) as u16);
+        // m16n8k16: this lane holds outputs `lane / 4` and that plus 8 of each half, of the rows
+        // `2·(lane % 4)` and the next.
+        let output = self.bias + (pair * 32 + self.lane / 4) * 4;
+        // Lane l says where row l % 8 of the matrix of the outputs 8·(l / 8) and the next seven goes.
+        let at = self.target
+            + self.lane % 8 * self.row_bytes
+            + (pair * 32 + self.lane / 8 * 8) * 2;
+        // SAFETY: biases are padded to a multiple of 32, as rows are; the buffer has `PART_ROWS`
+        // rows, which begin at multiples of 16 bytes.
+        unsafe {
+            let bias =
+                [0, 8, 16, 24].map(|ahead| f32::from_bits(ptx::ld_shared_u32(output + ahead * 4)));
+            for_each_below!(N of 2, ROWS => {
+                let [first, second] = [0, 1].map(|half| {
+                    let [even, odd] = sums[half][ROWS];
+                    let [low, high] = [bias[half * 2], bias[half * 2 + 1]];
+                    let [c0, c1, c2, c3] = self.activate([
+                        even[0] + odd[0] + low,
+                        even[1] + odd[1] + low,
+                        even[2] + odd[2] + high,
+                        even[3] + odd[3] + high,
+                    ]);
+                    [E::pack(c0, c1), E::pack(c2, c3)]
                 });
-            }
-        });
+                let rows = at + ROWS as u32 * 8 * self.row_bytes;
+                ptx::stmatrix_x4_trans(rows, first[0], first[1], second[0], second[1]);
+            });
+        }
     }
 
     #[inline(always)]
