@@ -79,6 +79,8 @@ const MAILBOX_BYTES: u32 = 64;
 const SCRATCH_BYTES: u32 = MAILBOX_BYTES + (MAX_LAYERS * size_of::<LayerPlan>()) as u32;
 /// Threads per block.
 const THREADS: u32 = 256;
+/// Steps of 32 inputs whose weights a warp of the tensor-core tier loads before their input comes.
+const AHEAD_STEPS: u32 = 8;
 /// Shared memory that every GPU of the portable tier has.
 const PORTABLE_SMEM_BYTES: u32 = 64 << 10;
 

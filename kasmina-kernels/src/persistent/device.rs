@@ -115,7 +115,7 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
         }
         loop {
             ptx::nounroll();
-            let mut ahead = E::ahead(&grid);
+            let mut ahead = E::ahead(&grid, version);
             if grid.thread == 0 {
                 grid.await_unit(&mut waiting);
             }
@@ -128,7 +128,7 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
                 // The barrier above: nobody reads the old weights any more.
                 grid.load_weights(unit.version & 1);
                 version = unit.version;
-                ahead = E::ahead(&grid);
+                ahead = E::ahead(&grid, version);
             }
             if !E::compute(&grid, unit, &ahead) {
                 // The payload did not arrive within the lease.
@@ -295,7 +295,7 @@ impl Grid<'_> {
                     [2, 3, 4, 5, 6, 7].map(|word| self.plan(layer, word));
                 let (bias, target) = (packed + u64::from(bias_at), self.smem + bias_smem);
                 self.copy_to_smem(bias, target, bias_bytes);
-                if weight_smem != LayerPlan::STREAMED {
+                if weight_smem < LayerPlan::AHEAD {
                     let (weight, target) = (packed + u64::from(weight_at), self.smem + weight_smem);
                     self.copy_to_smem(weight, target, weight_bytes);
                 }

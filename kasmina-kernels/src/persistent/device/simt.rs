@@ -12,11 +12,11 @@ const ROWS: usize = PORTABLE_ROWS as usize;
 pub(in crate::persistent) trait Stack {
     /// What a thread keeps in registers while it waits for a unit.
     type Ahead;
-    /// Loads that, of the weights in shared memory.
+    /// Loads that, of the weights of a version.
     ///
     /// # Safety
     /// Every thread of the block calls it, after a barrier that follows the loading of the weights.
-    unsafe fn ahead(grid: &Grid<'_>) -> Self::Ahead;
+    unsafe fn ahead(grid: &Grid<'_>, version: u32) -> Self::Ahead;
     /// Computes a unit, whose input is there; false never.
     ///
     /// # Safety
@@ -111,7 +111,7 @@ impl<E: Element> Stack for E {
     type Ahead = ();
 
     #[inline(always)]
-    unsafe fn ahead(_: &Grid<'_>) {}
+    unsafe fn ahead(_: &Grid<'_>, _: u32) {}
 
     #[inline(always)]
     unsafe fn compute(grid: &Grid<'_>, unit: Unit, (): &()) -> bool {

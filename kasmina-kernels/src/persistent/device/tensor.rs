@@ -3,7 +3,7 @@
 use super::{Grid, POLLS, Unit};
 use crate::activation::EpilogueActivation;
 use crate::persistent::protocol;
-use crate::persistent::{LayerPlan, PART_ROWS, SCRATCH_BYTES, THREADS};
+use crate::persistent::{AHEAD_STEPS, LayerPlan, PART_ROWS, SCRATCH_BYTES, THREADS};
 use crate::ptx;
 use crate::ptx::mma::{ldmatrix_x4, mma_m16n8k16_bf16, mma_m16n8k16_f16};
 
@@ -16,7 +16,7 @@ const STEP_BYTES: u32 = 4 * FRAGMENT_BYTES;
 /// Steps of 32 inputs whose weights are on their way at a time when they come from the L2 cache.
 const STREAM_STEPS: u32 = 4;
 /// The same when they come from shared memory, whose bandwidth is then what a layer takes.
-const RESIDENT_STEPS: u32 = 8;
+const RESIDENT_STEPS: u32 = AHEAD_STEPS;
 /// A lane's part of the four fragments of a step, and of so many steps.
 type Weights = [[u32; 4]; 4];
 type Group = [Weights; RESIDENT_STEPS as usize];
@@ -25,11 +25,11 @@ type Group = [Weights; RESIDENT_STEPS as usize];
 pub(in crate::persistent) trait Stack {
     /// What a thread keeps in registers while it waits for a unit.
     type Ahead;
-    /// Loads that, of the weights in shared memory.
+    /// Loads that, of the weights of a version.
     ///
     /// # Safety
     /// Every thread of the block calls it, after a barrier that follows the loading of the weights.
-    unsafe fn ahead(grid: &Grid<'_>) -> Self::Ahead;
+    unsafe fn ahead(grid: &Grid<'_>, version: u32) -> Self::Ahead;
     /// Computes a unit; false, in every thread, if its input did not arrive within the lease.
     ///
     /// # Safety
@@ -100,9 +100,9 @@ impl<E: Element> Stack for E {
     type Ahead = Group;
 
     #[inline(always)]
-    unsafe fn ahead(grid: &Grid<'_>) -> Group {
+    unsafe fn ahead(grid: &Grid<'_>, version: u32) -> Group {
         // SAFETY: this contract; every stack has a first layer.
-        unsafe { Product::of(grid, 0, 0, 0, 0).ahead() }
+        unsafe { Product::of(grid, 0, version, 0, 0).ahead() }
     }
 
     #[inline(always)]
@@ -351,6 +351,8 @@ struct Product {
     smem: u32,
     packed: u64,
     streamed: bool,
+    /// Whether the matrix is nowhere but in what `ahead` gives.
+    is_ahead: bool,
     bias: u32,
     source: u32,
     target: u32,
@@ -375,6 +377,7 @@ impl Product {
                 smem: grid.smem.wrapping_add(grid.plan(layer, 6)),
                 packed: grid.packed(version) + u64::from(grid.plan(layer, 2)),
                 streamed: grid.plan(layer, 6) == LayerPlan::STREAMED,
+                is_ahead: grid.plan(layer, 6) == LayerPlan::AHEAD,
                 bias: grid.smem + grid.plan(layer, 7),
                 source,
                 target,
@@ -393,14 +396,18 @@ impl Product {
         }
     }
 
-    /// The first steps of this warp's first outputs, if the matrix stays in shared memory and has
-    /// as many; they may be loaded before the layer's input is there.
+    /// The first steps of this warp's first outputs, if the matrix has as many and is not streamed;
+    /// they may be loaded before the layer's input is there.
     ///
     /// # Safety
     /// After a barrier that follows the loading of the weights.
     #[inline(always)]
     unsafe fn ahead(&self) -> Group {
-        if !self.streamed && self.warp < self.pairs && RESIDENT_STEPS <= self.steps {
+        let is_mine = self.warp < self.pairs && RESIDENT_STEPS <= self.steps;
+        if self.is_ahead && is_mine {
+            // SAFETY: this contract.
+            [0, 1, 2, 3, 4, 5, 6, 7].map(|step| unsafe { self.streamed(self.warp, step) })
+        } else if !self.streamed && is_mine {
             // SAFETY: this contract.
             unsafe { self.group(self.warp, 0) }
         } else {
