@@ -146,6 +146,8 @@ struct State<T> {
     /// The first sequence of that version.
     version_since: u64,
     fault: Option<SessionFault>,
+    /// Whether the consumers were told to stop.
+    stopped: bool,
 }
 
 impl<T> State<T> {
@@ -176,6 +178,7 @@ impl<T: Element> Ring<T> {
             version: 0,
             version_since: 0,
             fault: None,
+            stopped: false,
             free: slots,
             used: Vec::new(),
         };
@@ -201,8 +204,14 @@ impl<T: Element> Ring<T> {
         lock(&self.state).next_sequence
     }
 
+    /// Commands the consumers, unless they were told to stop: somebody else who closes the session
+    /// behind it does not make them go on.
     pub(super) fn command(&self, command: Command) {
-        self.words.store(COMMAND, command.encode());
+        let mut state = lock(&self.state);
+        if !state.stopped {
+            state.stopped = command == Command::Stop;
+            self.words.store(COMMAND, command.encode());
+        }
     }
 
     pub(super) fn beat(&self, number: u64) {

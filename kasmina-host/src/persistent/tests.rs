@@ -9,7 +9,7 @@ use std::task::{Context, Wake};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kasmina_kernels::persistent::protocol::{self, Command, Descriptor, Payload};
+use kasmina_kernels::persistent::protocol::{self, COMMAND, Command, Descriptor, Payload, Words};
 
 use super::ring::{Part, Request};
 use super::{StreamConfig, StreamSession, Ticket};
@@ -108,6 +108,18 @@ fn closing_gives_way_to_a_failure_and_not_the_other_way() {
         ring.fail(given);
         assert_eq!(ring.fault(), Some(kept));
     }
+}
+
+#[test]
+fn who_closes_behind_a_stop_does_not_make_consumers_go_on() {
+    let session = session();
+    let ring = &session.shared().ring;
+    let commanded = || Command::decode(ring.words().load(COMMAND));
+    ring.command(Command::Drain(3));
+    assert_eq!(commanded(), Command::Drain(3));
+    ring.command(Command::Stop);
+    ring.command(Command::Drain(4));
+    assert_eq!(commanded(), Command::Stop);
 }
 
 #[test]

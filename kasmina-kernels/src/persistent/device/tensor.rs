@@ -588,9 +588,7 @@ impl Product {
         // `2·(lane % 4)` and the next.
         let output = self.bias + (pair * 32 + self.lane / 4) * 4;
         // Lane l says where row l % 8 of the matrix of the outputs 8·(l / 8) and the next seven goes.
-        let at = self.target
-            + self.lane % 8 * self.row_bytes
-            + (pair * 32 + self.lane / 8 * 8) * 2;
+        let at = self.target + self.lane % 8 * self.row_bytes + (pair * 32 + self.lane / 8 * 8) * 2;
         // SAFETY: biases are padded to a multiple of 32, as rows are; the buffer has `PART_ROWS`
         // rows, which begin at multiples of 16 bytes.
         unsafe {
