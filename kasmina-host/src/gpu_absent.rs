@@ -178,11 +178,15 @@ impl PinnedSlot {
         match self.never {}
     }
 
-    pub(crate) fn is_vacant(&self) -> bool {
+    pub(crate) fn is_clear(&self) -> bool {
         match self.never {}
     }
 
-    pub(crate) fn vacate(&mut self) {
+    pub(crate) fn clear(&mut self) {
+        match self.never {}
+    }
+
+    pub(crate) fn clear_output(&mut self) {
         match self.never {}
     }
 
@@ -198,7 +202,7 @@ impl PinnedSlot {
         match self.never {}
     }
 
-    pub(crate) fn clear(&mut self, _: usize) {
+    pub(crate) fn forget(&mut self, _: usize) {
         match self.never {}
     }
 }

@@ -260,8 +260,9 @@ impl<T: Element> StreamSession<T> {
     pub fn wait(&self, ticket: &mut Ticket<T>, timeout: Duration) -> Result<Vec<T>> {
         let op = "StreamSession::wait";
         self.check_ticket(op, ticket, false)?;
-        ticket.wait_until_complete(op, timeout)?;
+        // Asked for while the batch is being computed.
         let mut values = zeroed(ticket.rows * self.shared().out_features)?;
+        ticket.wait_until_complete(op, timeout)?;
         ticket.take(&mut values);
         Ok(values)
     }

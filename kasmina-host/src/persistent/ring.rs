@@ -59,9 +59,12 @@ impl<T: Element> Slot<T> {
         }
     }
 
-    /// Whether a payload may be written while it is read. What no device reads does not say.
-    fn is_vacant(&self) -> bool {
-        matches!(self, Self::Pinned(slot) if slot.is_vacant())
+    /// Whether what is there says so of itself. Host memory has no need of that.
+    fn is_clear(&self) -> bool {
+        match self {
+            Self::Host { .. } => true,
+            Self::Pinned(slot) => slot.is_clear(),
+        }
     }
 
     fn write(&mut self, values: &[T]) {
@@ -71,7 +74,10 @@ impl<T: Element> Slot<T> {
                 payload.input.clear();
                 payload.input.extend_from_slice(values);
             }
-            Self::Pinned(slot) => slot.write(bytemuck::cast_slice(values)),
+            Self::Pinned(slot) => {
+                slot.clear_output();
+                slot.write(bytemuck::cast_slice(values));
+            }
         }
     }
 
@@ -135,7 +141,7 @@ pub(super) struct Ring<T> {
 struct State<T> {
     next_sequence: u64,
     free: Vec<Slot<T>>,
-    /// Free as well, but to be made vacant before a payload may arrive there.
+    /// Free as well, but not clear.
     used: Vec<Slot<T>>,
     /// Parts whose tickets were dropped before they completed.
     abandoned: Vec<(usize, Part<T>)>,
@@ -158,6 +164,14 @@ impl<T> State<T> {
 
     fn take(&mut self) -> Option<Slot<T>> {
         self.free.pop().or_else(|| self.used.pop())
+    }
+}
+
+impl<T: Element> State<T> {
+    /// Keeps a slot that is not held any more.
+    fn keep(&mut self, slot: Slot<T>) {
+        let room = if slot.is_clear() { &mut self.free } else { &mut self.used };
+        room.push(slot);
     }
 }
 
@@ -297,7 +311,7 @@ impl<T: Element> Ring<T> {
             let rows = part_rows.min(rows - part * part_rows);
             let pinned = matches!(slot, Slot::Pinned(_));
             let awaited = if pinned { rows * columns * size_of::<T>() } else { 0 };
-            let arrives = self.arriving && awaited > 0 && slot.is_vacant();
+            let arrives = self.arriving && awaited > 0 && slot.is_clear();
             taken.push(Part { slot, sequence, rows, arrives, awaited, present: 0 });
         }
         Ok((taken, state.version))
@@ -342,23 +356,15 @@ impl<T: Element> Ring<T> {
             *own = own.saturating_sub(parts.len());
         }
         for part in parts.drain(..) {
-            self.keep(&mut state, part.slot);
+            state.keep(part.slot);
         }
     }
 
-    /// Keeps a slot whose payload was read.
-    fn keep(&self, state: &mut State<T>, slot: Slot<T>) {
-        let room =
-            if self.arriving && !slot.is_vacant() { &mut state.used } else { &mut state.free };
-        room.push(slot);
-    }
-
-    /// Makes a slot ready for a payload that arrives; false if there was none to do that to. For
-    /// whoever has nothing else to do.
-    pub(super) fn vacate_one(&self) -> bool {
+    /// Clears a slot that nobody holds, if there is one. For whoever has nothing else to do.
+    pub(super) fn clear_one(&self) -> bool {
         let Some(mut slot) = lock(&self.state).used.pop() else { return false };
         if let Slot::Pinned(slot) = &mut slot {
-            slot.vacate();
+            slot.clear();
         }
         lock(&self.state).free.push(slot);
         true
@@ -377,12 +383,12 @@ impl<T: Element> Ring<T> {
             if self.is_complete(&mut state.abandoned[next].1) {
                 let (stream, mut part) = state.abandoned.swap_remove(next);
                 if let Slot::Pinned(slot) = &mut part.slot {
-                    slot.clear(part.awaited);
+                    slot.forget(part.awaited);
                 }
                 if let Some(Some(own)) = state.streams.get_mut(stream) {
                     *own = own.saturating_sub(1);
                 }
-                self.keep(state, part.slot);
+                state.keep(part.slot);
             } else {
                 next += 1;
             }

@@ -71,7 +71,7 @@ impl<T: Element> Ticket<T> {
                     return Ok(());
                 }
                 // Where there is a slot to make ready, this is the time.
-                idle = idle && self.stream.shared.ring.vacate_one();
+                idle = idle && self.stream.shared.ring.clear_one();
                 std::hint::spin_loop();
             }
             // The clock is read only now: most batches need no more.
@@ -100,6 +100,7 @@ impl<T: Element> Ticket<T> {
     pub(super) fn try_take(&mut self, op: &'static str) -> Result<Option<Vec<T>>> {
         if !self.is_complete() {
             self.stream.shared.begin_bounded_work()?;
+            self.stream.shared.ring.clear_one();
             if self.submitted.elapsed() > YIELD {
                 self.stream.shared.check_health();
             }
