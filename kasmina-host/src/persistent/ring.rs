@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kasmina_kernels::persistent::protocol::{
-    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Payload, Status, Words,
+    self, COMMAND, Command, Descriptor, EXPRESS, HEARTBEAT, Layout, Payload, Status, Words,
 };
 
 use crate::element::Element;
@@ -140,9 +140,13 @@ pub(super) struct Ring<T> {
 
 struct State<T> {
     next_sequence: u64,
+    /// Parts that hold a slot.
+    held: usize,
     free: Vec<Slot<T>>,
     /// Free as well, but not clear.
     used: Vec<Slot<T>>,
+    /// Those that sequences take by their numbers; none if no payload is read as it arrives.
+    express: Vec<Express<T>>,
     /// Parts whose tickets were dropped before they completed.
     abandoned: Vec<(usize, Part<T>)>,
     /// For each logical stream, whether there is one and how many slots it holds.
@@ -156,8 +160,17 @@ struct State<T> {
     stopped: bool,
 }
 
-impl<T> State<T> {
-    /// Slots that nobody holds.
+/// An express slot.
+struct Express<T> {
+    /// While nobody holds it.
+    slot: Option<Slot<T>>,
+    /// The first sequence that may take it: a consumer that holds an earlier one may have found
+    /// what the slot's last unit left there, after it had found nothing.
+    since: u64,
+}
+
+impl<T: Element> State<T> {
+    /// Slots for any sequence that nobody holds.
     const fn available(&self) -> usize {
         self.free.len() + self.used.len()
     }
@@ -165,11 +178,23 @@ impl<T> State<T> {
     fn take(&mut self) -> Option<Slot<T>> {
         self.free.pop().or_else(|| self.used.pop())
     }
-}
 
-impl<T: Element> State<T> {
-    /// Keeps a slot that is not held any more.
-    fn keep(&mut self, slot: Slot<T>) {
+    /// The express slot of a sequence, if it can be had.
+    fn take_express(&mut self, sequence: u64) -> Option<Slot<T>> {
+        let express = self.express.get_mut(usize::from(protocol::express(sequence)))?;
+        let is_fit = sequence >= express.since;
+        express.slot.take_if(|slot| is_fit && slot.is_clear())
+    }
+
+    /// Keeps a slot that was held, for one of so many consumers.
+    fn keep(&mut self, slot: Slot<T>, consumers: u32) {
+        self.held -= 1;
+        if let Some(express) = self.express.get_mut(usize::from(slot.index())) {
+            // Consumers hold one each of the sequences that were not given out.
+            express.since = self.next_sequence + u64::from(consumers);
+            express.slot = Some(slot);
+            return;
+        }
         let room = if slot.is_clear() { &mut self.free } else { &mut self.used };
         room.push(slot);
     }
@@ -184,8 +209,14 @@ impl<T: Element> Ring<T> {
         arriving: bool,
     ) -> Self {
         words.store(COMMAND, Command::Run.encode());
+        let mut slots = slots;
+        let ordinary = slots.split_off(if arriving { EXPRESS as usize } else { 0 });
+        let express =
+            slots.into_iter().map(|slot| Express { slot: Some(slot), since: 0 }).collect();
         let state = State {
             next_sequence: 0,
+            held: 0,
+            express,
             abandoned: Vec::new(),
             streams: vec![None; num_streams],
             open_streams: 0,
@@ -193,7 +224,7 @@ impl<T: Element> Ring<T> {
             version_since: 0,
             fault: None,
             stopped: false,
-            free: slots,
+            free: ordinary,
             used: Vec::new(),
         };
         let capacity = state.free.len();
@@ -210,7 +241,7 @@ impl<T: Element> Ring<T> {
 
     /// Slots that are held.
     pub(super) fn depth(&self) -> usize {
-        self.capacity - lock(&self.state).available()
+        lock(&self.state).held
     }
 
     /// The sequence after the last one that was given out.
@@ -281,7 +312,7 @@ impl<T: Element> Ring<T> {
             return Err(Error::Session { op, fault });
         }
         self.reap(&mut state);
-        let held = self.capacity - state.available();
+        let held = state.held;
         // As many slots for each logical stream, and no fewer than one batch may need.
         let share = self.capacity / state.open_streams.max(1);
         let own = state.streams[stream].unwrap_or(0);
@@ -297,7 +328,8 @@ impl<T: Element> Ring<T> {
         let next = state.next_sequence;
         let vacant = (next..next + parts as u64)
             .all(|sequence| protocol::is_vacant(&self.words, &self.layout, sequence));
-        if own + parts > share || parts > state.available() || !vacant {
+        let has_room = held + parts <= self.capacity && parts <= state.available();
+        if own + parts > share || !has_room || !vacant {
             return Err(Error::QueueFull { op, in_flight: own, capacity: share });
         }
         state.next_sequence += parts as u64;
@@ -306,8 +338,10 @@ impl<T: Element> Ring<T> {
         }
         let mut taken = Vec::with_capacity(parts);
         for part in 0..parts {
-            let Some(slot) = state.take() else { break };
             let sequence = next + part as u64;
+            let express = if columns > 0 { state.take_express(sequence) } else { None };
+            let Some(slot) = express.or_else(|| state.take()) else { break };
+            state.held += 1;
             let rows = part_rows.min(rows - part * part_rows);
             let pinned = matches!(slot, Slot::Pinned(_));
             let awaited = if pinned { rows * columns * size_of::<T>() } else { 0 };
@@ -356,17 +390,27 @@ impl<T: Element> Ring<T> {
             *own = own.saturating_sub(parts.len());
         }
         for part in parts.drain(..) {
-            state.keep(part.slot);
+            state.keep(part.slot, self.layout.consumers);
         }
     }
 
     /// Clears a slot that nobody holds, if there is one. For whoever has nothing else to do.
     pub(super) fn clear_one(&self) -> bool {
-        let Some(mut slot) = lock(&self.state).used.pop() else { return false };
+        let mut state = lock(&self.state);
+        let express = state
+            .express
+            .iter_mut()
+            .find_map(|express| express.slot.take_if(|slot| !slot.is_clear()));
+        let Some(mut slot) = express.or_else(|| state.used.pop()) else { return false };
+        drop(state);
         if let Slot::Pinned(slot) = &mut slot {
             slot.clear();
         }
-        lock(&self.state).free.push(slot);
+        let mut state = lock(&self.state);
+        match state.express.get_mut(usize::from(slot.index())) {
+            Some(express) => express.slot = Some(slot),
+            None => state.free.push(slot),
+        }
         true
     }
 
@@ -388,7 +432,7 @@ impl<T: Element> Ring<T> {
                 if let Some(Some(own)) = state.streams.get_mut(stream) {
                     *own = own.saturating_sub(1);
                 }
-                state.keep(part.slot);
+                state.keep(part.slot, self.layout.consumers);
             } else {
                 next += 1;
             }

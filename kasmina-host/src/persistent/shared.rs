@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kasmina_kernels::abi::{DType, Tier};
-use kasmina_kernels::persistent::protocol::{Command, Layout, Status};
+use kasmina_kernels::persistent::protocol::{Command, EXPRESS, Layout, Status};
 use kasmina_kernels::persistent::{LayerShape, PART_ROWS, PlanFault, StackPlan, kernel, part_rows};
 
 use super::answer::Wakers;
@@ -366,7 +366,10 @@ impl Parts<'_> {
         };
         let quarter = (stream.gpu().capability().sm_count / 4).max(1);
         let blocks = self.config.blocks.unwrap_or_else(|| quarter.min(BLOCKS)).max(1);
-        let layout = Layout::new(blocks, self.slots(blocks, 1));
+        // A bounded grid is launched after its batches were written.
+        let arriving = plan.takes_arriving() && !self.config.bounded;
+        let express = if arriving { EXPRESS } else { 0 };
+        let layout = Layout::new(blocks, self.slots(blocks, 1) + express);
         let words = PinnedWords::new(stream, layout.words() as usize)?;
         let slot_bytes = [self.in_features, self.out_features].map(|features| {
             (features * PART_ROWS as usize * T::DTYPE.size()).next_multiple_of(SLOT_ALIGN)
@@ -388,8 +391,6 @@ impl Parts<'_> {
         let resident = Resident::new(stream, &setup, OP)?;
         let slots = slots.into_iter().map(Slot::Pinned).collect();
         let streams = self.config.num_streams.max(1);
-        // A bounded grid is launched after its batches were written.
-        let arriving = plan.takes_arriving() && !self.config.bounded;
         let words = RingWords::Pinned(words);
         let ring = Arc::new(Ring::new(layout, words, slots, streams, arriving));
         let heartbeat = Heartbeat::start(&ring, self.config.lease / BEATS);

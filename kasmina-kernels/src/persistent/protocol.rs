@@ -38,6 +38,15 @@
 //! it is there; an element that the user gives as that NaN is written as another ([`arriving`]).
 //! Nothing orders descriptor and payload, as each element tells of itself alone.
 //!
+//! # Payloads may be found before their descriptor
+//! The first slots are *express*: a unit that takes one takes that of its sequence's number
+//! ([`express`]), so a kernel that holds a sequence knows where the payload will be if the unit is
+//! such a one, and saves a trip over the bus by looking there as it looks for the descriptor. What
+//! it finds there may be older: a unit before this one may have left it. But once a thread has found
+//! elements absent while it holds the sequence, what it finds in their place later is of its unit,
+//! as there are no fewer express slots than consumers: every unit before that uses the slot has
+//! been taken by a consumer that is not waiting for it any more, or it was cleared after that unit.
+//!
 //! Consumers take sequences from a counter of their own, each once, and wait for the descriptor at
 //! that position. So several may wait at a time, each for another position, and work is taken in
 //! the order of submission by whoever is free.
@@ -64,6 +73,16 @@ pub const fn is_absent_in_pair(pair: u32) -> bool {
 #[inline(always)]
 pub const fn arriving(bits: u16) -> u16 {
     if bits == u16::MAX { bits >> 1 } else { bits }
+}
+
+/// Express slots, at least as many as there are consumers where any are used.
+pub const EXPRESS: u32 = 8;
+
+/// The express slot of a sequence.
+#[must_use]
+#[inline(always)]
+pub const fn express(sequence: u64) -> u16 {
+    (sequence % EXPRESS as u64) as u16
 }
 
 /// Memory that both sides see, as words of 64 bits.

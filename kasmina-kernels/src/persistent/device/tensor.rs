@@ -1,8 +1,7 @@
 //! Layers on tensor cores: `mma.m16n8k16` of the packed weights and eight rows of the batch.
 
-use super::{Grid, POLLS, Unit};
+use super::{Early, Grid, POLLS, Unit, is_absent};
 use crate::activation::EpilogueActivation;
-use crate::persistent::protocol;
 use crate::persistent::{AHEAD_STEPS, LayerPlan, PART_ROWS, SCRATCH_BYTES, THREADS};
 use crate::ptx;
 use crate::ptx::mma::{ldmatrix_x4, mma_m16n8k16_bf16, mma_m16n8k16_f16};
@@ -23,6 +22,8 @@ type Group = [Weights; RESIDENT_STEPS as usize];
 
 /// An element type of the kernels.
 pub(in crate::persistent) trait Stack {
+    /// Whether inputs may be looked for before their unit is known.
+    const LOOKS_EARLY: bool;
     /// What a thread keeps in registers while it waits for a unit.
     type Ahead;
     /// Loads that, of the weights of a version.
@@ -35,7 +36,7 @@ pub(in crate::persistent) trait Stack {
     /// # Safety
     /// Every thread of the block calls it, between two barriers, with a unit of this grid and what
     /// `ahead` gave for the unit's weights.
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead) -> bool;
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead, early: Early) -> bool;
 }
 
 /// Sums of two times 16 outputs by two times 8 rows, as `mma` holds them in a lane, over the
@@ -97,6 +98,7 @@ impl Element for BF16 {
 }
 
 impl<E: Element> Stack for E {
+    const LOOKS_EARLY: bool = true;
     type Ahead = Group;
 
     #[inline(always)]
@@ -106,10 +108,16 @@ impl<E: Element> Stack for E {
     }
 
     #[inline(always)]
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Group) -> bool {
-        // SAFETY: this contract; the branch is the same in every thread.
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Group, early: Early) -> bool {
+        // SAFETY: this contract; branches on the unit are the same in every thread.
         unsafe {
-            let missing = load_rows(grid, unit, grid.smem + SCRATCH_BYTES, grid.plan(0, 0));
+            let (buffer, width) = (grid.smem + SCRATCH_BYTES, grid.plan(0, 0));
+            let missing = if unit.early > 0 {
+                store_early(grid, unit, early, buffer, width)
+            } else {
+                load_rows(grid, unit, buffer, width)
+            };
+            pad_rows(grid, unit, buffer, width);
             if ptx::bar_red_or_all(missing) {
                 return false;
             }
@@ -160,13 +168,6 @@ unsafe fn run<E: Element, const N: u32>(grid: &Grid<'_>, unit: Unit, ahead: &Gro
 
 /// Vectors of the input that a thread has under way at a time: each takes a trip over the bus.
 const LOADS: u32 = 4;
-
-/// Whether an element of a vector is not there yet.
-#[inline(always)]
-fn is_absent(vector: [u32; 4]) -> bool {
-    let [a, b, c, d] = vector.map(protocol::is_absent_in_pair);
-    a || b || c || d
-}
 
 /// How long a thread waits for what is to arrive.
 #[derive(Default)]
@@ -225,9 +226,8 @@ impl Vectors {
     }
 }
 
-/// Brings the unit's input to shared memory, the columns up to the next multiple of 32 as zeros:
-/// what lay there could be NaN, and 0 · NaN is NaN. Whether this thread waited in vain for a part
-/// that was to arrive, for longer than the lease.
+/// Brings the unit's input to shared memory. Whether this thread waited in vain for a part that was
+/// to arrive, for longer than the lease.
 ///
 /// # Safety
 /// As [`Stack::compute`]; a barrier follows. Only rows of whole vectors arrive
@@ -236,8 +236,7 @@ impl Vectors {
 unsafe fn load_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) -> bool {
     let row_bytes = grid.params.row_bytes;
     let mut missing = false;
-    // SAFETY: the input has `rows` rows of `width` elements, one after the other; a buffer's row
-    // has room for `width` rounded up to 32.
+    // SAFETY: the input has `rows` rows of `width` elements, one after the other.
     unsafe {
         if width.is_multiple_of(8) && unit.input.is_multiple_of(16) {
             let mut at = Vectors::new(grid.thread, width / 8);
@@ -292,16 +291,62 @@ unsafe fn load_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) -> boo
                 row += 1;
             }
         }
-        if grid.thread < width.next_multiple_of(32) - width {
-            let mut row = 0;
-            while row < unit.rows {
-                ptx::nounroll();
-                ptx::st_shared_u16(buffer + row * row_bytes + (width + grid.thread) * 2, 0);
-                row += 1;
+    }
+    missing
+}
+
+/// Brings the unit's input to shared memory from the registers where it is, as [`load_rows`] does
+/// where it is not.
+///
+/// # Safety
+/// As [`load_rows`]; the unit is what was expected.
+#[inline(always)]
+unsafe fn store_early(grid: &Grid<'_>, unit: Unit, early: Early, buffer: u32, width: u32) -> bool {
+    let mut missing = false;
+    if grid.thread < unit.early {
+        let mut vector = early.vector;
+        let mut patience = Patience::default();
+        // SAFETY: this contract; `early` counts vectors of the input's rows.
+        unsafe {
+            if !early.found {
+                loop {
+                    ptx::nounroll();
+                    vector = ptx::ld_relaxed_sys_v4_u32(unit.input + u64::from(grid.thread * 16));
+                    if !is_absent(vector) {
+                        break;
+                    }
+                    missing = patience.is_over(grid.params.lease_ns);
+                    if missing {
+                        break;
+                    }
+                }
             }
+            let at = Vectors::new(grid.thread, width / 8);
+            let place = buffer + at.row * grid.params.row_bytes + at.column * 16;
+            ptx::st_shared_v4_u32(place, vector);
         }
     }
     missing
+}
+
+/// Makes the columns after the unit's input, up to the next multiple of 32, zeros: what lay there
+/// could be NaN, and 0 · NaN is NaN.
+///
+/// # Safety
+/// As [`Stack::compute`]; a barrier follows.
+#[inline(always)]
+unsafe fn pad_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) {
+    if grid.thread < width.next_multiple_of(32) - width {
+        let mut place = buffer + (width + grid.thread) * 2;
+        let mut row = 0;
+        while row < unit.rows {
+            ptx::nounroll();
+            // SAFETY: a buffer's row has room for `width` rounded up to 32.
+            unsafe { ptx::st_shared_u16(place, 0) }
+            place += grid.params.row_bytes;
+            row += 1;
+        }
+    }
 }
 
 /// Writes the unit's result.
