@@ -198,6 +198,10 @@ impl PinnedSlot {
         match self.never {}
     }
 
+    pub(crate) fn receive(&mut self, _: usize, _: &mut [u8], _: usize) -> usize {
+        match self.never {}
+    }
+
     pub(crate) fn take(&mut self, _: &mut [u8]) {
         match self.never {}
     }

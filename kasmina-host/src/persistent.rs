@@ -262,8 +262,7 @@ impl<T: Element> StreamSession<T> {
         self.check_ticket(op, ticket, false)?;
         // Asked for while the batch is being computed.
         let mut values = zeroed(ticket.rows * self.shared().out_features)?;
-        ticket.wait_until_complete(op, timeout)?;
-        ticket.take(&mut values);
+        ticket.wait_and_take(op, timeout, &mut values)?;
         Ok(values)
     }
 
@@ -285,9 +284,7 @@ impl<T: Element> StreamSession<T> {
             let (expected, got) = ([expected].into(), [values.len()].into());
             return Err(Error::Shape { op, operand: "values", expected, got });
         }
-        ticket.wait_until_complete(op, timeout)?;
-        ticket.take(values);
-        Ok(())
+        ticket.wait_and_take(op, timeout, values)
     }
 
     /// Waits for a batch of [`submit_tensors`](Self::submit_tensors), whose result then is in its

@@ -179,12 +179,33 @@ impl PinnedSlot {
     /// given that the first `from` have, which it gave before.
     pub(crate) fn present(&self, from: usize, bytes: usize, size: usize) -> usize {
         assert!(bytes <= self.output_bytes, "the result is larger than its slot");
-        // SAFETY: within this slot's output.
+        // SAFETY: within this slot's output; nothing is copied.
+        unsafe { self.copy_present(from, bytes, size, ptr::null_mut()) }
+    }
+
+    /// As [`present`](Self::present), and copies what it finds to its place in `values`, which is
+    /// as large as the result.
+    pub(crate) fn receive(&mut self, from: usize, values: &mut [u8], size: usize) -> usize {
+        self.forget(values.len());
+        // SAFETY: within this slot's output and the values.
+        unsafe { self.copy_present(from, values.len(), size, values.as_mut_ptr()) }
+    }
+
+    /// # Safety
+    /// The output has so many bytes, and so many may be written from `target` on unless it is null.
+    unsafe fn copy_present(
+        &self,
+        from: usize,
+        bytes: usize,
+        size: usize,
+        target: *mut u8,
+    ) -> usize {
+        // SAFETY: this slot's output lies within the memory.
         let output = unsafe { self.memory.host.as_ptr().add(self.output) };
         let lines = bytes / LINE_BYTES * LINE_BYTES;
         // SAFETY: lines of the output, on which slots begin and of which `from` is a multiple
         // until the last one.
-        let mut at = unsafe { lines_present(output, from, lines, size) };
+        let mut at = unsafe { lines_present(output, from, lines, size, target) };
         if at < lines {
             return at;
         }
@@ -205,6 +226,13 @@ impl PinnedSlot {
         }
         // What is read from now on is read after that.
         fence(Ordering::Acquire);
+        if from < bytes && !target.is_null() {
+            let rest = from.max(lines);
+            // SAFETY: this contract; all of it is present.
+            unsafe {
+                ptr::copy_nonoverlapping(output.add(rest), target.add(rest), bytes - rest);
+            }
+        }
         bytes
     }
 
@@ -252,20 +280,28 @@ unsafe fn copy_arriving(elements: &[u16], target: *mut u16) {
 /// Bytes that are looked at together.
 const LINE_BYTES: usize = 64;
 
-/// The end of the lines from `from` on, up to `end`, none of whose elements is absent.
+/// The end of the lines from `from` on, up to `end`, none of whose elements is absent. These are
+/// copied to as far behind `target`, unless that is null.
 ///
 /// # Safety
 /// `output` is 64-aligned, `from` and `end` multiples of 64; the bytes between them are readable for
-/// as long as the call takes. The device may write them at the same time, elements as wholes.
-unsafe fn lines_present(output: *const u8, from: usize, end: usize, size: usize) -> usize {
+/// as long as the call takes, and their places behind `target` writable. The device may write them
+/// at the same time, elements as wholes.
+unsafe fn lines_present(
+    output: *const u8,
+    from: usize,
+    end: usize,
+    size: usize,
+    target: *mut u8,
+) -> usize {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: this contract; the processor has what is asked for.
     unsafe {
         match (size, is_x86_feature_detected!("avx2")) {
-            (2, true) => x86::lines_present_avx2::<2>(output, from, end),
-            (_, true) => x86::lines_present_avx2::<4>(output, from, end),
-            (2, false) => x86::lines_present::<2>(output, from, end),
-            (_, false) => x86::lines_present::<4>(output, from, end),
+            (2, true) => x86::lines_present_avx2::<2>(output, from, end, target),
+            (_, true) => x86::lines_present_avx2::<4>(output, from, end, target),
+            (2, false) => x86::lines_present::<2>(output, from, end, target),
+            (_, false) => x86::lines_present::<4>(output, from, end, target),
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -275,13 +311,22 @@ unsafe fn lines_present(output: *const u8, from: usize, end: usize, size: usize)
         } else {
             (0x0000_0001_0000_0001, 0x8000_0000_8000_0000)
         };
-        let first_absent = (from..end).step_by(8).find(|&at| {
+        let mut at = from;
+        while at < end {
             // SAFETY: this contract. Volatile, as the device writes at the same time.
-            let inverse = !unsafe { output.add(at).cast::<u64>().read_volatile() };
+            let words = [0, 8, 16, 24, 32, 40, 48, 56]
+                .map(|word| unsafe { output.add(at + word).cast::<u64>().read_volatile() });
             // Whether an element of the inverse is zero.
-            inverse.wrapping_sub(ones) & !inverse & highs != 0
-        });
-        first_absent.map_or(end, |at| at / LINE_BYTES * LINE_BYTES)
+            if words.iter().any(|word| (!word).wrapping_sub(ones) & word & highs != 0) {
+                break;
+            }
+            if !target.is_null() {
+                // SAFETY: this contract.
+                unsafe { target.add(at).cast::<[u64; 8]>().write_unaligned(words) }
+            }
+            at += LINE_BYTES;
+        }
+        at
     }
 }
 
@@ -290,9 +335,10 @@ unsafe fn lines_present(output: *const u8, from: usize, end: usize, size: usize)
 mod x86 {
     use std::arch::x86_64::{
         __m128i, __m256i, _mm_cmpeq_epi16, _mm_cmpeq_epi32, _mm_loadu_si128, _mm_movemask_epi8,
-        _mm_or_si128, _mm_set1_epi8, _mm_slli_epi16, _mm_xor_si128, _mm256_cmpeq_epi16,
-        _mm256_cmpeq_epi32, _mm256_loadu_si256, _mm256_movemask_epi8, _mm256_or_si256,
-        _mm256_set1_epi8, _mm256_slli_epi16, _mm256_xor_si256,
+        _mm_or_si128, _mm_set1_epi8, _mm_slli_epi16, _mm_storeu_si128, _mm_xor_si128,
+        _mm256_cmpeq_epi16, _mm256_cmpeq_epi32, _mm256_loadu_si256, _mm256_movemask_epi8,
+        _mm256_or_si256, _mm256_set1_epi8, _mm256_slli_epi16, _mm256_storeu_si256,
+        _mm256_xor_si256,
     };
 
     use kasmina_kernels::persistent::protocol::ABSENT;
@@ -338,7 +384,8 @@ mod x86 {
     /// [`lines_present`](super::lines_present) for elements of `SIZE` bytes.
     macro_rules! lines_present {
         ($name:ident, $vector:ty, $count:literal,
-         $set:ident $equal2:ident $equal4:ident $or:ident $mask:ident $(, $feature:literal)?) => {
+         $set:ident $equal2:ident $equal4:ident $or:ident $mask:ident $store:ident
+         $(, $feature:literal)?) => {
             /// # Safety
             /// As [`lines_present`](super::lines_present), on a processor with the feature.
             $(#[target_feature(enable = $feature)])?
@@ -346,6 +393,7 @@ mod x86 {
                 output: *const u8,
                 from: usize,
                 end: usize,
+                target: *mut u8,
             ) -> usize {
                 let mut at = from;
                 // SAFETY: this contract. Volatile, as the device writes at the same time; no
@@ -354,18 +402,25 @@ mod x86 {
                     let absent = $set(ABSENT.cast_signed());
                     while at < end {
                         let line = output.add(at).cast::<$vector>();
+                        let mut values = [$set(0); $count];
                         let mut found = $set(0);
-                        for vector in 0..$count {
-                            let values = line.add(vector).read_volatile();
+                        for (vector, values) in values.iter_mut().enumerate() {
+                            *values = line.add(vector).read_volatile();
                             let equal = if SIZE == 2 {
-                                $equal2(values, absent)
+                                $equal2(*values, absent)
                             } else {
-                                $equal4(values, absent)
+                                $equal4(*values, absent)
                             };
                             found = $or(found, equal);
                         }
                         if $mask(found) != 0 {
                             break;
+                        }
+                        if !target.is_null() {
+                            let place = target.add(at).cast::<$vector>();
+                            for (vector, &values) in values.iter().enumerate() {
+                                $store(place.add(vector), values);
+                            }
                         }
                         at += LINE_BYTES;
                     }
@@ -376,10 +431,11 @@ mod x86 {
     }
 
     lines_present!(lines_present, __m128i, 4,
-        _mm_set1_epi8 _mm_cmpeq_epi16 _mm_cmpeq_epi32 _mm_or_si128 _mm_movemask_epi8);
+        _mm_set1_epi8 _mm_cmpeq_epi16 _mm_cmpeq_epi32 _mm_or_si128 _mm_movemask_epi8
+        _mm_storeu_si128);
     lines_present!(lines_present_avx2, __m256i, 2,
         _mm256_set1_epi8 _mm256_cmpeq_epi16 _mm256_cmpeq_epi32 _mm256_or_si256
-        _mm256_movemask_epi8, "avx2");
+        _mm256_movemask_epi8 _mm256_storeu_si256, "avx2");
 }
 
 #[cfg(test)]
@@ -410,8 +466,15 @@ mod tests {
         for size in [2, 4] {
             let mut lines = Lines([0x7F; 3 * LINE_BYTES]);
             let present = |lines: &Lines, from| {
+                let mut copy = [0xAA; 3 * LINE_BYTES];
                 // SAFETY: lines that nobody else uses.
-                unsafe { lines_present(lines.0.as_ptr(), from, 3 * LINE_BYTES, size) }
+                let end = unsafe {
+                    let target = copy.as_mut_ptr();
+                    lines_present(lines.0.as_ptr(), from, 3 * LINE_BYTES, size, target)
+                };
+                assert_eq!(copy[from..end], lines.0[from..end]);
+                assert!(copy[..from].iter().chain(&copy[end..]).all(|&byte| byte == 0xAA));
+                end
             };
             assert_eq!(present(&lines, 0), 3 * LINE_BYTES);
             for element in 0..3 * LINE_BYTES / size {

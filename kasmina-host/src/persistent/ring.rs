@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kasmina_kernels::persistent::protocol::{
-    self, COMMAND, Command, Descriptor, EXPRESS, HEARTBEAT, Layout, Payload, Status, Words,
+    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Payload, Status, Words,
 };
 
 use crate::element::Element;
@@ -106,6 +106,11 @@ pub(super) struct Part<T> {
 }
 
 impl<T: Element> Part<T> {
+    /// Makes the result be looked for from its beginning.
+    pub(super) const fn forget_present(&mut self) {
+        self.present = 0;
+    }
+
     /// Writes the payload.
     pub(super) fn write(&mut self, values: &[T]) {
         match &mut self.slot {
@@ -181,7 +186,8 @@ impl<T: Element> State<T> {
 
     /// The express slot of a sequence, if it can be had.
     fn take_express(&mut self, sequence: u64) -> Option<Slot<T>> {
-        let express = self.express.get_mut(usize::from(protocol::express(sequence)))?;
+        let number = self.express.len().checked_sub(1)? & sequence as usize;
+        let express = self.express.get_mut(number)?;
         let is_fit = sequence >= express.since;
         express.slot.take_if(|slot| is_fit && slot.is_clear())
     }
@@ -210,7 +216,7 @@ impl<T: Element> Ring<T> {
     ) -> Self {
         words.store(COMMAND, Command::Run.encode());
         let mut slots = slots;
-        let ordinary = slots.split_off(if arriving { EXPRESS as usize } else { 0 });
+        let ordinary = slots.split_off(layout.express as usize);
         let express =
             slots.into_iter().map(|slot| Express { slot: Some(slot), since: 0 }).collect();
         let state = State {
@@ -380,6 +386,25 @@ impl<T: Element> Ring<T> {
                 part.present == part.awaited
             }
             _ => self.is_done(part.sequence),
+        }
+    }
+
+    /// As [`is_complete`](Self::is_complete), with as much of the result as is there copied to
+    /// `values`, which have its size, and which were given for the part from the first time on.
+    pub(super) fn receive(&self, part: &mut Part<T>, values: &mut [T]) -> bool {
+        match &mut part.slot {
+            Slot::Pinned(slot) if part.awaited > 0 => {
+                let values = bytemuck::cast_slice_mut(values);
+                part.present = slot.receive(part.present, values, size_of::<T>());
+                part.present == part.awaited
+            }
+            slot => {
+                let is_done = self.is_done(part.sequence);
+                if is_done {
+                    slot.take(values);
+                }
+                is_done
+            }
         }
     }
 

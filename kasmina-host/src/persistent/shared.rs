@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kasmina_kernels::abi::{DType, Tier};
-use kasmina_kernels::persistent::protocol::{Command, EXPRESS, Layout, Status};
+use kasmina_kernels::persistent::protocol::{Command, Layout, Status};
 use kasmina_kernels::persistent::{LayerShape, PART_ROWS, PlanFault, StackPlan, kernel, part_rows};
 
 use super::answer::Wakers;
@@ -33,6 +33,9 @@ const NAP: Duration = Duration::from_micros(50);
 /// Blocks of a resident grid, at most: their polls delay each other, and four answer a batch of 32
 /// rows sooner than eight, and one row as soon as one does.
 const BLOCKS: u32 = 4;
+/// Express slots. With twice as many as there are blocks, batches one at a time find theirs clear;
+/// more would be further away, as caches go.
+const EXPRESS: u32 = 8;
 /// Slots begin on lines.
 const SLOT_ALIGN: usize = 64;
 const MAX_SLOTS: usize = 1 << 15;
@@ -368,8 +371,10 @@ impl Parts<'_> {
         let blocks = self.config.blocks.unwrap_or_else(|| quarter.min(BLOCKS)).max(1);
         // A bounded grid is launched after its batches were written.
         let arriving = plan.takes_arriving() && !self.config.bounded;
-        let express = if arriving { EXPRESS } else { 0 };
-        let layout = Layout::new(blocks, self.slots(blocks, 1) + express);
+        let mut layout = Layout::new(blocks, self.slots(blocks, 1));
+        if arriving {
+            layout = layout.with_express(EXPRESS);
+        }
         let words = PinnedWords::new(stream, layout.words() as usize)?;
         let slot_bytes = [self.in_features, self.out_features].map(|features| {
             (features * PART_ROWS as usize * T::DTYPE.size()).next_multiple_of(SLOT_ALIGN)

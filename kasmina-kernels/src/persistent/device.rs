@@ -179,7 +179,7 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
             // Taken ahead of the barrier, which hides some of the time.
             let next = if grid.thread == 0 { grid.take_sequence() } else { 0 };
             if E::LOOKS_EARLY && expected > 0 && ptx::opaque_u32(grid.thread) == 0 {
-                let slot = u32::from(protocol::express(next));
+                let slot = params.layout.express_slot(next);
                 ptx::st_relaxed_cta_shared_u32(grid.smem + EXPRESS_SLOT, slot);
                 ptx::st_relaxed_cta_shared_u32(grid.smem + EXPRESS_VECTORS, UNKNOWN);
             }
@@ -316,7 +316,8 @@ impl Grid<'_> {
     #[inline(always)]
     fn express_vectors(&self, descriptor: Descriptor, sequence: u64) -> u32 {
         let arriving = matches!(descriptor.payload, Payload::Arriving);
-        if !arriving || descriptor.slot != protocol::express(sequence) {
+        let express = self.params.layout.express_slot(sequence);
+        if !arriving || u32::from(descriptor.slot) != express {
             return 0;
         }
         // SAFETY: every stack has a first layer.

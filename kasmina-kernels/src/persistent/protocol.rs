@@ -40,12 +40,12 @@
 //!
 //! # Payloads may be found before their descriptor
 //! The first slots are *express*: a unit that takes one takes that of its sequence's number
-//! ([`express`]), so a kernel that holds a sequence knows where the payload will be if the unit is
-//! such a one, and saves a trip over the bus by looking there as it looks for the descriptor. What
-//! it finds there may be older: a unit before this one may have left it. But once a thread has found
-//! elements absent while it holds the sequence, what it finds in their place later is of its unit,
-//! as there are no fewer express slots than consumers: every unit before that uses the slot has
-//! been taken by a consumer that is not waiting for it any more, or it was cleared after that unit.
+//! ([`Layout::express_slot`]), so a kernel that holds a sequence knows where the payload will be if
+//! the unit is such a one, and saves a trip over the bus by looking there as it looks for the
+//! descriptor. What it finds there may be what the slot's last unit left. But once it has found
+//! elements absent, what it finds in their place later is of its own unit: the host gives the slot
+//! to a sequence only if no consumer can have taken that sequence before the last unit's payload
+//! was there, as consumers hold no more than one sequence each that was not given out.
 //!
 //! Consumers take sequences from a counter of their own, each once, and wait for the descriptor at
 //! that position. So several may wait at a time, each for another position, and work is taken in
@@ -75,16 +75,6 @@ pub const fn arriving(bits: u16) -> u16 {
     if bits == u16::MAX { bits >> 1 } else { bits }
 }
 
-/// Express slots, at least as many as there are consumers where any are used.
-pub const EXPRESS: u32 = 8;
-
-/// The express slot of a sequence.
-#[must_use]
-#[inline(always)]
-pub const fn express(sequence: u64) -> u16 {
-    (sequence % EXPRESS as u64) as u16
-}
-
 /// Memory that both sides see, as words of 64 bits.
 pub trait Words {
     /// The word, with everything written before it was stored.
@@ -109,8 +99,8 @@ pub struct Layout {
     pub log2_positions: u32,
     /// Payload slots, at most 65536.
     pub slots: u32,
-    /// Keeps the size a multiple of 8 without padding.
-    pub reserved: u32,
+    /// How many of them are express: a power of two, or none.
+    pub express: u32,
 }
 
 impl Layout {
@@ -118,7 +108,20 @@ impl Layout {
     #[must_use]
     pub const fn new(consumers: u32, slots: u32) -> Self {
         let log2_positions = slots.next_power_of_two().ilog2();
-        Self { consumers, log2_positions, slots, reserved: 0 }
+        Self { consumers, log2_positions, slots, express: 0 }
+    }
+
+    /// The same with express slots beside the others, a power of two of them.
+    #[must_use]
+    pub const fn with_express(self, express: u32) -> Self {
+        Self { express, ..Self::new(self.consumers, self.slots + express) }
+    }
+
+    /// The express slot of a sequence, if there are any.
+    #[must_use]
+    #[inline(always)]
+    pub const fn express_slot(&self, sequence: u64) -> u32 {
+        sequence as u32 & self.express.wrapping_sub(1)
     }
 
     /// Words in all.
