@@ -7,6 +7,7 @@
 mod backward;
 mod comparison;
 mod split;
+mod tf32;
 
 pub use backward::{Backward, Gradients, Saved, Tiers};
 
@@ -14,7 +15,7 @@ use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::{Activation, EpilogueActivation};
 use kasmina_kernels::gemm::hopper::{self, Forced, HopperGemmParams, Problem, Tile};
 use kasmina_kernels::gemm::portable::{self, PortableGemmParams};
-use kasmina_kernels::gemm::{InputLayout, WeightLayout};
+use kasmina_kernels::gemm::{F32Products, InputLayout, WeightLayout};
 use kasmina_kernels::tile_scheduler::TileScheduler;
 
 use crate::config::KernelConfig;
@@ -69,8 +70,9 @@ struct Extents {
 impl<T: Element> Forward<'_, T> {
     /// Enqueues the pass, writes Y, and says which tier runs it.
     ///
-    /// f32 on the `hopper` tier takes 4 to 6 bytes of device memory for each element of X and W,
-    /// from the stream's pool; where there is none, the next tier runs it unless one is forced.
+    /// f32 on the `hopper` tier, other than in TF32, takes 4 to 6 bytes of device memory for each
+    /// element of X and W, from the stream's pool; where there is none, the next tier runs it unless
+    /// one is forced.
     ///
     /// # Errors
     /// Before anything is enqueued: [`Error::DeviceMismatch`], [`Error::Shape`],
@@ -95,7 +97,12 @@ impl<T: Element> Forward<'_, T> {
             operation: Operation::GemmForward,
         };
         if tier == Tier::Hopper && T::DTYPE == DType::F32 {
-            return match self.run_in_parts(extents, y, &launch, stream, config) {
+            let products = split::products(config, self.inputs());
+            if products == F32Products::Tf32 {
+                self.run_in_tf32(extents, y, &launch, stream.gpu(), config)?;
+                return Ok(tier);
+            }
+            return match self.run_in_parts(extents, y, &launch, stream, products, config) {
                 // Parts need memory, plain f32 does not; nothing has been enqueued yet.
                 Err(Error::OutOfMemory { .. }) if split::forced_tier(device, config).is_none() => {
                     self.run_portable(extents, y, &launch)?;
@@ -109,11 +116,7 @@ impl<T: Element> Forward<'_, T> {
             return Ok(tier);
         }
         let sm_count = stream.gpu().capability().sm_count;
-        let Extents { m, n, k } = extents;
-        let forced = config.forced_hopper();
-        let straddles = |tensor: &Tensor<T>| Problem::straddles(row_stride_bytes(tensor));
-        let (x_straddles, w_straddles) = (straddles(self.x), straddles(self.w));
-        let problem = Problem { m, n, k, x_straddles, w_straddles };
+        let (problem, forced) = (self.problem(extents), config.forced_hopper());
         match hopper::select(T::DTYPE, self.layout, problem, sm_count, forced) {
             Some(selected) if tier == Tier::Hopper => {
                 let params = self.hopper_params(extents, selected.tile, y, stream.gpu())?;
@@ -125,6 +128,12 @@ impl<T: Element> Forward<'_, T> {
             _ => self.run_portable(extents, y, &launch)?,
         }
         Ok(tier)
+    }
+
+    /// What a Hopper kernel is chosen for.
+    fn problem(&self, Extents { m, n, k }: Extents) -> Problem {
+        let straddles = |tensor: &Tensor<T>| Problem::straddles(row_stride_bytes(tensor));
+        Problem { m, n, k, x_straddles: straddles(self.x), w_straddles: straddles(self.w) }
     }
 
     fn run_portable(&self, extents: Extents, y: &Tensor<T>, launch: &Launch<'_>) -> Result<()> {
@@ -194,7 +203,7 @@ impl<T: Element> Forward<'_, T> {
             dtype: T::DTYPE,
             layout: self.layout,
             shape: [m, n, k].map(|extent| extent as usize),
-            inputs: [Operand::of("x", self.x), Operand::of("w", self.w)],
+            inputs: self.inputs(),
             output: Operand::of("y", y),
         };
         let tier = choose_forward_tier(self.w.device(), config, pass)?;
@@ -202,6 +211,10 @@ impl<T: Element> Forward<'_, T> {
             Some(obstacle) if tier == Tier::Hopper => Err(obstacle.refuse(OP, tier)),
             _ => Ok(tier),
         }
+    }
+
+    fn inputs(&self) -> [Operand; 2] {
+        [Operand::of("x", self.x), Operand::of("w", self.w)]
     }
 
     /// Enqueues the pass between the streams' waits for each other.
@@ -330,6 +343,7 @@ fn tensor_map_key<T: Element>(
         extents,
         box_extents,
         dtype: T::DTYPE,
+        rounds_to_tf32: false,
         promotion: Promotion::default(),
     }
 }
@@ -420,20 +434,22 @@ fn kernel_obstacle(forced: Forced) -> Option<Obstacle> {
 
 /// Why TMA cannot address one of the operands, or would write beyond the output's columns.
 fn tma_obstacle(inputs: [Operand; 2], output: Operand) -> Option<Obstacle> {
-    let addressing =
-        |&Operand { name: operand, address, row_stride_bytes: bytes, .. }: &Operand| {
-            if !address.is_multiple_of(TMA_ALIGN) {
-                return Some(Obstacle::Address { operand });
-            }
-            let stride_fits = bytes.is_multiple_of(TMA_ALIGN) && bytes < TMA_MAX_STRIDE;
-            (!stride_fits).then_some(Obstacle::RowStride { operand, bytes })
-        };
     let Operand { name: operand, row_bytes: bytes, .. } = output;
-    inputs.iter().chain([&output]).find_map(addressing).or_else(|| {
+    inputs.iter().chain([&output]).find_map(addressing_obstacle).or_else(|| {
         // A store clips its box to whole pieces (seen on an H200: a row that ended inside one had
         // the rest of it overwritten).
         (!bytes.is_multiple_of(TMA_ALIGN)).then_some(Obstacle::RowLength { operand, bytes })
     })
+}
+
+/// Why TMA cannot address an operand.
+fn addressing_obstacle(operand: &Operand) -> Option<Obstacle> {
+    let &Operand { name: operand, address, row_stride_bytes: bytes, .. } = operand;
+    if !address.is_multiple_of(TMA_ALIGN) {
+        return Some(Obstacle::Address { operand });
+    }
+    let stride_fits = bytes.is_multiple_of(TMA_ALIGN) && bytes < TMA_MAX_STRIDE;
+    (!stride_fits).then_some(Obstacle::RowStride { operand, bytes })
 }
 
 pub(crate) fn check_shape(

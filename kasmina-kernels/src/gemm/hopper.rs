@@ -33,6 +33,7 @@ use crate::tile_scheduler::TileScheduler;
 
 pub mod comparison;
 pub mod split;
+pub mod tf32;
 pub mod weight_gradient;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
