@@ -85,8 +85,9 @@ impl KernelConfig {
     }
 
     /// Forces the output tile of Hopper kernels, rows and columns: `[128, 256]`, `[128, 128]`,
-    /// `[64, 128]` or `[64, 64]`; for f32 `[128, 128]` or `[64, 128]`. By default each call gets the
-    /// one expected to be fastest. Other tiers have one tile and take no notice.
+    /// `[64, 128]` or `[64, 64]`; for f32 `[128, 128]` or `[64, 128]`, but in TF32 the four, and with
+    /// rows and columns exchanged where W is `[in, out]`. By default each call gets the one expected
+    /// to be fastest. Other tiers have one tile and take no notice.
     #[must_use]
     pub const fn hopper_tile(mut self, tile: [u32; 2]) -> Self {
         self.hopper_tile = Some(tile);
@@ -95,8 +96,8 @@ impl KernelConfig {
 
     /// Forces how many blocks of a Hopper kernel share a tile, each with a part of k: 1, or with
     /// the tile of 64×64 also 2, 4 or 8. Where k has fewer steps of 64 a tile has one block all the
-    /// same. By default each call gets what is expected to be fastest. f32 kernels and the weight's
-    /// gradient take no notice.
+    /// same. By default each call gets what is expected to be fastest. f32 kernels other than
+    /// those in TF32, where a step is 32, and the weight's gradient take no notice.
     #[must_use]
     pub const fn hopper_split_k(mut self, blocks: u32) -> Self {
         self.hopper_split_k = Some(blocks);
@@ -133,8 +134,8 @@ impl KernelConfig {
         self
     }
 
-    /// Which products of bf16 parts make up an f32 product on the `hopper` tier: how accurate it is.
-    /// By default the six that give the full accuracy of f32. Other tiers multiply f32 as it is and
+    /// Which products make up an f32 product on the `hopper` tier, forward and in the input's
+    /// gradient: how accurate it is. By default the six that give the full accuracy of f32. Other tiers multiply f32 as it is and
     /// take no notice.
     #[must_use]
     pub const fn f32_products(mut self, products: F32Products) -> Self {
@@ -218,7 +219,7 @@ impl KernelConfig {
         Forced { tile, split_k, cluster_m, ping_pong }
     }
 
-    /// Which products of parts make up an f32 product on the `hopper` tier.
+    /// Which products make up an f32 product on the `hopper` tier.
     #[must_use]
     pub const fn chosen_f32_products(&self) -> F32Products {
         self.f32_products

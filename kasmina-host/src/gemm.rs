@@ -7,6 +7,7 @@
 mod backward;
 mod comparison;
 mod split;
+mod tf32;
 mod unaligned;
 
 pub use backward::{Backward, Gradients, Saved, Tiers};
@@ -16,7 +17,7 @@ use kasmina_kernels::activation::{Activation, EpilogueActivation};
 use kasmina_kernels::gemm::hopper::unaligned::PlainRows;
 use kasmina_kernels::gemm::hopper::{self, Forced, HopperGemmParams, Problem, Tile};
 use kasmina_kernels::gemm::portable::{self, PortableGemmParams};
-use kasmina_kernels::gemm::{InputLayout, WeightLayout};
+use kasmina_kernels::gemm::{F32Products, InputLayout, WeightLayout};
 use kasmina_kernels::tile_scheduler::TileScheduler;
 
 use crate::config::KernelConfig;
@@ -68,9 +69,10 @@ struct Extents {
 impl<T: Element> Forward<'_, T> {
     /// Enqueues the pass, writes Y, and says which tier runs it.
     ///
-    /// On the `hopper` tier, f32 takes 4 to 6 bytes of device memory for each element of X and W, and
-    /// a 16-bit X or W whose rows are no multiple of 16 bytes apart takes that of a copy, from the
-    /// stream's pool; where there is none, the next tier runs it unless one is forced.
+    /// On the `hopper` tier, f32 other than in TF32 takes 4 to 6 bytes of device memory for each
+    /// element of X and W, and a 16-bit X or W whose rows are no multiple of 16 bytes apart takes
+    /// that of a copy, from the stream's pool; where there is none, the next tier runs it unless one
+    /// is forced.
     ///
     /// # Errors
     /// Before anything is enqueued: [`Error::DeviceMismatch`], [`Error::Shape`],
@@ -99,7 +101,10 @@ impl<T: Element> Forward<'_, T> {
             return Ok(tier);
         }
         let served = if T::DTYPE == DType::F32 {
-            self.run_in_parts(extents, y, &launch, stream, config)
+            match split::products(config, self.is_addressable()) {
+                F32Products::Tf32 => self.run_in_tf32(extents, y, &launch, config),
+                products => self.run_in_parts(extents, y, &launch, stream, products, config),
+            }
         } else {
             self.run_on_hopper(extents, y, &launch, config)
         };
@@ -146,11 +151,7 @@ impl<T: Element> Forward<'_, T> {
             return self.run_without(without, extents, y, launch, gpu, config);
         }
         let sm_count = gpu.capability().sm_count;
-        let Extents { m, n, k } = extents;
-        let forced = config.forced_hopper();
-        let straddles = |tensor: &Tensor<T>| Problem::straddles(row_stride_bytes(tensor));
-        let (x_straddles, w_straddles) = (straddles(self.x), straddles(self.w));
-        let problem = Problem { m, n, k, x_straddles, w_straddles };
+        let (problem, forced) = (self.problem(extents), config.forced_hopper());
         // The tier was chosen with the type and what is forced in mind.
         let refused = || Obstacle::DType(T::DTYPE).refuse(OP, Tier::Hopper);
         let selected = hopper::select(T::DTYPE, self.layout, problem, sm_count, forced);
@@ -160,6 +161,12 @@ impl<T: Element> Forward<'_, T> {
         let blocks = selected.tile.num_blocks(params.tiles.num_tiles(), free);
         launch.prepare(&selected.kernel)?;
         self.ordered(y, || launch.run(&selected.kernel, blocks, &params))
+    }
+
+    /// What a Hopper kernel is chosen for.
+    fn problem(&self, Extents { m, n, k }: Extents) -> Problem {
+        let straddles = |tensor: &Tensor<T>| Problem::straddles(row_stride_bytes(tensor));
+        Problem { m, n, k, x_straddles: straddles(self.x), w_straddles: straddles(self.w) }
     }
 
     fn run_portable(&self, extents: Extents, y: &Tensor<T>, launch: &Launch<'_>) -> Result<()> {
@@ -224,12 +231,18 @@ impl<T: Element> Forward<'_, T> {
             dtype: T::DTYPE,
             layout: self.layout,
             shape: [m, n, k].map(|extent| extent as usize),
+            addressable: self.is_addressable(),
         };
         let tier = choose_forward_tier(self.w.device(), config, pass)?;
         match comparison::obstacle(config, T::DTYPE, self.layout) {
             Some(obstacle) if tier == Tier::Hopper => Err(obstacle.refuse(OP, tier)),
             _ => Ok(tier),
         }
+    }
+
+    /// Whether TMA can address X and W as they lie.
+    fn is_addressable(&self) -> bool {
+        [self.x, self.w].into_iter().all(unaligned::is_addressable)
     }
 
     /// Enqueues the pass between the streams' waits for each other.
@@ -361,6 +374,7 @@ fn tensor_map_key<T: Element>(
         extents,
         box_extents,
         dtype: T::DTYPE,
+        rounds_to_tf32: false,
         promotion: Promotion::default(),
     }
 }

@@ -11,6 +11,7 @@ use half::{bf16, f16};
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::gemm::WeightLayout;
+use kasmina_kernels::gemm::hopper::unaligned;
 use rayon::prelude::*;
 
 use crate::config::KernelConfig;
@@ -321,7 +322,10 @@ impl KasminaLayer {
             return Err(Error::Overflow { op, quantity: "the batch's size in bytes", limit });
         }
         let shape = [batch, out_features, in_features];
-        let pass = Pass { dtype, layout, shape };
+        let (_, weight_columns) = layout.rows_columns(in_features, out_features);
+        let row_bytes = [in_features, weight_columns].map(|columns| (columns * dtype.size()) as u64);
+        let addressable = row_bytes.iter().all(|&bytes| unaligned::is_aligned(0, bytes));
+        let pass = Pass { dtype, layout, shape, addressable };
         choose_forward_tier(&self.device, &self.config.kernel_config, pass)
     }
 

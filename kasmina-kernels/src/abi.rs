@@ -9,7 +9,7 @@ use core::marker::PhantomData;
 use miniz_oxide::inflate;
 
 use crate::conv1d::{self, hopper as conv1d_hopper};
-use crate::gemm::hopper::{self, comparison, ping_pong, split, weight_gradient};
+use crate::gemm::hopper::{self, comparison, ping_pong, split, tf32, weight_gradient};
 use crate::gemm::{backward, portable};
 use crate::persistent;
 use crate::reduce;
@@ -225,7 +225,8 @@ pub static MODULES: &[&Module] = &{
     const GATHER: usize = COMPARISON + comparison::KERNELS.len();
     const WGRAD: usize = GATHER + conv1d_hopper::gather::KERNELS.len();
     const HALO: usize = WGRAD + conv1d_hopper::wgrad::KERNELS.len();
-    let mut modules = [FIRST[0]; HALO + conv1d_hopper::gather::halo::KERNELS.len()];
+    const TF32: usize = HALO + conv1d_hopper::gather::halo::KERNELS.len();
+    let mut modules = [FIRST[0]; TF32 + tf32::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
@@ -244,8 +245,10 @@ pub static MODULES: &[&Module] = &{
             conv1d_hopper::gather::KERNELS[row - GATHER].kernel.module
         } else if row < HALO {
             conv1d_hopper::wgrad::KERNELS[row - WGRAD].kernel.module
-        } else {
+        } else if row < TF32 {
             conv1d_hopper::gather::halo::KERNELS[row - HALO].kernel.module
+        } else {
+            tf32::KERNELS[row - TF32].kernel.module
         };
         row += 1;
     }

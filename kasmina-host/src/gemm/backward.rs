@@ -15,6 +15,7 @@ use kasmina_kernels::gemm::hopper::Forced;
 use kasmina_kernels::gemm::hopper::weight_gradient::{self, Summed};
 use kasmina_kernels::gemm::{InputLayout, WeightLayout};
 
+use super::unaligned::is_addressable;
 use super::{
     Forward, Packed, Pass, check_shape, choose_forward_tier, extent, kernel_obstacle, ordered,
     pack, pick,
@@ -260,11 +261,15 @@ impl<T: Element> Backward<'_, T> {
         {
             return Err(reason.refuse(OP, tier));
         }
+        // dZ, where it is not dY, is memory of our own.
+        let dz_addressable = self.activation != Activation::None || is_addressable(self.dy);
+        let addressable = dz_addressable && is_addressable(self.w);
         let of_dx = |dx: &Tensor<T>| {
             let pass = Pass {
                 dtype: T::DTYPE,
                 layout: self.layout.transposed(),
                 shape: [dx.shape().rows(), dx.shape().columns(), self.dy.shape().columns()],
+                addressable,
             };
             choose_forward_tier(device, config, pass)
         };

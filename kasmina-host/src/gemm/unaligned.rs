@@ -30,7 +30,7 @@ impl<'a, T: Element> Packed<'a, T> {
         launch: &Launch<'_>,
         op: &'static str,
     ) -> Result<Self> {
-        if unaligned::is_aligned(source.as_device_ptr(), row_stride_bytes(source)) {
+        if is_addressable(source) {
             return Ok(Self { source, copy: None });
         }
         let rows = extent(op, "the number of rows of an operand", source.shape().rows())?;
@@ -59,6 +59,11 @@ impl<'a, T: Element> Packed<'a, T> {
     }
 }
 
+/// Whether TMA can address a matrix as it lies.
+pub(super) fn is_addressable<T: Element>(matrix: &Tensor<T>) -> bool {
+    unaligned::is_aligned(matrix.as_device_ptr(), row_stride_bytes(matrix))
+}
+
 /// Enqueues the copies that are needed, in one launch each two.
 pub(super) fn pack<T: Element>(operands: &[&Packed<'_, T>], launch: &Launch<'_>) -> Result<()> {
     let mut jobs = operands.iter().filter_map(|operand| Some(operand.copy.as_ref()?.1));
@@ -72,10 +77,9 @@ pub(super) fn pack<T: Element>(operands: &[&Packed<'_, T>], launch: &Launch<'_>)
 /// How a result is stored, if TMA cannot: it clips a box to whole pieces of 16 bytes (seen on an
 /// H200: of a row that ended inside one, the rest of the piece was overwritten).
 pub(super) fn plain_rows<T: Element>(result: &Tensor<T>, [rows, columns]: [u32; 2]) -> PlainRows {
-    let address = result.as_device_ptr();
     let whole = (columns as usize * size_of::<T>()).is_multiple_of(16);
-    if whole && unaligned::is_aligned(address, row_stride_bytes(result)) {
+    if whole && is_addressable(result) {
         return PlainRows::NONE;
     }
-    PlainRows { address, stride: result.row_stride() as u64, rows, columns }
+    PlainRows { address: result.as_device_ptr(), stride: result.row_stride() as u64, rows, columns }
 }

@@ -15,7 +15,10 @@ use crate::tensor_map::{Promotion, SequenceMap, TensorMapKey};
 /// The map of this key: boxes of 64-byte or 128-byte rows, swizzled over as many bytes, zeros
 /// beyond the edges.
 pub(super) fn encode(key: &TensorMapKey) -> Result<TensorMap> {
-    let data_type = data_type(key.dtype)?;
+    let data_type = match key.dtype {
+        DType::F32 if key.rounds_to_tf32 => CUtensorMapDataType::Tfloat32,
+        dtype => data_type(dtype)?,
+    };
     let [box_columns, _] = key.box_extents;
     let swizzle = match box_columns as usize * key.dtype.size() {
         64 => CUtensorMapSwizzle::Bytes64,

@@ -7,11 +7,13 @@ use crate::{pipeline::RingPosition, ptx};
 
 mod element;
 mod exchange;
+mod f32_epilogue;
 mod multiply;
 mod operands;
 mod share;
 pub(crate) use element::{BF16, Element, F16};
-pub(super) use exchange::Exchange;
+pub(crate) use exchange::Exchange;
+pub(crate) use f32_epilogue::{F32Epilogue, Output, TransposedEpilogue};
 pub(crate) use multiply::multiply_tile;
 pub(crate) use operands::{Matrices, Operands, Stage};
 pub(super) use share::Shared;
@@ -150,11 +152,11 @@ unsafe fn prefetch_first_lap(block: Block, operands: impl Operands, work: Work) 
 
 /// What there is to do.
 #[derive(Clone, Copy)]
-pub(super) struct Work {
-    pub(super) tiles: TileScheduler,
-    pub(super) k_blocks: u32,
+pub(crate) struct Work {
+    pub(crate) tiles: TileScheduler,
+    pub(crate) k_blocks: u32,
     /// Bytes of the boxes of a stage.
-    pub(super) stage_bytes: u32,
+    pub(crate) stage_bytes: u32,
 }
 
 /// Feeds the ring for every tile of this block.
@@ -163,7 +165,7 @@ pub(super) struct Work {
 /// One thread of the block calls it; the operands' maps are 64-aligned addresses of maps with the
 /// boxes that their parameters name, of `stage_bytes` together (the host encodes them).
 #[inline(always)]
-pub(super) unsafe fn produce(block: Block, operands: impl Operands, work: Work) {
+pub(crate) unsafe fn produce(block: Block, operands: impl Operands, work: Work) {
     let tiles = work.tiles;
     // SAFETY: valid maps by the caller's contract. Prefetching may run ahead of the grid before:
     // 0.1 to 0.7 µs less per small product in a graph on an H200.
@@ -452,13 +454,13 @@ macro_rules! cluster_marker {
         ""
     };
     ($blocks:literal 1) => {
-        device::cluster_marker!(1 $blocks)
+        $crate::gemm::hopper::device::cluster_marker!(1 $blocks)
     };
     (1 $blocks:literal) => {
         concat!("// kasmina: .reqnctapercluster ", $blocks, ", 1, 1")
     };
 }
-pub(super) use cluster_marker;
+pub(crate) use cluster_marker;
 
 /// Defines the entry for one element type, major order of W and tile.
 macro_rules! entry {
