@@ -8,6 +8,7 @@ use super::{
 use crate::ptx;
 use crate::unroll::unroll;
 
+mod bands;
 mod chunk;
 #[cfg(kasmina_tier = "hopper")]
 mod cluster;
@@ -19,6 +20,7 @@ mod node;
 mod segments;
 mod slots;
 
+pub(super) use bands::bands;
 use chunk::At;
 #[cfg(kasmina_tier = "hopper")]
 pub(super) use cluster::few;
@@ -27,6 +29,7 @@ pub(super) use element::{BF16, Element, F16, F32, Max, Min, Pairs, Statistic, Su
 use load::*;
 pub(super) use naive::naive;
 use node::{Node, Total};
+use segments::merge_slots;
 pub(super) use segments::segments;
 use slots::{Usual, clear, get, mean, put, quotient, store_result};
 
