@@ -118,6 +118,9 @@ fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
             (Some("summary"), _) if few => (0, 37),
             (Some("sum"), _) if few => (0, 26),
             (Some("max" | "min"), _) if few => (0, 8),
+            // One before the block's slot, and one where the slots are merged.
+            (Some("summary"), _) if name.contains("_rows_") => (2, 68),
+            (Some("sum"), _) if name.contains("_rows_") => (2, 48),
             (Some("segments"), true) => (0, 54),
             (Some("segments"), false) => (0, 86),
             // One between the block's warps.

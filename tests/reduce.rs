@@ -13,6 +13,9 @@ mod columns;
 mod gpu;
 #[path = "support/moments.rs"]
 mod moments;
+/// Elements that are not finite.
+#[path = "reduce/nan.rs"]
+mod nan;
 #[path = "support/random.rs"]
 mod random;
 /// Captured reductions.
@@ -87,10 +90,10 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
             ("more_than_2_to_the_24_elements_match_reference", many::<T>),
             ("adversarial_values_match_reference", adversarial::<T>),
             ("unit_noise_on_a_large_mean_keeps_its_variance", large_mean::<T>),
-            ("non_finite_elements_are_counted_and_propagate", non_finite::<T>),
+            ("non_finite_elements_are_counted_and_propagate", nan::count_and_propagate::<T>),
             ("results_do_not_depend_on_where_the_data_starts", unaligned::<T>),
             ("the_same_elements_give_the_same_bits_twice", repeats::<T>),
-            ("skipped_nan_are_counted_and_the_rest_matches_reference", skipped::<T>),
+            ("skipped_nan_are_counted_and_the_rest_matches_reference", nan::are_skipped::<T>),
             ("segments_match_reference", segmented::match_reference::<T>),
             ("segments_of_views_leave_out_the_gaps", segmented::of_views::<T>),
             ("segments_keep_their_bits_over_repetitions_and_alignments", segmented::keep_bits::<T>),
@@ -184,6 +187,13 @@ fn edge_lengths(dtype: DType) -> Vec<usize> {
     if reduced() {
         lengths.retain(|&length| length <= 20_000);
     }
+    // Those of which every block takes one chunk of whole rows, and around where they begin.
+    let first = (1 << 20) / dtype.size();
+    let whole = if reduced() { &[130][..] } else { &[128, 129, 131, 263, 264, 265, 527, 530] };
+    for &rows in whole {
+        let edge = rows * first / 128;
+        lengths.extend([edge - 1, edge, edge + 1, edge + 37, edge + first / 128 - 3]);
+    }
     lengths.into_iter().collect()
 }
 
@@ -202,7 +212,18 @@ fn many<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     let length = if reduced() { (1 << 17) + 1 } else { (1 << 24) + 1 };
     let values = normal::<T>("many", (1 << 16) + 3);
     let values: Vec<T> = values.into_iter().cycle().take(length).collect();
-    Ok(compare(&reducer, &values)?)
+    compare(&reducer, &values)?;
+    if reduced() {
+        return Ok(());
+    }
+    // Beyond 128 MiB, where blocks take one chunk after the other.
+    let part = &values[..(1 << 16) + 3];
+    let times = (128 << 20) / size_of_val(&part[..1 << 16]);
+    let tensor = vector(device, &part.repeat(times))?;
+    let reference = Reference::of(part, EPSILON, reducer.tier()).repeated(times as u64);
+    reference.compare(&reducer.summary(&tensor)?)?;
+    reference.compare_one(Reduction::Sum, reducer.reduce(&tensor, Reduction::Sum)?)?;
+    Ok(())
 }
 
 /// The largest finite value, and the smallest of all.
@@ -217,12 +238,12 @@ fn extremes<T: Element>() -> [f32; 2] {
 fn adversarial<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     let reducer = reducer(device, tier)?;
     let [largest, smallest] = extremes::<T>();
-    let count = if reduced() { 20_011 } else { 300_007 };
+    let count = if reduced() { 20_011 } else { 1_200_028 / size_of::<T>() };
     let noise = Random::of(&format!("noise {}", T::DTYPE)).normal(count);
     let signs = || (0..count).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 });
     // A root keeps the spread within the narrowest type.
     let spread = || noise.iter().map(|&x: &f32| (3.0 * x).exp2());
-    let cases: [(&str, Vec<f32>); 12] = [
+    let cases: [(&str, Vec<f32>); 14] = [
         ("a large mean", noise.iter().map(|x| x + 1e4).collect()),
         ("a larger mean", noise.iter().map(|x| 0.01 * x - 3e4).collect()),
         ("a trend", (0..count).map(|i| i as f32 / count as f32).collect()),
@@ -232,6 +253,14 @@ fn adversarial<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
             (0..count).map(|i| if 2 * i < count { 3e4 } else { -3e4 }).collect(),
         ),
         ("one large among small", (0..count).map(|i| if i == 777 { 6e4 } else { 1e-3 }).collect()),
+        (
+            "each chunk far from its first elements",
+            noise.iter().enumerate().map(|(i, x)| if i % 2048 < 8 { 3e4 } else { *x }).collect(),
+        ),
+        (
+            "steps within chunks",
+            noise.iter().enumerate().map(|(i, x)| x + (i / 1500 % 2 * 1000) as f32).collect(),
+        ),
         ("subnormal numbers", noise.iter().map(|x| (16.0 * x).round() * smallest).collect()),
         ("zeros of both signs", signs().map(|sign| 0.0 * sign).collect()),
         ("all equal", vec![0.1; count]),
@@ -264,89 +293,6 @@ fn large_mean<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     require(error <= 1e-5 * expected, || format!("got {got:?}, expected {expected}"))
 }
 
-fn non_finite<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
-    let reducer = reducer(device, tier)?;
-    let lengths: &[usize] = if reduced() { &[33, 9001] } else { &[1, 33, 9001, 1_000_003] };
-    for &length in lengths {
-        let values = normal::<T>("non-finite", length);
-        let somewhere = Random::of(&format!("position {length}")).below(length);
-        let positions = [0, length - 1, length / 2, somewhere];
-        let specials: [&[f32]; 5] = [
-            &[f32::NAN],
-            &[f32::INFINITY],
-            &[f32::NEG_INFINITY],
-            &[f32::INFINITY, f32::NEG_INFINITY],
-            &[f32::NAN, f32::INFINITY, -f32::NAN],
-        ];
-        for (special, position) in
-            specials.iter().flat_map(|special| positions.map(|position| (special, position)))
-        {
-            let mut values = values.clone();
-            for (i, &special) in special.iter().enumerate() {
-                values[(position + i * (length / 3 + 1)) % length] = T::from_f32(special);
-            }
-            compare(&reducer, &values).map_err(|error| {
-                format!("{special:?} from {position} on among {length} elements: {error}")
-            })?;
-        }
-    }
-    // Nothing but them.
-    for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        compare(&reducer, &[T::from_f32(special); 5000])?;
-    }
-    Ok(())
-}
-
-/// Of an element's place, and the length of a stretch.
-type IsSkipped = fn(usize, usize) -> bool;
-
-/// NaN at some places, of which nothing may show but their number.
-fn skipped<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
-    let reducer = TelemetryReducer::with_config(device, config(tier).nan(NanPolicy::Skip))?;
-    let lengths: &[usize] =
-        if reduced() { &[33, 9001] } else { &[1, 33, 4097, 9001, 70_001, 1_000_003] };
-    for &length in lengths {
-        // What the threads of a block have under way at once.
-        let stretch = 16_384 / size_of::<T>();
-        let patterns: [(&str, IsSkipped, f32); 7] = [
-            ("none", |_, _| false, 0.0),
-            ("each", |_, _| true, 0.0),
-            ("every second", |place, _| place.is_multiple_of(2), 0.0),
-            ("every 997th", |place, _| place.is_multiple_of(997), 1e4),
-            ("every 7001st", |place, _| place.is_multiple_of(7001), 1e4),
-            // Neither gives a mean that stands for what follows.
-            ("every second stretch", |place, stretch| (place / stretch).is_multiple_of(2), 1e4),
-            ("the first of every 64", |place, _| place % 64 < 16, 1e4),
-        ];
-        for (which, is_skipped, shift) in patterns {
-            let mut values = normal::<T>("skipped", length);
-            values.iter_mut().for_each(|value| *value = T::from_f32(value.to_f32() + shift));
-            let mut others = Vec::new();
-            for (place, value) in values.iter_mut().enumerate() {
-                if is_skipped(place, stretch) {
-                    *value = T::from_f32(f32::NAN);
-                } else {
-                    others.push(*value);
-                }
-            }
-            let tensor = vector(device, &values)?;
-            let (summary, case) = (reducer.summary(&tensor)?, format!("{length}, {which}"));
-            let skipped = (length - others.len()) as u64;
-            let counts = (summary.count(), summary.non_finite());
-            require(counts == (others.len() as u64, skipped), || format!("{case}: {counts:?}"))?;
-            let reference = Reference::of(&others, EPSILON, tier).with_non_finite(skipped);
-            reference.compare(&summary).map_err(|error| format!("{case}: {error}"))?;
-            for reduction in Reduction::ALL {
-                let got = reducer.reduce(&tensor, reduction)?;
-                reference
-                    .compare_one(reduction, got)
-                    .map_err(|error| format!("{case}, reduce alone: {error}"))?;
-            }
-        }
-    }
-    Ok(())
-}
-
 /// Every bit that a reducer's results consist of.
 fn bits<T: Element>(reducer: &TelemetryReducer, tensor: &Tensor<T>) -> Result<Vec<u64>, Failed> {
     let mut bits = summary_bits(&reducer.summary(tensor)?);
@@ -372,7 +318,8 @@ fn summary_bits(summary: &Summary) -> Vec<u64> {
 
 fn unaligned<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     let reducer = reducer(device, tier)?;
-    let lengths: &[usize] = if reduced() { &[1, 5000] } else { &[1, 31, 5000, 70_001, 1_200_007] };
+    let lengths: &[usize] =
+        if reduced() { &[1, 5000, 600_011] } else { &[1, 31, 5000, 70_001, 600_011, 1_200_007] };
     for &length in lengths {
         let values = normal::<T>("unaligned", length);
         let expected = bits(&reducer, &vector(device, &values)?)?;
@@ -409,10 +356,15 @@ fn repeats<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
 }
 
 fn grids<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
-    let lengths: &[usize] =
-        if reduced() { &[70_001, 600_011] } else { &[5000, 70_001, 1 << 20, 4_000_037] };
+    let lengths: &[usize] = if reduced() {
+        &[70_001, 600_011]
+    } else {
+        &[5000, 70_001, 1 << 20, 4_000_037, 70_000_001]
+    };
     for &length in lengths {
-        let tensor = vector(device, &normal::<T>("grids", length))?;
+        let values = normal::<T>("grids", length.min(4_000_037));
+        let values: Vec<T> = values.into_iter().cycle().take(length).collect();
+        let tensor = vector(device, &values)?;
         let expected = bits(&reducer(device, tier)?, &tensor)?;
         for blocks in [1, 2, 3, 7, 64, 131] {
             let config = config(tier).max_blocks(blocks);

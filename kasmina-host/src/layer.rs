@@ -323,7 +323,8 @@ impl KasminaLayer {
         }
         let shape = [batch, out_features, in_features];
         let (_, weight_columns) = layout.rows_columns(in_features, out_features);
-        let row_bytes = [in_features, weight_columns].map(|columns| (columns * dtype.size()) as u64);
+        let row_bytes =
+            [in_features, weight_columns].map(|columns| (columns * dtype.size()) as u64);
         let addressable = row_bytes.iter().all(|&bytes| unaligned::is_aligned(0, bytes));
         let pass = Pass { dtype, layout, shape, addressable };
         choose_forward_tier(&self.device, &self.config.kernel_config, pass)

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kasmina_kernels::abi::Tier;
 use kasmina_kernels::reduce::{
-    self, Chunks, Moments, NaiveReduceParams, Partial, ReduceParams, Rule, Statistic,
+    self, Chunks, Moments, NaiveReduceParams, Partial, ReduceParams, RowParams, Rule, Statistic,
 };
 
 use crate::config::KernelConfig;
@@ -145,8 +145,8 @@ impl ReducerConfig {
         self
     }
 
-    /// Launches at most this many blocks, at least one. The result does not depend on it, which is
-    /// what tests use it for.
+    /// Launches at most this many blocks, at least one, where blocks take chunk after chunk. The
+    /// result does not depend on it, which is what tests use it for.
     #[doc(hidden)]
     #[must_use]
     pub const fn max_blocks(mut self, blocks: u32) -> Self {
@@ -387,22 +387,45 @@ impl TelemetryReducer {
             return self
                 .ordered(tensor, || launcher.run(kernel, reduce::cluster_blocks(chunks), &params));
         }
+        // What is skipped has no place in its sums, which merge by addition.
+        let rows = reduce::rows_kernel(self.tier, T::DTYPE, statistic)
+            .zip(Chunks::rows(len, T::DTYPE))
+            .filter(|_| self.config.nan == NanPolicy::Propagate);
+        if let Some((kernel, chunks)) = rows {
+            launcher.prepare(kernel)?;
+            return self.with_slots(stream, chunks.count, |workspace| {
+                let reduce = self.params(tensor, chunks, Some(workspace), result);
+                let params = RowParams { reduce, inverse: 1.0 / len as f64 };
+                self.ordered(tensor, || launcher.run(kernel, chunks.count, &params))
+            });
+        }
         let kernel = reduce::kernel(self.tier, T::DTYPE, statistic);
         let kernel = kernel.ok_or_else(|| Obstacle::GpuMemory.refuse(OP, self.tier))?;
         launcher.prepare(kernel)?;
         let chunks = Chunks::of(len, T::DTYPE);
-        // Held while launching: a workspace that grows is freed in the stream's order, so nothing
-        // that uses it may be enqueued after that.
-        let mut kept = lock(&self.workspace);
-        let sufficient = kept.take().filter(|kept| kept.slots >= chunks.count);
-        let workspace = kept.insert(match sufficient {
-            Some(workspace) => workspace,
-            None => Workspace::new(stream, chunks.count)?,
-        });
-        let params = self.params(tensor, chunks, Some(&workspace.buffer), result);
         let blocks = reduce::blocks(chunks, stream.gpu().capability().sm_count);
         let blocks = blocks.min(self.config.max_blocks).max(1);
-        self.ordered(tensor, || launcher.run(kernel, blocks, &params))
+        self.with_slots(stream, chunks.count, |workspace| {
+            let params = self.params(tensor, chunks, Some(workspace), result);
+            self.ordered(tensor, || launcher.run(kernel, blocks, &params))
+        })
+    }
+
+    /// Enqueues what needs so many slots. They are held meanwhile: a workspace that grows is freed in
+    /// the stream's order, so nothing that uses it may be enqueued after that.
+    fn with_slots(
+        &self,
+        stream: &Arc<GpuStream>,
+        slots: u32,
+        enqueue: impl FnOnce(&Buffer) -> Result<()>,
+    ) -> Result<()> {
+        let mut kept = lock(&self.workspace);
+        let sufficient = kept.take().filter(|kept| kept.slots >= slots);
+        let workspace = kept.insert(match sufficient {
+            Some(workspace) => workspace,
+            None => Workspace::new(stream, slots)?,
+        });
+        enqueue(&workspace.buffer)
     }
 
     fn params<T: Element>(

@@ -25,6 +25,10 @@
 //! of blocks of 512 threads takes them, a chunk for each half of a block: every warp sends its sums
 //! to the shared memory of the first block, whose first warp merges them.
 //!
+//! From there on to 128 MiB, on Hopper, summary and sum are found by a block of 512 threads for each
+//! chunk, with a pivot for each chunk instead of each thread, so that there is nothing to rebase, and
+//! slots relative to a pivot of the whole tensor (`device/rows.rs`).
+//!
 //! No block waits for another but the merging one. It reads a slot until none of its words is
 //! [`Partial::UNWRITTEN`], and makes it so again. So what one block tells another crosses the L2
 //! cache once, without a fence or a counter of arrivals between. Every block draws a ticket as it
@@ -39,7 +43,8 @@
 //! in segments):
 //! - m2, so the variance too: relative error at most 12·(1 + r)·u, whatever the mean.
 //! - sum with [`Statistic::Summary`]: at most 10·(1 + r)·u·Σ|x|, and far less unless single elements
-//!   dwarf the rest; with [`Statistic::Sum`]: at most 10·u·Σ|x|.
+//!   dwarf the rest; with [`Statistic::Sum`]: at most 10·u·Σ|x|. Where a chunk shares a pivot it is
+//!   at most 40·u·√(n·Σx²), and m2 is within 200·u.
 //! - A batch whose squares leave the range of f32 (an element beyond 10¹⁹, all differences below
 //!   10⁻¹⁸, infinities, NaN) is summed again in f64, so finite data of any size are right. So are
 //!   all that follow a first batch without a finite mean, which leaves them without a pivot.
@@ -59,14 +64,17 @@ mod columns;
 #[cfg(target_arch = "nvptx64")]
 mod device;
 mod moments;
+mod rows;
 mod segments;
 
 pub use bands::{BandParams, Bands};
 pub use chunks::{Chunks, Counts, Partial, share};
 pub use columns::{ColumnParams, Columns};
 pub use moments::{Accumulator, Batch, Moments, Rule};
+pub use rows::RowParams;
 pub use segments::{MOST_EXTENT, SegmentParams, Segments, Strip};
 
+use rows::{ROW_SMEM_BYTES, ROW_THREADS};
 use segments::SEGMENT_THREADS;
 
 use crate::abi::{DType, Kernel, KernelParams, Module, Tier, module};
@@ -225,13 +233,13 @@ pub const fn naive_blocks(len: u64) -> u32 {
 /// entries on the device.
 macro_rules! kernels {
     ($($tier:ident $folder:literal $module:ident $dtype:ident $name:literal:
-        $($statistic:ident $entry:ident $(few $few:ident)?),+;
+        $($statistic:ident $entry:ident $(few $few:ident)? $(rows $rows:ident)?),+;
         segments $segments:ident; bands $bands:ident; columns $columns:ident; naive $naive:ident;)+) => {
         $(
             /// Every reduction of this element type and tier.
             pub static $module: Module =
                 module!($tier, $folder, $name, [
-                    $(stringify!($entry), $(stringify!($few),)?)+
+                    $(stringify!($entry), $(stringify!($few),)? $(stringify!($rows),)?)+
                     stringify!($segments), stringify!($bands), stringify!($columns),
                     stringify!($naive)
                 ]);
@@ -266,6 +274,24 @@ macro_rules! kernels {
                     static KERNEL: Kernel<ReduceParams> = launched(Tier::$tier,
                         Kernel::new(&$module, stringify!($few), CLUSTER_THREADS, CLUSTER_SMEM_BYTES)
                             .as_one_cluster());
+                    Some(&KERNEL)
+                })?)+)+
+                _ => None,
+            }
+        }
+
+        /// The kernel of one chunk per block, for runs of a middling size; `None` where the tier or
+        /// the statistic has none. Sums of f32 are faster by [`kernel`].
+        #[must_use]
+        pub fn rows_kernel(
+            tier: Tier,
+            dtype: DType,
+            statistic: Statistic,
+        ) -> Option<&'static Kernel<RowParams>> {
+            match (tier, dtype, statistic) {
+                $($($((Tier::$tier, DType::$dtype, Statistic::$statistic) => {
+                    static KERNEL: Kernel<RowParams> = launched(Tier::$tier,
+                        Kernel::new(&$module, stringify!($rows), ROW_THREADS, ROW_SMEM_BYTES));
                     Some(&KERNEL)
                 })?)+)+
                 _ => None,
@@ -335,6 +361,8 @@ macro_rules! kernels {
                     BandParams, ColumnParams, NaiveReduceParams, ReduceParams, SegmentParams,
                     device,
                 };
+                #[cfg(kasmina_tier = "hopper")]
+                use super::RowParams;
 
                 $(
                     /// # Safety
@@ -354,6 +382,17 @@ macro_rules! kernels {
                         pub(super) unsafe extern "ptx-kernel" fn $few(params: ReduceParams) {
                             // SAFETY: as above.
                             unsafe { device::few::<device::$dtype, device::$statistic>(&params) }
+                        }
+                    )?
+
+                    $(
+                        /// # Safety
+                        /// As above, where the chunks are those of `Chunks::rows`, with a block for
+                        /// each.
+                        #[unsafe(no_mangle)]
+                        pub(super) unsafe extern "ptx-kernel" fn $rows(params: RowParams) {
+                            // SAFETY: as above.
+                            unsafe { device::rows::<device::$dtype, device::$statistic>(&params) }
                         }
                     )?
                 )+
@@ -418,22 +457,22 @@ kernels! {
         Min reduce_bf16_min; segments reduce_bf16_segments; bands reduce_bf16_bands;
         columns reduce_bf16_columns; naive reduce_bf16_naive;
     Hopper "hopper" HOPPER_F32 F32 "reduce_f32":
-        Summary reduce_f32_summary few reduce_f32_few_summary,
+        Summary reduce_f32_summary few reduce_f32_few_summarymary,
         Sum reduce_f32_sum few reduce_f32_few_sum,
         Max reduce_f32_max few reduce_f32_few_max,
         Min reduce_f32_min few reduce_f32_few_min;
         segments reduce_f32_segments; bands reduce_f32_bands;
         columns reduce_f32_columns; naive reduce_f32_naive;
     Hopper "hopper" HOPPER_F16 F16 "reduce_f16":
-        Summary reduce_f16_summary few reduce_f16_few_summary,
-        Sum reduce_f16_sum few reduce_f16_few_sum,
+        Summary reduce_f16_summary few reduce_f16_few_summary rows reduce_f16_rows_summary,
+        Sum reduce_f16_sum few reduce_f16_few_sum rows reduce_f16_rows_sum,
         Max reduce_f16_max few reduce_f16_few_max,
         Min reduce_f16_min few reduce_f16_few_min;
         segments reduce_f16_segments; bands reduce_f16_bands;
         columns reduce_f16_columns; naive reduce_f16_naive;
     Hopper "hopper" HOPPER_BF16 BF16 "reduce_bf16":
-        Summary reduce_bf16_summary few reduce_bf16_few_summary,
-        Sum reduce_bf16_sum few reduce_bf16_few_sum,
+        Summary reduce_bf16_summary few reduce_bf16_few_summary rows reduce_bf16_rows_summary,
+        Sum reduce_bf16_sum few reduce_bf16_few_sum rows reduce_bf16_rows_sum,
         Max reduce_bf16_max few reduce_bf16_few_max,
         Min reduce_bf16_min few reduce_bf16_few_min;
         segments reduce_bf16_segments; bands reduce_bf16_bands;
@@ -455,6 +494,11 @@ mod tests {
                     assert_eq!(kernel.module.name, format!("reduce_{dtype}"));
                     assert_eq!(kernel.module.tier, tier);
                     assert_eq!(kernel.waits_for_predecessors, tier == Tier::Hopper);
+                }
+                for statistic in [Statistic::Summary, Statistic::Sum] {
+                    let rows = rows_kernel(tier, dtype, statistic).map(|kernel| kernel.entry);
+                    let name = format!("reduce_{dtype}_rows_{}", statistic.name());
+                    assert_eq!(rows, (tier == Tier::Hopper).then_some(&*name));
                 }
                 let segments = segment_kernel(tier, dtype).expect("a kernel");
                 assert_eq!(segments.entry, format!("reduce_{dtype}_segments"));

@@ -66,6 +66,20 @@ impl Reference {
         Self { non_finite, ..self }
     }
 
+    /// Of the same elements so many times.
+    pub(crate) fn repeated(self, times: u64) -> Self {
+        let factor = times as f64;
+        Self {
+            count: self.count * times,
+            sum: self.sum * factor,
+            m2: self.m2 * factor,
+            non_finite: self.non_finite * times,
+            dead: self.dead * times,
+            magnitude: self.magnitude * factor,
+            ..self
+        }
+    }
+
     fn abs_max(&self) -> f64 {
         if self.max.is_nan() { self.max } else { self.max.max(-self.min) }
     }

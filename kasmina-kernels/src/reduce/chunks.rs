@@ -31,7 +31,7 @@ const TAIL_BYTES: u64 = 4 << 20;
 
 /// Chunks that one cluster takes, and bytes: two batches for each.
 const CLUSTER_CHUNKS: u64 = CLUSTER_BLOCKS as u64 * CLUSTER_TEAMS as u64;
-const FEW_BYTES: u64 = 2 * CLUSTER_CHUNKS * BATCH_BYTES;
+pub(super) const FEW_BYTES: u64 = 2 * CLUSTER_CHUNKS * BATCH_BYTES;
 
 /// How a run of elements is cut up: into large chunks, then small ones, the last of them shorter.
 #[repr(C)]
@@ -102,7 +102,7 @@ impl Chunks {
         Some(Self::equal(len, batch * if each > 1 { each } else { 1 }))
     }
 
-    const fn equal(len: u64, chunk: u64) -> Self {
+    pub(super) const fn equal(len: u64, chunk: u64) -> Self {
         let count = len.div_ceil(chunk) as u32;
         Self { len, large_len: chunk as u32, small_len: chunk as u32, large: 0, count }
     }

@@ -17,6 +17,8 @@ mod element;
 mod load;
 mod naive;
 mod node;
+#[cfg(kasmina_tier = "hopper")]
+mod rows;
 mod segments;
 mod slots;
 
@@ -29,6 +31,8 @@ pub(super) use element::{BF16, Element, F16, F32, Max, Min, Pairs, Statistic, Su
 use load::*;
 pub(super) use naive::naive;
 use node::{Node, Total};
+#[cfg(kasmina_tier = "hopper")]
+pub(super) use rows::rows;
 use segments::merge_slots;
 pub(super) use segments::segments;
 use slots::{Usual, clear, get, mean, put, quotient, store_result};
@@ -97,9 +101,19 @@ const PREFETCH_BYTES: u64 = 64 << 10;
 #[inline(always)]
 unsafe fn prefetch<E: Element>(params: &ReduceParams, chunk: u32) {
     let (first, len) = params.chunks.range(chunk);
-    let address = params.data + (first << E::LOG2_SIZE);
+    // SAFETY: the caller's contract.
+    unsafe { prefetch_bytes::<E>(params.data + (first << E::LOG2_SIZE), len, PREFETCH_BYTES) };
+}
+
+/// The same of `len` elements, of which at most so many bytes.
+///
+/// # Safety
+/// They exist and are readable.
+#[cfg(kasmina_tier = "hopper")]
+#[inline(always)]
+unsafe fn prefetch_bytes<E: Element>(address: u64, len: u32, most: u64) {
     let bytes = u64::from(len) << E::LOG2_SIZE;
-    let bytes = if bytes < PREFETCH_BYTES { bytes } else { PREFETCH_BYTES };
+    let bytes = if bytes < most { bytes } else { most };
     // Whole pieces of 16 bytes from the first that begins in the chunk.
     let aligned = (address + 15) & !15;
     let skipped = aligned - address;

@@ -44,6 +44,15 @@ pub(in crate::reduce) struct Pairs {
     dead: u32,
 }
 
+impl Pairs {
+    /// The same extremes, and no dead elements.
+    #[cfg(kasmina_tier = "hopper")]
+    #[inline(always)]
+    pub(in crate::reduce) fn without_dead(self) -> Self {
+        Self { dead: 0, ..self }
+    }
+}
+
 pub(in crate::reduce) struct F32;
 pub(in crate::reduce) struct F16;
 pub(in crate::reduce) struct BF16;

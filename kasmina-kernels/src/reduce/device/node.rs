@@ -41,10 +41,10 @@ impl Node {
         self
     }
 
-    /// Sum over the warp, or over its first 8 lanes if each other 8 hold the same once more.
+    /// Sum over the warp, or over its first 8 or 16 lanes if the others hold the same once more.
     ///
     /// # Safety
-    /// The whole warp executes it; `LANES` is 32 or 8.
+    /// The whole warp executes it; `LANES` is 32, 16 or 8.
     #[inline(always)]
     pub(super) unsafe fn over<S: Statistic, const LANES: u32>(mut self) -> Self {
         // SAFETY: the caller's contract; all lanes take the same way.
@@ -377,6 +377,8 @@ unsafe fn sum_f64<const LANES: u32>(mut value: f64) -> f64 {
     unsafe {
         if LANES == 32 {
             value += other_f64::<16>(value);
+        }
+        if LANES >= 16 {
             value += other_f64::<8>(value);
         }
         value += other_f64::<4>(value);
@@ -398,6 +400,8 @@ unsafe fn sum_pair<const LANES: u32>(a: f64, b: f64) -> (f64, f64) {
         let (mut sum, given) = if upper { (b, a) } else { (a, b) };
         if LANES == 32 {
             sum += other_f64::<16>(given);
+        }
+        if LANES >= 16 {
             sum += other_f64::<8>(sum);
         }
         sum = sum_f64::<8>(sum);
@@ -421,6 +425,8 @@ unsafe fn sum_u32<const LANES: u32>(value: u32) -> u32 {
             let mut sum = value;
             if LANES == 32 {
                 sum += ptx::shfl_sync_bfly::<16>(sum);
+            }
+            if LANES >= 16 {
                 sum += ptx::shfl_sync_bfly::<8>(sum);
             }
             sum += ptx::shfl_sync_bfly::<4>(sum);
@@ -464,6 +470,8 @@ unsafe fn least<const LANES: u32>(value: f32) -> f32 {
             let mut least = value;
             if LANES == 32 {
                 least = min_nan(least, other_f32::<16>(least));
+            }
+            if LANES >= 16 {
                 least = min_nan(least, other_f32::<8>(least));
             }
             least = min_nan(least, other_f32::<4>(least));
@@ -492,6 +500,8 @@ unsafe fn largest<const LANES: u32>(value: f32) -> f32 {
             let mut largest = value;
             if LANES == 32 {
                 largest = max_nan(largest, other_f32::<16>(largest));
+            }
+            if LANES >= 16 {
                 largest = max_nan(largest, other_f32::<8>(largest));
             }
             largest = max_nan(largest, other_f32::<4>(largest));

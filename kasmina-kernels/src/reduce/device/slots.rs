@@ -76,9 +76,16 @@ impl Usual {
         Self { count: u64::from(count), inverse: quotient(1.0, u64::from(count)) }
     }
 
+    /// Of this many elements, whose inverse is known.
+    #[cfg(kasmina_tier = "hopper")]
+    #[inline(always)]
+    pub(super) fn with_inverse(count: u64, inverse: f64) -> Self {
+        Self { count, inverse }
+    }
+
     /// `value / count`, exact if that is a number.
     #[inline(always)]
-    fn quotient(self, value: f64, count: u64) -> f64 {
+    pub(super) fn quotient(self, value: f64, count: u64) -> f64 {
         if count != self.count {
             return quotient(value, count);
         }
