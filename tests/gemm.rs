@@ -316,7 +316,6 @@ fn each_kernel<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result
             ([64, 128], 1, 1, false),
             ([64, 64], 1, 1, false),
             ([64, 128], 1, 2, false),
-            ([64, 64], 1, 2, false),
             ([64, 64], 2, 1, false),
             ([64, 64], 4, 1, false),
             ([64, 64], 8, 1, false),

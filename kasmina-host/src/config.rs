@@ -105,7 +105,7 @@ impl KernelConfig {
     }
 
     /// Forces into how many blocks of a Hopper kernel, with tiles below each other, each part of W
-    /// is loaded: 1, or 2 with the tiles of 64×128 and 64×64. By default each call gets what is expected to be
+    /// is loaded: 1, or 2 with the tile of 64×128. By default each call gets what is expected to be
     /// fastest. f32 kernels and the weight's gradient take no notice.
     #[must_use]
     pub const fn hopper_multicast(mut self, blocks: u32) -> Self {

@@ -310,7 +310,7 @@ impl<T: Element> Forward<'_, T> {
         let tiles = tile.scheduler(m, n);
         check_tiles(OP, tiles)?;
         let (w_extents, w_box) = match self.layout {
-            WeightLayout::InOut => ([n, k], [hopper::SLAB_N, tile.w_depth()]),
+            WeightLayout::InOut => ([n, k], [hopper::SLAB_N, hopper::BLOCK_K]),
             WeightLayout::OutIn => ([k, n], [hopper::BLOCK_K, tile.w_rows()]),
         };
         let x_box = [hopper::BLOCK_K, tile.x_rows(m)];

@@ -147,14 +147,6 @@ impl Tile {
         self.block_n / self.cluster_m
     }
 
-    /// Rows of a box of W as `[k, n]`: fewer where a part of W's columns is less than a slab, and
-    /// blocks divide a stage along k.
-    #[must_use]
-    pub const fn w_depth(self) -> u32 {
-        let columns = self.block_n / self.cluster_m;
-        if columns < SLAB_N { BLOCK_K * columns / SLAB_N } else { BLOCK_K }
-    }
-
     /// Bytes of the boxes of X and W that make a stage.
     #[must_use]
     pub const fn stage_bytes(self, m: u32) -> u32 {
@@ -381,7 +373,7 @@ pub struct HopperGemmParams {
     /// X `[m, k]`, box `[x_rows(m), BLOCK_K]`, 128-byte swizzle.
     pub x_map: TensorMap,
     /// W, 128-byte swizzle: as `[n, k]` with box `[w_rows(), BLOCK_K]`, as `[k, n]` with box
-    /// `[w_depth(), SLAB_N]`.
+    /// `[BLOCK_K, SLAB_N]`.
     pub w_map: TensorMap,
     /// Y `[m, n]`, box `[CONSUMER_M, SLAB_N]`, 128-byte swizzle.
     pub y_map: TensorMap,
@@ -445,7 +437,6 @@ kernels! {
     gemm_bf16_kn_64x128x64: BF16 "bf16", InOut MN, 64 x 128, 8 stages, 1 split, 1 share;
     gemm_bf16_kn_64x64x64: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_bf16_kn_64x128x64_c2: BF16 "bf16", InOut MN, 64 x 128, 8 stages, 1 split, 2 share;
-    gemm_bf16_kn_64x64x64_c2: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 1 split, 2 share;
     gemm_bf16_kn_64x64x64_k2: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 2 split, 1 share;
     gemm_bf16_kn_64x64x64_k4: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 4 split, 1 share;
     gemm_bf16_kn_64x64x64_k8: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 8 split, 1 share;
@@ -454,7 +445,6 @@ kernels! {
     gemm_bf16_nk_64x128x64: BF16 "bf16", OutIn K, 64 x 128, 8 stages, 1 split, 1 share;
     gemm_bf16_nk_64x64x64: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_bf16_nk_64x128x64_c2: BF16 "bf16", OutIn K, 64 x 128, 8 stages, 1 split, 2 share;
-    gemm_bf16_nk_64x64x64_c2: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 1 split, 2 share;
     gemm_bf16_nk_64x64x64_k2: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 2 split, 1 share;
     gemm_bf16_nk_64x64x64_k4: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 4 split, 1 share;
     gemm_bf16_nk_64x64x64_k8: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 8 split, 1 share;
@@ -463,7 +453,6 @@ kernels! {
     gemm_f16_kn_64x128x64: F16 "f16", InOut MN, 64 x 128, 8 stages, 1 split, 1 share;
     gemm_f16_kn_64x64x64: F16 "f16", InOut MN, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_f16_kn_64x128x64_c2: F16 "f16", InOut MN, 64 x 128, 8 stages, 1 split, 2 share;
-    gemm_f16_kn_64x64x64_c2: F16 "f16", InOut MN, 64 x 64, 8 stages, 1 split, 2 share;
     gemm_f16_kn_64x64x64_k2: F16 "f16", InOut MN, 64 x 64, 8 stages, 2 split, 1 share;
     gemm_f16_kn_64x64x64_k4: F16 "f16", InOut MN, 64 x 64, 8 stages, 4 split, 1 share;
     gemm_f16_kn_64x64x64_k8: F16 "f16", InOut MN, 64 x 64, 8 stages, 8 split, 1 share;
@@ -472,7 +461,6 @@ kernels! {
     gemm_f16_nk_64x128x64: F16 "f16", OutIn K, 64 x 128, 8 stages, 1 split, 1 share;
     gemm_f16_nk_64x64x64: F16 "f16", OutIn K, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_f16_nk_64x128x64_c2: F16 "f16", OutIn K, 64 x 128, 8 stages, 1 split, 2 share;
-    gemm_f16_nk_64x64x64_c2: F16 "f16", OutIn K, 64 x 64, 8 stages, 1 split, 2 share;
     gemm_f16_nk_64x64x64_k2: F16 "f16", OutIn K, 64 x 64, 8 stages, 2 split, 1 share;
     gemm_f16_nk_64x64x64_k4: F16 "f16", OutIn K, 64 x 64, 8 stages, 4 split, 1 share;
     gemm_f16_nk_64x64x64_k8: F16 "f16", OutIn K, 64 x 64, 8 stages, 8 split, 1 share;
