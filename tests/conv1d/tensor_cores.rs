@@ -44,7 +44,7 @@ pub(crate) fn on_tensor_cores<T: Poison>(device: &Device) -> Result<(), Failed> 
 /// first tap on any element of a vector, vectors before the row too.
 pub(crate) fn rows_of_single_channels<T: Poison>(device: &Device) -> Result<(), Failed> {
     let mut shapes = Vec::new();
-    for vectors in [17, 31, 32, 33, 63, 64, 65, 127, 129, 255, 257, 289] {
+    for vectors in [17, 31, 32, 33, 64, 65, 127, 128, 129, 255, 257, 289] {
         for taps in 1..=8 {
             for (left, more) in [(0, 0), (taps / 2, 0), (taps + 8, 16), (taps + 19, 24)] {
                 // As many positions more as said, so that vectors of the output are whole too.

@@ -4,9 +4,9 @@
 //! ```text
 //! out[8v + i] = act(bias + Σ_t in[8v + i + first + t] · w[t])      i in 0..8, t below taps
 //! ```
-//! A warp makes 64 vectors of a row, so that the warps of a block read a stretch without gaps. Each
+//! A warp makes 128 vectors of a row, so that the warps of a block read a stretch without gaps. Each
 //! thread loads all it needs before it computes anything: of the three vectors that results are made
-//! from the second, for two vectors of results. The first and the third are its neighbours' second
+//! from the second, for four vectors of results. The first and the third are its neighbours' second
 //! ones and come by shuffles, those beyond the warp's own by loads of the first and the last lane.
 //! Many short blocks that are always at different stages keep the memory busy better than few long
 //! ones. Walks over the taps are compiled for every number of them and every position of the first
@@ -27,7 +27,7 @@ mod device;
 const WARP: u32 = 32;
 
 /// Vectors that a thread makes.
-const UNITS: u32 = 2;
+const UNITS: u32 = 4;
 
 /// Threads that would share a row of the shortest length that is served: half as many vectors would
 /// leave most of a warp idle.
@@ -105,7 +105,8 @@ mod tests {
 
     #[test]
     fn warps_of_a_row_make_all_of_its_vectors() {
-        for (vectors, parts) in [(0, 0), (1, 1), (63, 1), (64, 1), (65, 2), (128, 2), (4099, 65)] {
+        for (vectors, parts) in [(0, 0), (1, 1), (127, 1), (128, 1), (129, 2), (256, 2), (4099, 33)]
+        {
             assert_eq!(parts_of_row(RUN * vectors), parts);
         }
     }

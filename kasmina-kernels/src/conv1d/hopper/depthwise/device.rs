@@ -103,13 +103,13 @@ pub(super) unsafe fn rows<E: Pack>(params: &DepthwiseParams) {
     let at_edge = lane == 0 || lane == WARP - 1;
     let mut own = [[0; 8]; UNITS as usize];
     let mut beyond = [[0; 8]; UNITS as usize];
-    unroll!(unit: u32 in [0 1] {
+    unroll!(unit: u32 in [0 1 2 3] {
         let vector = first + unit * WARP;
         let second = vector.wrapping_add(ahead).wrapping_add(1);
         // SAFETY: the caller's contract.
         own[unit as usize] = unsafe { load_vector::<E>(input, second, in_vectors) };
     });
-    unroll!(unit: u32 in [0 1] {
+    unroll!(unit: u32 in [0 1 2 3] {
         let vector = (first + unit * WARP).wrapping_add(edge);
         let vector = if at_edge { vector } else { u32::MAX };
         // SAFETY: the caller's contract.
@@ -120,8 +120,8 @@ pub(super) unsafe fn rows<E: Pack>(params: &DepthwiseParams) {
     let activation = Activation::from_code(params.activation);
     // Words of the neighbours that windows reach.
     let from = shift / 2;
-    let to = (shift + params.taps).saturating_sub(8).div_ceil(2);
-    unroll!(unit: usize in [0 1] {
+    let to = (shift + params.taps).saturating_sub(9).div_ceil(2);
+    unroll!(unit: usize in [0 1 2 3] {
         // SAFETY: the whole warp is here.
         let window = unsafe { window(own[unit], beyond[unit], lane, from, to) };
         let window = [&window.before, &window.own, &window.after];
