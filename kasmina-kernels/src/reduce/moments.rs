@@ -237,13 +237,15 @@ impl Accumulator {
         let [a, b, c, d] = batch.squares;
         let squares = (a + b) + (c + d);
         // Squares below the smallest normal number lose bits; next to a sum of 2⁻¹²⁰ that is less
-        // than rounding. No square at all is right for equal elements only.
-        let exact = squares >= SMALLEST_SQUARES || batch.min >= batch.max && squares == 0.0;
-        if !(exact && squares < f32::INFINITY) {
+        // than rounding. No square at all is right only where all elements equal the pivot: where they
+        // equal each other, and their distances, which then have one sign, are 0.
+        let [a, b, c, d] = batch.distances;
+        let distances = (a + b) + (c + d);
+        let none = batch.min >= batch.max && distances == 0.0 && squares == 0.0;
+        if !((squares >= SMALLEST_SQUARES || none) && squares < f32::INFINITY) {
             return false;
         }
-        let [a, b, c, d] = batch.distances;
-        self.distances += f64::from((a + b) + (c + d));
+        self.distances += f64::from(distances);
         self.squares += f64::from(squares);
         self.min = min_nan(self.min, batch.min);
         self.max = max_nan(self.max, batch.max);
@@ -423,6 +425,16 @@ mod tests {
     fn squares_outside_the_range_of_f32_are_right() {
         for scale in [f32::MAX, 1e25, 1e-22, 1e-38, 1e-43] {
             let elements: Vec<f32> = noise(3000).iter().map(|x| x / 6.0 * scale).collect();
+            assert_close(&elements);
+        }
+    }
+
+    #[test]
+    fn equal_elements_beside_a_pivot_too_near_for_squares_in_f32_are_right() {
+        // The last batch is one element, or a whole one.
+        for count in [1, 64] {
+            let mut elements = [1e-30; 64].to_vec();
+            elements.extend([3e-30; 64].iter().take(count));
             assert_close(&elements);
         }
     }
