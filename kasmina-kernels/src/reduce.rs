@@ -498,7 +498,8 @@ mod tests {
                 for statistic in [Statistic::Summary, Statistic::Sum] {
                     let rows = rows_kernel(tier, dtype, statistic).map(|kernel| kernel.entry);
                     let name = format!("reduce_{dtype}_rows_{}", statistic.name());
-                    assert_eq!(rows, (tier == Tier::Hopper).then_some(&*name));
+                    let faster = (dtype, statistic) != (DType::F32, Statistic::Sum);
+                    assert_eq!(rows, (tier == Tier::Hopper && faster).then_some(&*name));
                 }
                 let segments = segment_kernel(tier, dtype).expect("a kernel");
                 assert_eq!(segments.entry, format!("reduce_{dtype}_segments"));
