@@ -457,7 +457,7 @@ kernels! {
         Min reduce_bf16_min; segments reduce_bf16_segments; bands reduce_bf16_bands;
         columns reduce_bf16_columns; naive reduce_bf16_naive;
     Hopper "hopper" HOPPER_F32 F32 "reduce_f32":
-        Summary reduce_f32_summary few reduce_f32_few_summarymary,
+        Summary reduce_f32_summary few reduce_f32_few_summary rows reduce_f32_rows_summary,
         Sum reduce_f32_sum few reduce_f32_few_sum,
         Max reduce_f32_max few reduce_f32_few_max,
         Min reduce_f32_min few reduce_f32_few_min;
