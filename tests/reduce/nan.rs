@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// Whether the element at a place is NaN, where a stretch is so long.
+type Pattern = fn(usize, usize) -> bool;
+
 pub(crate) fn count_and_propagate<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     let reducer = reducer(device, tier)?;
     let lengths: &[usize] = if reduced() { &[33, 9001] } else { &[1, 33, 9001, 1_000_003] };
@@ -35,9 +38,6 @@ pub(crate) fn count_and_propagate<T: Element>(device: &Device, tier: Tier) -> Re
     Ok(())
 }
 
-/// Of an element's place, and the length of a stretch.
-type IsSkipped = fn(usize, usize) -> bool;
-
 /// NaN at some places, of which nothing may show but their number.
 pub(crate) fn are_skipped<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     let reducer = TelemetryReducer::with_config(device, config(tier).nan(NanPolicy::Skip))?;
@@ -46,7 +46,7 @@ pub(crate) fn are_skipped<T: Element>(device: &Device, tier: Tier) -> Result<(),
     for &length in lengths {
         // What the threads of a block have under way at once.
         let stretch = 16_384 / size_of::<T>();
-        let patterns: [(&str, IsSkipped, f32); 7] = [
+        let patterns: [(&str, Pattern, f32); 7] = [
             ("none", |_, _| false, 0.0),
             ("each", |_, _| true, 0.0),
             ("every second", |place, _| place.is_multiple_of(2), 0.0),
