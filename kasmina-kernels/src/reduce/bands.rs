@@ -92,7 +92,7 @@ impl Bands {
     #[inline(always)]
     pub const fn rows_of_warp(&self, rows: u32, warp: u32) -> u32 {
         let log2_down = THREADS.ilog2() - self.log2_across;
-        let y = warp * 32 >> self.log2_across;
+        let y = (warp * 32) >> self.log2_across;
         (rows.saturating_sub(y) + (1 << log2_down) - 1) >> log2_down
     }
 }
