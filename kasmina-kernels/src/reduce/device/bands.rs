@@ -51,8 +51,8 @@ pub(in crate::reduce) unsafe fn bands<E: Element>(params: &BandParams) {
     let band = ptx::block_index() / cut.parts;
     let part = ptx::block_index() - band * cut.parts.get();
     let rows = cut.rows_of(band);
-    let x = (warp * 32 & ((1 << cut.log2_across) - 1)) + lane;
-    let y = warp * 32 >> cut.log2_across;
+    let x = ((warp * 32) & ((1 << cut.log2_across) - 1)) + lane;
+    let y = (warp * 32) >> cut.log2_across;
     let start = params.data
         + (u64::from(part) * u64::from(cut.width) << E::LOG2_SIZE)
         + u64::from(band * cut.band) * params.row_stride;
