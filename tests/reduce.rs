@@ -5,6 +5,8 @@
 
 #[path = "support/gpu.rs"]
 mod gpu;
+#[path = "support/graph.rs"]
+mod graph;
 #[path = "support/moments.rs"]
 mod moments;
 #[path = "support/random.rs"]

@@ -6,8 +6,10 @@
 
 mod backward;
 mod split;
+mod telemetry;
 
 pub use backward::{Backward, Gradients, Saved, Tiers};
+pub use telemetry::LayerTelemetry;
 
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::{Activation, EpilogueActivation};
@@ -104,11 +106,8 @@ impl<T: Element> Forward<'_, T> {
             };
         }
         let sm_count = stream.gpu().capability().sm_count;
-        let Extents { m, n, k } = extents;
         let forced = config.forced_hopper();
-        let straddles = |tensor: &Tensor<T>| Problem::straddles(row_stride_bytes(tensor));
-        let (x_straddles, w_straddles) = (straddles(self.x), straddles(self.w));
-        let problem = Problem { m, n, k, x_straddles, w_straddles };
+        let problem = self.problem(extents);
         match hopper::select(T::DTYPE, self.layout, problem, sm_count, forced) {
             Some(selected) if tier == Tier::Hopper => {
                 let params = self.hopper_params(extents, selected.tile, y, stream.gpu())?;
@@ -120,6 +119,11 @@ impl<T: Element> Forward<'_, T> {
             _ => self.run_portable(extents, y, &launch)?,
         }
         Ok(tier)
+    }
+
+    fn problem(&self, Extents { m, n, k }: Extents) -> Problem {
+        let straddles = |tensor: &Tensor<T>| Problem::straddles(row_stride_bytes(tensor));
+        Problem { m, n, k, x_straddles: straddles(self.x), w_straddles: straddles(self.w) }
     }
 
     fn run_portable(&self, extents: Extents, y: &Tensor<T>, launch: &Launch<'_>) -> Result<()> {
@@ -197,9 +201,24 @@ impl<T: Element> Forward<'_, T> {
 
     /// Enqueues the pass between the streams' waits for each other.
     fn ordered(&self, y: &Tensor<T>, enqueue: impl FnOnce() -> Result<()>) -> Result<()> {
-        let operands = [Some(self.x), self.bias, Some(y)].into_iter().flatten();
-        let streams = operands.map(|operand| operand.device().stream());
+        let streams = self.streams(y);
         ordered(self.w.device().stream(), streams, enqueue)
+    }
+
+    /// As [`ordered`](Self::ordered), with a stream whose memory the pass uses as well.
+    fn ordered_with(
+        &self,
+        y: &Tensor<T>,
+        stream: &Stream,
+        enqueue: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let streams = self.streams(y).chain([stream]);
+        ordered(self.w.device().stream(), streams, enqueue)
+    }
+
+    fn streams<'a>(&'a self, y: &'a Tensor<T>) -> impl Iterator<Item = &'a Stream> + Clone {
+        let operands = [Some(self.x), self.bias, Some(y)].into_iter().flatten();
+        operands.map(|operand| operand.device().stream())
     }
 
     fn run_on_cpu(&self, extents: Extents, y: &Tensor<T>) -> Result<()> {

@@ -46,6 +46,7 @@ pub use kasmina_kernels::activation::Activation;
 pub use kasmina_kernels::conv1d::{Conv1dFault, FilterLayout, Padding, SequenceLayout};
 pub use kasmina_kernels::gemm::{F32Products, WeightLayout};
 pub use kasmina_kernels::persistent::PlanFault;
+pub use gemm::LayerTelemetry;
 pub use layer::{KasminaLayer, LinearConfig, LinearGradients};
 pub use persistent::{
     PersistentTrial, Pipelined, StreamConfig, StreamPath, StreamSession, StreamStats, Ticket,

@@ -6,6 +6,7 @@
 //! tier. `segmented` does the same for parts of a matrix, each by itself.
 #![forbid(unsafe_code)]
 
+mod fused;
 mod pending;
 mod segmented;
 mod summary;

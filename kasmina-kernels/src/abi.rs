@@ -4,7 +4,7 @@ use core::fmt;
 use core::marker::PhantomData;
 
 use crate::conv1d;
-use crate::gemm::hopper::{self, split, weight_gradient};
+use crate::gemm::hopper::{self, split, telemetry, weight_gradient};
 use crate::gemm::{backward, portable};
 use crate::persistent;
 use crate::reduce;
@@ -181,7 +181,8 @@ pub static MODULES: &[&Module] = &{
     const GEMM: usize = FIRST.len();
     const GEMM_WGRAD: usize = GEMM + hopper::KERNELS.len();
     const SPLIT: usize = GEMM_WGRAD + weight_gradient::KERNELS.len();
-    let mut modules = [FIRST[0]; SPLIT + split::NUM_MODULES];
+    const TELEMETRY: usize = SPLIT + split::NUM_MODULES;
+    let mut modules = [FIRST[0]; TELEMETRY + telemetry::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
@@ -190,8 +191,10 @@ pub static MODULES: &[&Module] = &{
             hopper::KERNELS[row - GEMM].kernel.module
         } else if row < SPLIT {
             weight_gradient::KERNELS[row - GEMM_WGRAD].kernel.module
-        } else {
+        } else if row < TELEMETRY {
             split::module(row - SPLIT)
+        } else {
+            telemetry::KERNELS[row - TELEMETRY].kernel.module
         };
         row += 1;
     }

@@ -45,7 +45,7 @@
 
 mod chunks;
 #[cfg(target_arch = "nvptx64")]
-mod device;
+pub(crate) mod device;
 mod moments;
 mod segments;
 

@@ -31,6 +31,7 @@ use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
 
 pub mod split;
+pub mod telemetry;
 pub mod weight_gradient;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]

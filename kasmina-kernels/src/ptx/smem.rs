@@ -77,3 +77,36 @@ pub unsafe fn stmatrix_x4(address: u32, r0: u32, r1: u32, r2: u32, r3: u32) {
              options(nostack));
     }
 }
+
+/// Stores 32 bits; whoever loads them with [`ld_acquire_cta_shared_u32`] sees what this thread did
+/// or saw before.
+///
+/// # Safety
+/// `address` is 4-aligned and inside the block's shared memory; other threads only load it, so.
+#[cfg(kasmina_tier = "hopper")]
+#[inline(always)]
+pub unsafe fn st_release_cta_shared_u32(address: u32, value: u32) {
+    // SAFETY: the caller's contract. The memory clobber keeps accesses before it.
+    unsafe {
+        asm!("st.release.cta.shared.u32 [{}], {};", in(reg32) address, in(reg32) value,
+             options(nostack));
+    }
+}
+
+/// Loads 32 bits that another thread of the block may be storing with
+/// [`st_release_cta_shared_u32`].
+///
+/// # Safety
+/// `address` is 4-aligned and inside the block's shared memory; other threads access it only so.
+#[cfg(kasmina_tier = "hopper")]
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_acquire_cta_shared_u32(address: u32) -> u32 {
+    let value: u32;
+    // SAFETY: the caller's contract. The memory clobber keeps accesses behind it.
+    unsafe {
+        asm!("ld.acquire.cta.shared.u32 {}, [{}];", out(reg32) value, in(reg32) address,
+             options(nostack));
+    }
+    value
+}

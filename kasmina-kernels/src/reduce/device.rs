@@ -8,6 +8,8 @@ use super::{
 use crate::ptx;
 use crate::unroll::unroll;
 
+#[cfg(kasmina_tier = "hopper")]
+mod blocks;
 mod element;
 mod load;
 mod naive;
@@ -15,7 +17,10 @@ mod node;
 mod segments;
 mod slots;
 
-pub(super) use element::{BF16, Element, F16, F32, Max, Min, Pairs, Statistic, Sum, Summary};
+#[cfg(kasmina_tier = "hopper")]
+pub(crate) use blocks::{Source, put_record, summary_of_block, write_slot};
+pub(crate) use element::{BF16, Element, F16};
+pub(super) use element::{F32, Max, Min, Pairs, Statistic, Sum, Summary};
 use load::*;
 pub(super) use naive::naive;
 use node::{Node, Total};

@@ -230,6 +230,9 @@ pub(super) struct Epilogue {
     /// Of the warpgroup, 0 to 127.
     thread: u32,
     slabs: u32,
+    /// Which bits of a slab's number say its buffer, and bytes from one buffer to the next.
+    slab_mask: u32,
+    slab_stride: u32,
     bias_smem: u32,
     y_map: u64,
     bias: u64,
@@ -254,12 +257,32 @@ impl Epilogue {
             rank: block.rank,
             thread: ptx::thread_index() % WARPGROUP,
             slabs: block.smem + tile.y_offset() + consumer * (tile.slab_buffers() * SLAB_BYTES),
+            slab_mask: tile.slab_buffers() - 1,
+            slab_stride: SLAB_BYTES,
             bias_smem: block.smem + tile.bias_offset() + consumer * (tile.block_n * 4),
             y_map,
             bias,
             n,
             activation,
         }
+    }
+
+    /// The same for the last tile, with a slab for each of its own in a stage of the ring: where
+    /// this consumer's rows of X were, once it has multiplied all of them.
+    #[inline(always)]
+    pub(super) fn with_slabs_in_stages(self, block: Block) -> Self {
+        Self {
+            slabs: block.x_stage(0) + self.consumer * SLAB_BYTES,
+            slab_mask: u32::MAX,
+            slab_stride: self.tile.x_stage_bytes(),
+            ..self
+        }
+    }
+
+    /// Where slab `slab` of a tile lies until it is stored.
+    #[inline(always)]
+    pub(super) fn slab(self, slab: u32) -> u32 {
+        self.slabs + (slab & self.slab_mask) * self.slab_stride
     }
 
     /// This thread's two bias elements of the tile at column `n`, as bits; 0 beyond the edge.
@@ -345,8 +368,7 @@ impl Epilogue {
             })
         };
         let slab = group / 4;
-        let buffer = self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES;
-        let address = buffer + stmatrix_offset(self.thread, group % 4);
+        let address = self.slab(slab) + stmatrix_offset(self.thread, group % 4);
         // SAFETY: inside this warpgroup's buffer; `begin_slab` has freed it.
         unsafe {
             ptx::stmatrix_x4(
@@ -369,7 +391,7 @@ impl Epilogue {
         // SAFETY: the whole warpgroup, by the caller's contract.
         unsafe { self.sync() };
         if self.thread == 0 {
-            let buffer = self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES;
+            let buffer = self.slab(slab);
             let first = self.rank * self.tile.store_rows();
             let (row, buffer) =
                 (m + self.consumer * CONSUMER_M + first, buffer + first * SWIZZLE_ROW_BYTES);

@@ -4,7 +4,7 @@ use crate::ptx;
 use crate::reduce::Batch;
 
 /// An element type in global memory.
-pub(in crate::reduce) trait Element {
+pub(crate) trait Element {
     const LOG2_SIZE: u32;
     /// Elements in 16 bytes.
     const WIDTH: u32 = 16 >> Self::LOG2_SIZE;
@@ -34,15 +34,15 @@ pub(in crate::reduce) trait Element {
 /// with memory.
 #[derive(Clone, Copy)]
 #[cfg_attr(not(kasmina_tier = "hopper"), expect(dead_code, reason = "other tiers have no pairs"))]
-pub(in crate::reduce) struct Pairs {
+pub(crate) struct Pairs {
     min: u32,
     max: u32,
     dead: u32,
 }
 
 pub(in crate::reduce) struct F32;
-pub(in crate::reduce) struct F16;
-pub(in crate::reduce) struct BF16;
+pub(crate) struct F16;
+pub(crate) struct BF16;
 
 impl Element for F32 {
     const LOG2_SIZE: u32 = 2;

@@ -1,0 +1,146 @@
+//! A forward pass that also tells the statistics of what it computes.
+#![forbid(unsafe_code)]
+
+use std::num::NonZeroU32;
+
+use kasmina_kernels::abi::Tier;
+use kasmina_kernels::gemm::hopper::telemetry::{self, TelemetryKernel, TelemetryParams};
+use kasmina_kernels::reduce::Segments as Cut;
+
+use super::{Extents, Forward};
+use crate::config::KernelConfig;
+use crate::element::Element;
+use crate::error::Result;
+use crate::gpu::Launch;
+use crate::reduce::{PendingSummaries, Segments, Summary, TelemetryReducer};
+use crate::stream::Operation;
+use crate::tensor::Tensor;
+
+/// The statistics of a layer's output by chunks of its features, which are being computed.
+#[derive(Debug)]
+#[must_use = "telemetry is worth nothing until it is read"]
+pub struct LayerTelemetry {
+    summaries: PendingSummaries,
+    fused: bool,
+    tier: Tier,
+}
+
+impl LayerTelemetry {
+    /// Waits for the summaries, in the order of the chunks.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the pass or an operation before it failed.
+    pub fn read(&self) -> Result<Vec<Summary>> {
+        self.summaries.read()
+    }
+
+    /// The summaries as they lie on the device.
+    #[must_use]
+    pub const fn summaries(&self) -> &PendingSummaries {
+        &self.summaries
+    }
+
+    /// Whether the forward kernel itself made the summaries. Otherwise a reduction of its output
+    /// did, enqueued after it.
+    #[must_use]
+    pub const fn is_fused(&self) -> bool {
+        self.fused
+    }
+
+    /// The tier that runs the forward pass.
+    #[must_use]
+    pub const fn tier(&self) -> Tier {
+        self.tier
+    }
+}
+
+/// A kernel that serves a pass, and how it cuts up the output.
+struct Plan {
+    row: &'static TelemetryKernel,
+    cut: Cut,
+}
+
+impl<T: Element> Forward<'_, T> {
+    /// As [`run`](Self::run), and enqueues the statistics of each of `chunks` ranges of Y's columns
+    /// over all rows, as [`TelemetryReducer::segmented`] gives them for
+    /// [`Segments::Chunks`](crate::Segments::Chunks): of the elements of Y, rounded as they are
+    /// stored, with the reducer's ε and [`NanPolicy`](crate::NanPolicy).
+    ///
+    /// For f16 and bf16 on the `hopper` tier the forward kernel does both, if there is one chunk or
+    /// the chunks have equal widths that are multiples of 64, and neither a split of k nor the tile
+    /// `[64, 64]` is forced. Otherwise the reducer reads Y once more. Both keep the error bounds of
+    /// the reduction; bits may differ between the two. The bits of a fused result depend on the
+    /// elements of Y, its shape, the number of chunks and the tile, which the shape and the number
+    /// of multiprocessors decide.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run) and [`TelemetryReducer::segmented`]; what they refuse before anything
+    /// is enqueued is refused before the pass is.
+    pub fn run_with_telemetry(
+        &self,
+        y: &mut Tensor<T>,
+        config: &KernelConfig,
+        reducer: &TelemetryReducer,
+        chunks: usize,
+    ) -> Result<LayerTelemetry> {
+        let extents = self.check(y)?;
+        reducer.check_chunks(y, chunks)?;
+        let tier = self.choose_tier(extents, y, config)?;
+        if let Some(summaries) = self.run_fused(extents, y, config, reducer, (tier, chunks))? {
+            return Ok(LayerTelemetry { summaries, fused: true, tier });
+        }
+        let tier = self.run(y, config)?;
+        let summaries = reducer.segmented_async(y, Segments::Chunks(chunks))?;
+        Ok(LayerTelemetry { summaries, fused: false, tier })
+    }
+
+    /// Enqueues the fused pass, if a kernel serves it.
+    fn run_fused(
+        &self,
+        extents: Extents,
+        y: &Tensor<T>,
+        config: &KernelConfig,
+        reducer: &TelemetryReducer,
+        (tier, chunks): (Tier, usize),
+    ) -> Result<Option<PendingSummaries>> {
+        let device = self.w.device();
+        let Some(stream) = device.stream().gpu() else {
+            return Ok(None);
+        };
+        if tier != Tier::Hopper || !reducer.takes_fused() || y.is_empty() {
+            return Ok(None);
+        }
+        let sm_count = stream.gpu().capability().sm_count;
+        let Some(Plan { row, cut }) = self.plan_fused(extents, config, sm_count, chunks) else {
+            return Ok(None);
+        };
+        let gemm = self.hopper_params(extents, row.tile, y, stream.gpu())?;
+        let blocks =
+            row.tile.num_blocks(gemm.tiles.num_tiles(), stream.gpu().free_multiprocessors());
+        let launch = Launch {
+            stream,
+            ptx_dir: config.ptx_override().or(device.defaults().ptx_override()),
+            operation: Operation::GemmForward,
+        };
+        launch.prepare(&row.kernel)?;
+        reducer.fused(y, cut, |segments| {
+            let params = TelemetryParams { gemm, segments };
+            self.ordered_with(y, reducer.stream(), || launch.run(&row.kernel, blocks, &params))
+        })
+    }
+
+    fn plan_fused(
+        &self,
+        extents: Extents,
+        config: &KernelConfig,
+        multiprocessors: u32,
+        chunks: usize,
+    ) -> Option<Plan> {
+        let problem = self.problem(extents);
+        let forced = config.forced_hopper();
+        let row = telemetry::select(T::DTYPE, self.layout, problem, multiprocessors, forced)?;
+        let chunks = NonZeroU32::new(u32::try_from(chunks).ok()?)?;
+        let cut = row.tile.cut(extents.m, extents.n, chunks)?;
+        Some(Plan { row, cut })
+    }
+}
