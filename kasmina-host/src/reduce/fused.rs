@@ -14,11 +14,7 @@ use crate::tensor::Tensor;
 
 impl TelemetryReducer {
     /// Refuses what [`segmented`](Self::segmented) refuses of so many chunks of this matrix.
-    pub(crate) fn check_chunks<T: Element>(
-        &self,
-        tensor: &Tensor<T>,
-        chunks: usize,
-    ) -> Result<()> {
+    pub(crate) fn check_chunks<T: Element>(&self, tensor: &Tensor<T>, chunks: usize) -> Result<()> {
         self.check_device(tensor)?;
         let columns = tensor.shape().columns();
         if chunks == 0 || chunks > columns {

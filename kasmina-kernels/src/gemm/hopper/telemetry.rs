@@ -169,8 +169,9 @@ pub struct TelemetryParams {
 
 // SAFETY: repr(C); both are 8-aligned multiples of 8 bytes without padding.
 unsafe impl KernelParams for TelemetryParams {}
-const _: () =
-    assert!(size_of::<TelemetryParams>() == size_of::<HopperGemmParams>() + size_of::<SegmentParams>());
+const _: () = assert!(
+    size_of::<TelemetryParams>() == size_of::<HopperGemmParams>() + size_of::<SegmentParams>()
+);
 
 /// A forward kernel with telemetry and what it serves.
 pub struct TelemetryKernel {

@@ -146,8 +146,7 @@ impl Total {
     /// Summary of `len` elements, with those that were skipped.
     #[inline(always)]
     fn partial(&self, len: u32) -> Partial {
-        let counts =
-            Counts::new(self.non_finite as u32, self.skipped as u32, self.dead as u32);
+        let counts = Counts::new(self.non_finite as u32, self.skipped as u32, self.dead as u32);
         let count = u64::from(len) - self.skipped;
         let mut m2 = 0.0;
         if count > 0 {

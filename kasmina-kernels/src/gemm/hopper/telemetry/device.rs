@@ -173,8 +173,7 @@ impl Telemetry {
         // SAFETY: the caller's contract.
         unsafe {
             let rule = params.segments.rule();
-            let partial =
-                reduce::summary_of_block::<E>(source, unit.rows, unit.columns, rule);
+            let partial = reduce::summary_of_block::<E>(source, unit.rows, unit.columns, rule);
             if ptx::opaque_u32(ptx::lane_index()) == 0 {
                 reduce::put_record(record, &partial);
             }
