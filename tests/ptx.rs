@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         trials.push(Trial::test(name("holds_the_entries_the_host_launches"), || {
             entries_agree(module)
         }));
-        if module.name.starts_with("reduce") {
+        if module.name.starts_with("reduce") || module.name.ends_with("telemetry") {
             trials.push(Trial::test(name("exchanges_nothing_in_two_copies"), || {
                 exchanges_stand_once(module)
             }));
@@ -108,11 +108,16 @@ fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
         // As the sources have them. Barriers: none between warps that have segments of their own,
         // one in the single-stage sum, and of the others one for the first drawn chunk, one per
         // chunk and one per grid. Exchanges: an f64 takes two per step, of which a warp has 5 and
-        // the block's warps 3; what a tier adds up in one instruction takes one.
+        // the block's warps 3; what a tier adds up in one instruction takes one. A forward pass with
+        // telemetry has 20 for a unit, 32 and 32 for a slot and its segment, twice, and one more.
         let (barriers, exchanges) = match (name.rsplit('_').next(), hopper) {
             (Some("segments"), true) => (0, 54),
             (Some("segments"), false) => (0, 86),
             (Some("naive"), _) => (1, 9),
+            // One at the start, one of the helping warps, one of the consumers, and of each slab
+            // two, for each of which both consumers' stand there.
+            (Some("telemetry"), _) if name.contains("x256x") => (19, 169),
+            (Some("telemetry"), _) => (11, 169),
             (Some("summary"), true) => (3, 88),
             (Some("summary"), false) => (3, 166),
             (Some("sum"), true) => (3, 48),
