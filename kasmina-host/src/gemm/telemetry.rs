@@ -35,7 +35,6 @@ impl LayerTelemetry {
     }
 
     /// The summaries as they lie on the device.
-    #[must_use]
     pub const fn summaries(&self) -> &PendingSummaries {
         &self.summaries
     }
