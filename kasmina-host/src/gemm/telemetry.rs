@@ -62,7 +62,7 @@ struct Plan {
 impl<T: Element> Forward<'_, T> {
     /// As [`run`](Self::run), and enqueues the statistics of each of `chunks` ranges of Y's columns
     /// over all rows, as [`TelemetryReducer::segmented`] gives them for
-    /// [`Segments::Chunks`](crate::Segments::Chunks): of the elements of Y, rounded as they are
+    /// [`Segments::Chunks`]: of the elements of Y, rounded as they are
     /// stored, with the reducer's ε and [`NanPolicy`](crate::NanPolicy).
     ///
     /// For f16 and bf16 on the `hopper` tier the forward kernel does both, if there is one chunk or
