@@ -315,7 +315,7 @@ impl PtxFolder {
     fn with(name: &str, change: impl FnOnce(&str) -> String) -> Result<Self, Failed> {
         let folder = env::temp_dir().join(format!("kasmina-{name}-{}", std::process::id()));
         let folder = Self(folder);
-        folder.put(change(module().ptx))?;
+        folder.put(change(&module().ptx()))?;
         Ok(folder)
     }
 
@@ -368,7 +368,7 @@ fn truncated_ptx(gpu: &Device) -> Result<(), Failed> {
         Error::ModuleRejected { module, .. } if module.contains("gemm_f32")
     );
     // Once the file is whole, the same config works.
-    folder.put(module().ptx.to_owned())?;
+    folder.put(module().ptx())?;
     let layer = LinearConfig::new(IN, OUT).kernel_config(folder.config()).build(gpu)?;
     layer.forward(&Tensor::full(gpu, [5, IN], 0.25f32)?)?.to_vec()?;
     Ok(())

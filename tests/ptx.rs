@@ -79,7 +79,7 @@ fn manifest_is_complete() -> Result<(), Failed> {
     for (row, module) in rows.iter().zip(MODULES) {
         let row_of = || format!("the row of {} does not describe it: {row:?}", file(module));
         require(row.file == file(module) && row.entries == module.entries, row_of)?;
-        require(row.sha256 == sha256(module.ptx.as_bytes()), row_of)?;
+        require(row.sha256 == sha256(module.ptx().as_bytes()), row_of)?;
         require(Some(row.target.as_str()) == module.tier.target_cpu(), row_of)?;
         let ptx = parse(module)?;
         require(row.ptx_version == ptx.version && row.target == ptx.target, row_of)?;
@@ -100,30 +100,36 @@ fn entries_agree(module: &Module) -> Result<(), Failed> {
 /// behind a condition that threads answer differently, they wait for each other for ever.
 fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
     let hopper = module.tier == Tier::Hopper;
-    for entry in module.ptx.split("\n.visible .entry ").skip(1) {
+    for entry in module.ptx().split("\n.visible .entry ").skip(1) {
         let name = entry.split('(').next().unwrap_or_default();
         let count = |instructions: &[&str]| -> usize {
             instructions.iter().map(|instruction| entry.matches(instruction).count()).sum()
         };
         // As the sources have them. Barriers: none between warps that have segments of their own,
         // one in the single-stage sum, and of the others one for the first drawn chunk, one per
-        // chunk and one per grid. Exchanges: an f64 takes two per step, of which a warp has 5 and
-        // the block's warps 3; what a tier adds up in one instruction takes one. A forward pass with
-        // telemetry has 20 for a unit, 32 and 32 for a slot and its segment, twice, and one more.
+        // chunk, one for the ticket of the block that merges and one where it does. Exchanges: an
+        // f64 takes two per step, of which a warp has 5 and the block's warps 3; what a tier adds up
+        // in one instruction takes one. A forward pass with telemetry has 20 for a unit, 32 and 32
+        // for a slot and its segment, twice, and one more.
+        let few = name.contains("_few_");
         let (barriers, exchanges) = match (name.rsplit('_').next(), hopper) {
+            // The block's warps send what they have to one of them.
+            (Some("summary"), _) if few => (0, 37),
+            (Some("sum"), _) if few => (0, 26),
+            (Some("max" | "min"), _) if few => (0, 8),
             (Some("segments"), true) => (0, 54),
             (Some("segments"), false) => (0, 86),
-            (Some("naive"), _) => (1, 9),
+            (Some("naive"), _) => (1, 8),
             // One at the start, one of the helping warps, one of the consumers, and of each slab
             // two, for each of which both consumers' stand there.
             (Some("telemetry"), _) if name.contains("x256x") => (19, 169),
             (Some("telemetry"), _) => (11, 169),
-            (Some("summary"), true) => (3, 88),
-            (Some("summary"), false) => (3, 166),
-            (Some("sum"), true) => (3, 48),
-            (Some("sum"), false) => (3, 84),
-            (_, true) => (3, 20),
-            (_, false) => (3, 68),
+            (Some("summary"), true) => (4, 88),
+            (Some("summary"), false) => (4, 166),
+            (Some("sum"), true) => (4, 48),
+            (Some("sum"), false) => (4, 84),
+            (_, true) => (4, 20),
+            (_, false) => (4, 68),
         };
         let found = (count(&["bar.sync"]), count(&["shfl.sync.", "redux.sync.", "vote.sync."]));
         require(found == (barriers, exchanges), || {
@@ -134,8 +140,9 @@ fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
 }
 
 fn no_local_memory(module: &Module) -> Result<(), Failed> {
+    let ptx = module.ptx();
     for forbidden in [".local", "__local_depot", "panic"] {
-        let line = module.ptx.lines().find(|line| line.contains(forbidden));
+        let line = ptx.lines().find(|line| line.contains(forbidden));
         require(line.is_none(), || format!("`{forbidden}` in: {}", line.unwrap_or_default()))?;
     }
     Ok(())
@@ -186,12 +193,12 @@ fn is(opcode: &str, mnemonic: &str) -> bool {
 }
 
 fn parse(module: &Module) -> Result<Ptx, Failed> {
-    Ok(Ptx::parse(module.ptx).map_err(|error| format!("{error:#}"))?)
+    Ok(Ptx::parse(&module.ptx()).map_err(|error| format!("{error:#}"))?)
 }
 
 fn assemble(module: &Module, tools: &NvidiaTools) -> Result<Assembled, Failed> {
     let target = module.tier.target_cpu().ok_or("its tier has no PTX")?;
-    Ok(tools.assemble(module.ptx, target).map_err(|error| format!("{error:#}"))?)
+    Ok(tools.assemble(&module.ptx(), target).map_err(|error| format!("{error:#}"))?)
 }
 
 /// For each kernel its opcodes in program order.

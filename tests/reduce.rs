@@ -385,7 +385,8 @@ fn repeats<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
 }
 
 fn grids<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
-    let lengths: &[usize] = if reduced() { &[70_001] } else { &[5000, 70_001, 1 << 20, 4_000_037] };
+    let lengths: &[usize] =
+        if reduced() { &[70_001, 600_011] } else { &[5000, 70_001, 1 << 20, 4_000_037] };
     for &length in lengths {
         let tensor = vector(device, &normal::<T>("grids", length))?;
         let expected = bits(&reducer(device, tier)?, &tensor)?;

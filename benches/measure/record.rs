@@ -57,7 +57,7 @@ fn commit() -> String {
 fn ptx_digest() -> String {
     let mut sha = Sha256::new();
     for module in MODULES {
-        sha.update(module.ptx);
+        sha.update(module.ptx());
     }
     sha.finalize().iter().take(8).fold(String::new(), |mut digest, byte| {
         // Writing to a string cannot fail.

@@ -32,7 +32,7 @@ impl Echo {
     /// Loads and allocates, in the current context, what [`start`](Self::start) needs: the driver
     /// does neither while a kernel stays.
     pub(crate) fn new() -> anyhow::Result<Self> {
-        let ptx = CString::new(ECHO.module.ptx)?;
+        let ptx = CString::new(ECHO.module.ptx())?;
         let entry = CString::new(ECHO.entry)?;
         let (mut module, mut function): (CUmodule, CUfunction) = (ptr::null_mut(), ptr::null_mut());
         let mut stream = ptr::null_mut();

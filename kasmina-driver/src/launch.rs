@@ -96,6 +96,8 @@ impl FunctionAttribute {
     /// The largest dynamic shared memory a launch may ask for, in bytes. More than 48 KiB has to be
     /// requested here first.
     pub const MAX_DYNAMIC_SHARED_SIZE_BYTES: Self = Self(8);
+    /// 1 to allow clusters of more than 8 blocks, which only some GPUs run.
+    pub const NON_PORTABLE_CLUSTER_SIZE_ALLOWED: Self = Self(14);
 }
 
 impl From<CUfunction_attribute> for FunctionAttribute {

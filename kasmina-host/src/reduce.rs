@@ -379,11 +379,19 @@ impl TelemetryReducer {
         statistic: Statistic,
         result: &Buffer,
     ) -> Result<()> {
+        let len = tensor.len() as u64;
+        let launcher = self.launcher(stream);
+        let few = reduce::few_kernel(self.tier, T::DTYPE, statistic);
+        if let Some((kernel, chunks)) = few.zip(Chunks::few(len, T::DTYPE)) {
+            launcher.prepare(kernel)?;
+            let params = self.params(tensor, chunks, None, result);
+            return self
+                .ordered(tensor, || launcher.run(kernel, reduce::cluster_blocks(chunks), &params));
+        }
         let kernel = reduce::kernel(self.tier, T::DTYPE, statistic);
         let kernel = kernel.ok_or_else(|| Obstacle::GpuMemory.refuse(OP, self.tier))?;
-        let launcher = self.launcher(stream);
         launcher.prepare(kernel)?;
-        let chunks = Chunks::of(tensor.len() as u64, T::DTYPE);
+        let chunks = Chunks::of(len, T::DTYPE);
         // Held while launching: a workspace that grows is freed in the stream's order, so nothing
         // that uses it may be enqueued after that.
         let mut kept = lock(&self.workspace);
@@ -392,18 +400,29 @@ impl TelemetryReducer {
             Some(workspace) => workspace,
             None => Workspace::new(stream, chunks.count)?,
         });
-        let params = ReduceParams {
-            data: tensor.as_device_ptr(),
-            chunks,
-            partials: workspace.buffer.address() + SLOTS_AT,
-            counters: workspace.buffer.address(),
-            result: result.address(),
-            epsilon: self.config.epsilon,
-            skip_nan: u32::from(self.config.nan == NanPolicy::Skip),
-        };
+        let params = self.params(tensor, chunks, Some(&workspace.buffer), result);
         let blocks = reduce::blocks(chunks, stream.gpu().capability().sm_count);
         let blocks = blocks.min(self.config.max_blocks).max(1);
         self.ordered(tensor, || launcher.run(kernel, blocks, &params))
+    }
+
+    fn params<T: Element>(
+        &self,
+        tensor: &Tensor<T>,
+        chunks: Chunks,
+        workspace: Option<&Buffer>,
+        result: &Buffer,
+    ) -> ReduceParams {
+        let counters = workspace.map_or(0, Buffer::address);
+        ReduceParams {
+            data: tensor.as_device_ptr(),
+            chunks,
+            partials: counters + SLOTS_AT,
+            counters,
+            result: result.address(),
+            epsilon: self.config.epsilon,
+            skip_nan: u32::from(self.config.nan == NanPolicy::Skip),
+        }
     }
 
     fn launch_single_stage<T: Element>(

@@ -1,10 +1,15 @@
 //! What host and device agree on: tiers, element types, PTX modules, kernels and their parameters.
 
+#[cfg(feature = "ptx")]
+use alloc::string::String;
 use core::fmt;
 use core::marker::PhantomData;
 
+#[cfg(feature = "ptx")]
+use miniz_oxide::inflate;
+
 use crate::conv1d;
-use crate::gemm::hopper::{self, split, telemetry, weight_gradient};
+use crate::gemm::hopper::{self, comparison, split, telemetry, weight_gradient};
 use crate::gemm::{backward, portable};
 use crate::persistent;
 use crate::reduce;
@@ -130,9 +135,33 @@ pub struct Module {
     pub name: &'static str,
     /// The kernels it holds.
     pub entries: &'static [&'static str],
-    /// Its text.
+    /// Its text, deflated (RFC 1951).
     #[cfg(feature = "ptx")]
-    pub ptx: &'static str,
+    pub deflated_ptx: &'static [u8],
+}
+
+#[cfg(feature = "ptx")]
+impl Module {
+    /// Its text.
+    #[must_use]
+    pub fn ptx(&self) -> String {
+        self.inflated(usize::MAX)
+    }
+
+    /// The beginning of its text, with what it asks of the driver.
+    #[must_use]
+    pub fn ptx_header(&self) -> String {
+        self.inflated(1 << 10)
+    }
+
+    fn inflated(&self, limit: usize) -> String {
+        let text = match inflate::decompress_to_vec_with_limit(self.deflated_ptx, limit) {
+            Ok(text) => text,
+            // What comes from the build script is whole: only the limit can end it.
+            Err(cut) => cut.output,
+        };
+        String::from_utf8_lossy(&text).into_owned()
+    }
 }
 
 /// A [`Module`] and, in a host build that embeds PTX, its text.
@@ -143,7 +172,9 @@ macro_rules! module {
             name: $name,
             entries: &[$($entry),+],
             #[cfg(feature = "ptx")]
-            ptx: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/", $folder, "/", $name, ".ptx")),
+            deflated_ptx: include_bytes!(concat!(
+                env!("OUT_DIR"), "/", $folder, "/", $name, ".ptx"
+            )),
         }
     };
 }
@@ -151,7 +182,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 25] = [
+    const FIRST: [&Module; 28] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -162,6 +193,9 @@ pub static MODULES: &[&Module] = &{
         &backward::PORTABLE_F32,
         &backward::PORTABLE_F16,
         &backward::PORTABLE_BF16,
+        &backward::HOPPER_F32,
+        &backward::HOPPER_F16,
+        &backward::HOPPER_BF16,
         &reduce::PORTABLE_F32,
         &reduce::PORTABLE_F16,
         &reduce::PORTABLE_BF16,
@@ -181,7 +215,8 @@ pub static MODULES: &[&Module] = &{
     const GEMM: usize = FIRST.len();
     const GEMM_WGRAD: usize = GEMM + hopper::KERNELS.len();
     const SPLIT: usize = GEMM_WGRAD + weight_gradient::KERNELS.len();
-    const TELEMETRY: usize = SPLIT + split::NUM_MODULES;
+    const COMPARISON: usize = SPLIT + split::NUM_MODULES;
+    const TELEMETRY: usize = COMPARISON + comparison::KERNELS.len();
     let mut modules = [FIRST[0]; TELEMETRY + telemetry::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
@@ -191,8 +226,10 @@ pub static MODULES: &[&Module] = &{
             hopper::KERNELS[row - GEMM].kernel.module
         } else if row < SPLIT {
             weight_gradient::KERNELS[row - GEMM_WGRAD].kernel.module
-        } else if row < TELEMETRY {
+        } else if row < COMPARISON {
             split::module(row - SPLIT)
+        } else if row < TELEMETRY {
+            comparison::KERNELS[row - COMPARISON].kernel.module
         } else {
             telemetry::KERNELS[row - TELEMETRY].kernel.module
         };
@@ -217,6 +254,8 @@ pub struct Kernel<P: KernelParams> {
     /// Whether it waits for the grid before it (`griddepcontrol.wait`) ahead of its first access
     /// to global memory, so that the two may overlap.
     pub waits_for_predecessors: bool,
+    /// Whether its grid is one cluster, of at most 16 blocks.
+    pub one_cluster: bool,
     params: PhantomData<fn(P)>,
 }
 
@@ -242,8 +281,16 @@ impl<P: KernelParams> Kernel<P> {
             block_dim,
             smem_bytes,
             waits_for_predecessors: false,
+            one_cluster: false,
             params: PhantomData,
         }
+    }
+
+    /// The same kernel, whose grid is one cluster.
+    #[must_use]
+    pub const fn as_one_cluster(mut self) -> Self {
+        self.one_cluster = true;
+        self
     }
 
     /// The same kernel, known to wait for the grid before it.

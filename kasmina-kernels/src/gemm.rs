@@ -6,7 +6,7 @@
 //! the bias and the activation are applied in f32 before the one rounding to the element type.
 
 pub mod backward;
-#[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
+#[cfg(target_arch = "nvptx64")]
 pub(crate) mod element;
 pub mod hopper;
 pub mod parts;

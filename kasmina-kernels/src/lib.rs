@@ -19,6 +19,8 @@
 #![no_std]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
 
+#[cfg(feature = "ptx")]
+extern crate alloc;
 #[cfg(test)]
 extern crate std;
 

@@ -70,18 +70,19 @@ mod device {
     use crate::ptx;
 
     impl RingBarriers {
-        /// Initialises every barrier: one producer, `consumers` arrivals to release a stage.
+        /// Initialises every barrier: `producers` arrivals to fill a stage, besides the bytes it
+        /// expects, and `consumers` to release it.
         ///
         /// # Safety
         /// One thread of the block calls it, and a block barrier follows before any other use;
         /// `base` is 8-aligned and `bytes` long inside the block's shared memory.
         #[inline(always)]
-        pub unsafe fn init(self, consumers: u32) {
+        pub unsafe fn init(self, producers: u32, consumers: u32) {
             let mut stage = 0;
             while stage < self.num_stages {
                 // SAFETY: inside the ring, before first use, by the caller's contract.
                 unsafe {
-                    ptx::mbarrier_init(self.full(stage), 1);
+                    ptx::mbarrier_init(self.full(stage), producers);
                     ptx::mbarrier_init(self.empty(stage), consumers);
                 }
                 stage += 1;

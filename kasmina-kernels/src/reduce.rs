@@ -16,13 +16,20 @@
 //! grid      the block that was the last to start merges all slots and writes the result
 //! ```
 //! The first chunk of a block is given by its number, the others are drawn from a counter, so that
-//! all blocks finish at about the same time. With one chunk there are no slots.
+//! all blocks finish at about the same time. The block with the highest number has no chunk, as it
+//! mostly is the one to merge. With one chunk there are no slots.
+//!
+//! Of few elements that way through the L2 cache would be most of the time. On Hopper one cluster
+//! of blocks of 512 threads takes them, a chunk for each half of a block: every warp sends its sums
+//! to the shared memory of the first block, whose first warp merges them.
 //!
 //! No block waits for another but the merging one. It reads a slot until none of its words is
 //! [`Partial::UNWRITTEN`], and makes it so again. So what one block tells another crosses the L2
 //! cache once, without a fence or a counter of arrivals between. Every block draws a ticket as it
 //! starts, and the one with the highest merges: all others are running or done by then, whatever
-//! else keeps the GPU busy. It draws no chunks and merges while the others work.
+//! else keeps the GPU busy. It draws no chunks and merges while the others work. A multiprocessor
+//! that has not merged lately takes microseconds to fetch the instructions, more than the merging
+//! itself, so the block without a chunk runs through them once before it has to.
 //!
 //! # Errors
 //! Rounding happens in a batch and is relative to it; everything else is f64. With u = 2⁻²⁴ and
@@ -104,6 +111,19 @@ const SET_BYTES: u32 = WARPS * WARP_BYTES + 16;
 /// Two sets, used in turn, and the block's ticket.
 const SMEM_BYTES: u32 = 2 * SET_BYTES + 16;
 
+/// Bytes of what a warp sends to the first block of its cluster, and where such records begin: behind
+/// their barrier.
+const CLUSTER_RECORD_BYTES: u32 = 48;
+const CLUSTER_RECORDS_AT: u32 = 16;
+/// Most blocks of the cluster for few elements, teams of threads in each, which have a chunk each,
+/// and what follows from that.
+const CLUSTER_BLOCKS: u32 = 16;
+const CLUSTER_TEAMS: u32 = 2;
+const CLUSTER_THREADS: u32 = CLUSTER_TEAMS * THREADS;
+const CLUSTER_WARPS: u32 = CLUSTER_TEAMS * WARPS;
+const CLUSTER_SMEM_BYTES: u32 =
+    CLUSTER_RECORDS_AT + CLUSTER_BLOCKS * CLUSTER_WARPS * CLUSTER_RECORD_BYTES;
+
 /// What a reduction kernel takes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -154,11 +174,26 @@ pub struct NaiveReduceParams {
 // SAFETY: repr(C); three u64.
 unsafe impl KernelParams for NaiveReduceParams {}
 
-/// Blocks to launch: one for each chunk, as far as the GPU runs them at the same time.
+/// Blocks to launch: one for each chunk and one that merges, as far as the GPU runs them at the
+/// same time.
 #[must_use]
 pub const fn blocks(chunks: Chunks, multiprocessors: u32) -> u32 {
     let resident = multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
-    if chunks.count < resident { chunks.count } else { resident }
+    if chunks.count == 1 {
+        1
+    } else if chunks.count < resident {
+        chunks.count + 1
+    } else {
+        resident
+    }
+}
+
+/// Blocks of the one cluster that serves these few chunks, some of them idle; at least two, as
+/// fewer are no cluster.
+#[must_use]
+pub const fn cluster_blocks(chunks: Chunks) -> u32 {
+    let blocks = chunks.count.div_ceil(CLUSTER_TEAMS).next_power_of_two();
+    if blocks < 2 { 2 } else { blocks }
 }
 
 /// Blocks of the naive kernel: one for each 256 elements, as far as a grid may have them; the
@@ -173,12 +208,14 @@ pub const fn naive_blocks(len: u64) -> u32 {
 /// entries on the device.
 macro_rules! kernels {
     ($($tier:ident $folder:literal $module:ident $dtype:ident $name:literal:
-        $($statistic:ident $entry:ident),+; segments $segments:ident; naive $naive:ident;)+) => {
+        $($statistic:ident $entry:ident $(few $few:ident)?),+;
+        segments $segments:ident; naive $naive:ident;)+) => {
         $(
             /// Every reduction of this element type and tier.
             pub static $module: Module =
                 module!($tier, $folder, $name, [
-                    $(stringify!($entry),)+ stringify!($segments), stringify!($naive)
+                    $(stringify!($entry), $(stringify!($few),)?)+
+                    stringify!($segments), stringify!($naive)
                 ]);
         )+
 
@@ -196,6 +233,24 @@ macro_rules! kernels {
                     Some(&KERNEL)
                 })+)+
                 (Tier::Cpu, ..) => None,
+            }
+        }
+
+        /// The kernel of one cluster for few elements; `None` where the tier has none.
+        #[must_use]
+        pub fn few_kernel(
+            tier: Tier,
+            dtype: DType,
+            statistic: Statistic,
+        ) -> Option<&'static Kernel<ReduceParams>> {
+            match (tier, dtype, statistic) {
+                $($($((Tier::$tier, DType::$dtype, Statistic::$statistic) => {
+                    static KERNEL: Kernel<ReduceParams> = launched(Tier::$tier,
+                        Kernel::new(&$module, stringify!($few), CLUSTER_THREADS, CLUSTER_SMEM_BYTES)
+                            .as_one_cluster());
+                    Some(&KERNEL)
+                })?)+)+
+                _ => None,
             }
         }
 
@@ -242,6 +297,16 @@ macro_rules! kernels {
                         // SAFETY: as above.
                         unsafe { device::reduce::<device::$dtype, device::$statistic>(&params) }
                     }
+
+                    $(
+                        /// # Safety
+                        /// As above, where the grid is one cluster with a team for each chunk.
+                        #[unsafe(no_mangle)]
+                        pub(super) unsafe extern "ptx-kernel" fn $few(params: ReduceParams) {
+                            // SAFETY: as above.
+                            unsafe { device::few::<device::$dtype, device::$statistic>(&params) }
+                        }
+                    )?
                 )+
 
                 /// # Safety
@@ -285,14 +350,23 @@ kernels! {
         Summary reduce_bf16_summary, Sum reduce_bf16_sum, Max reduce_bf16_max,
         Min reduce_bf16_min; segments reduce_bf16_segments; naive reduce_bf16_naive;
     Hopper "hopper" HOPPER_F32 F32 "reduce_f32":
-        Summary reduce_f32_summary, Sum reduce_f32_sum, Max reduce_f32_max, Min reduce_f32_min;
+        Summary reduce_f32_summary few reduce_f32_few_summary,
+        Sum reduce_f32_sum few reduce_f32_few_sum,
+        Max reduce_f32_max few reduce_f32_few_max,
+        Min reduce_f32_min few reduce_f32_few_min;
         segments reduce_f32_segments; naive reduce_f32_naive;
     Hopper "hopper" HOPPER_F16 F16 "reduce_f16":
-        Summary reduce_f16_summary, Sum reduce_f16_sum, Max reduce_f16_max, Min reduce_f16_min;
+        Summary reduce_f16_summary few reduce_f16_few_summary,
+        Sum reduce_f16_sum few reduce_f16_few_sum,
+        Max reduce_f16_max few reduce_f16_few_max,
+        Min reduce_f16_min few reduce_f16_few_min;
         segments reduce_f16_segments; naive reduce_f16_naive;
     Hopper "hopper" HOPPER_BF16 BF16 "reduce_bf16":
-        Summary reduce_bf16_summary, Sum reduce_bf16_sum, Max reduce_bf16_max,
-        Min reduce_bf16_min; segments reduce_bf16_segments; naive reduce_bf16_naive;
+        Summary reduce_bf16_summary few reduce_bf16_few_summary,
+        Sum reduce_bf16_sum few reduce_bf16_few_sum,
+        Max reduce_bf16_max few reduce_bf16_few_max,
+        Min reduce_bf16_min few reduce_bf16_few_min;
+        segments reduce_bf16_segments; naive reduce_bf16_naive;
 }
 
 #[cfg(test)]
@@ -324,8 +398,17 @@ mod tests {
     #[test]
     fn grids_have_a_chunk_for_every_block() {
         assert_eq!(blocks(Chunks::of(1, DType::F32), 132), 1);
-        assert_eq!(blocks(Chunks::of(1 << 18, DType::F32), 132), 256);
+        assert_eq!(blocks(Chunks::of(1 << 18, DType::F32), 132), 257);
         assert_eq!(blocks(Chunks::of(1 << 30, DType::F32), 132), 396);
+        for len in (1..1 << 20).step_by(997) {
+            for chunks in DType::ALL.map(|dtype| Chunks::few(len, dtype)).into_iter().flatten() {
+                let blocks = cluster_blocks(chunks);
+                assert!(
+                    blocks * CLUSTER_TEAMS >= chunks.count && blocks <= CLUSTER_BLOCKS,
+                    "{len}"
+                );
+            }
+        }
         assert_eq!(
             (naive_blocks(1), naive_blocks(257), naive_blocks(u64::MAX)),
             (1, 2, i32::MAX as u32)

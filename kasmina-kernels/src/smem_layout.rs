@@ -47,6 +47,14 @@ pub const fn wgmma_descriptor_k32(address: u32, major: Major) -> u64 {
     }
 }
 
+/// wgmma's descriptor of 16 k by 8 columns without a swizzle: two blocks of 8 columns by 8 k, 128
+/// bytes each.
+#[must_use]
+#[inline(always)]
+pub const fn wgmma_descriptor_plain(address: u32) -> u64 {
+    descriptor(address, 0, 128, 256)
+}
+
 #[inline(always)]
 const fn descriptor(address: u32, swizzle: u64, leading_bytes: u64, stride_bytes: u64) -> u64 {
     (swizzle << 62) | ((stride_bytes >> 4) << 32) | ((leading_bytes >> 4) << 16)

@@ -235,12 +235,13 @@ fn failing_kernel() -> Result<(), Failed> {
     let module = kernel(Tier::Portable, DType::BF16).ok_or("no portable kernel")?.module;
     let folder = env::temp_dir().join(format!("kasmina-trap-{}", std::process::id()));
     let file = PathBuf::from(module.tier.name()).join(format!("{}.ptx", module.name));
-    let entry = module.ptx.find(".entry").ok_or("the module has no entry")?;
-    let body = entry + module.ptx[entry..].find('{').ok_or("the entry has no body")?;
+    let ptx = module.ptx();
+    let entry = ptx.find(".entry").ok_or("the module has no entry")?;
+    let body = entry + ptx[entry..].find('{').ok_or("the entry has no body")?;
     fs::create_dir_all(folder.join(module.tier.name()))?;
     // It begins as it should, so that the fault falls into the session's life.
     let begin = "st.volatile.global.u64";
-    let text = trap_after_start(&module.ptx[..body], begin);
+    let text = trap_after_start(&ptx[..body], begin);
     fs::write(folder.join(&file), text)?;
     let kernel_config = KernelConfig::default().tier(Tier::Portable).ptx_dir(&folder);
     let layer =

@@ -22,14 +22,20 @@ pub(crate) fn gives_the_same_bits<T: Element>(device: &Device, tier: Tier) -> Re
             reducer.segmented(&tensor, cut)?.iter().flat_map(summary_bits).collect();
         let sum = reducer.reduce(&tensor, Reduction::Sum)?.map(f64::to_bits);
 
-        let mut pending = None;
-        let graph = Graph::of(&device, || {
-            pending = Some((
+        let enqueue = || -> Result<_, Failed> {
+            Ok((
                 reducer.summary_async(&tensor)?,
                 reducer.segmented_async(&tensor, cut)?,
                 reducer.reduce_async(&tensor, Reduction::Sum)?,
                 reducer.summary_async(&tensor)?,
-            ));
+            ))
+        };
+        // What it allocates goes to the stream's pool: the driver gives none during a capture.
+        drop(enqueue()?);
+        device.synchronize()?;
+        let mut pending = None;
+        let graph = Graph::of(&device, || {
+            pending = Some(enqueue()?);
             Ok(())
         })?;
         let (summary, segmented, number, again) = pending.ok_or("nothing was captured")?;

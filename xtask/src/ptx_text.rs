@@ -18,6 +18,9 @@ const LAUNCH_DIRECTIVES: [&str; 3] = [".maxntid", ".minnctapersm", ".reqnctaperc
 /// The marker that raises the alignment of the entry's one parameter.
 const PARAM_ALIGN: &str = ".param_align";
 
+/// Instructions of a later ISA version than the one rustc names, and that version.
+const LATER_INSTRUCTIONS: [(&str, &str); 1] = [("st.async.", "8.1")];
+
 /// A PTX file, taken apart.
 #[derive(Debug)]
 pub struct Ptx {
@@ -112,15 +115,25 @@ impl Ptx {
                 pending.extend(text.filter(|identifier| by_name.contains_key(identifier)));
             }
         }
+        let items: Vec<&Item> =
+            self.items.iter().filter(|item| reached.contains(item.name.as_str())).collect();
+        let later = LATER_INSTRUCTIONS
+            .into_iter()
+            .filter(|(name, _)| items.iter().any(|item| item.text.contains(name)))
+            .map(|(_, version)| version);
+        let version = later.chain([self.version.as_str()]).max_by_key(|&version| {
+            version.split('.').map(|part| part.parse().unwrap_or(0)).collect::<Vec<u32>>()
+        });
         let header = [
             BANNER.to_owned(),
-            format!(".version {}", self.version),
+            format!(".version {}", version.unwrap_or_default()),
             format!(".target {}", self.target),
             ".address_size 64".to_owned(),
         ];
-        let items = self.items.iter().filter(|item| reached.contains(item.name.as_str()));
-        let blocks: Vec<String> =
-            [header.join("\n")].into_iter().chain(items.map(|item| item.text.clone())).collect();
+        let blocks: Vec<String> = [header.join("\n")]
+            .into_iter()
+            .chain(items.iter().map(|item| item.text.clone()))
+            .collect();
         Ok(blocks.join("\n\n") + "\n")
     }
 }

@@ -104,8 +104,6 @@ impl<T: Element> Default for Gradients<'_, T> {
 }
 
 /// Which tier computes the products; `None` for one that is not wanted.
-///
-/// On a GPU, dZ and where it is summed by itself db come from `portable` whatever the tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiers {
     /// `dZ·Wᵀ`
@@ -164,6 +162,11 @@ impl<T: Element> Backward<'_, T> {
             self.run_on_cpu(extents, gradients)?;
             return Ok(tiers);
         };
+        // Elementwise kernels serve any shape on any GPU.
+        let device = self.w.device();
+        let forced = config.forced_tier().or(device.defaults().forced_tier());
+        let hopper = device.obstacle(Tier::Hopper).is_none();
+        let elementwise = forced.unwrap_or(if hopper { Tier::Hopper } else { Tier::Portable });
         let launch = Launch {
             stream,
             ptx_dir: config.ptx_override().or(self.w.device().defaults().ptx_override()),
@@ -176,7 +179,7 @@ impl<T: Element> Backward<'_, T> {
         let devices: Vec<_> = operands.map(|operand| operand.device().clone()).collect();
         let streams = devices.iter().map(Device::stream);
         ordered(self.w.device().stream(), streams, || {
-            let partials = Partials::new(stream);
+            let partials = Partials::new(stream, elementwise);
             self.enqueue(extents, gradients, &mut tiers, config, &launch, partials)
         })?;
         Ok(tiers)
@@ -381,7 +384,9 @@ impl<T: Element> Backward<'_, T> {
         partials: &mut Partials<'_>,
         launch: &Launch<'_>,
     ) -> Result<()> {
-        let kernel = gradient_kernel(T::DTYPE);
+        let tier = partials.tier();
+        let kernel = gradient_kernel(tier, T::DTYPE);
+        let kernel = kernel.ok_or_else(|| Obstacle::GpuMemory.refuse(OP, tier))?;
         launch.prepare(kernel)?;
         let chunks = Chunks::of(m, n, T::DTYPE);
         let stride = |tensor: &Tensor<T>| tensor.row_stride() as u64;

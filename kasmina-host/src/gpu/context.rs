@@ -323,7 +323,7 @@ fn obstacle(tier: Tier, capability: &Capability) -> Option<Obstacle> {
         return Some(Obstacle::Capability { major, minor });
     }
     let modules = MODULES.iter().filter(|module| module.tier == tier);
-    let required = modules.filter_map(|module| required_driver(module.ptx)).max()?;
+    let required = modules.filter_map(|module| required_driver(&module.ptx_header())).max()?;
     let required = (required.major, required.minor);
     (driver < required).then_some(Obstacle::Driver { driver, required })
 }

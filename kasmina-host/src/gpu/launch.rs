@@ -47,13 +47,17 @@ impl Launch<'_> {
         // and a kernel that overlaps its predecessor waits for it.
         unsafe {
             // Whether PTX from elsewhere waits for its predecessor is not known.
-            if kernel.waits_for_predecessors && self.ptx_dir.is_none() {
-                let mut overlap = CUlaunchAttribute::programmatic_stream_serialization(true);
+            let overlaps = kernel.waits_for_predecessors && self.ptx_dir.is_none();
+            if overlaps || kernel.one_cluster {
+                let mut attributes = [
+                    CUlaunchAttribute::programmatic_stream_serialization(overlaps),
+                    CUlaunchAttribute::cluster_dimension([blocks, 1, 1]),
+                ];
                 let (grid, block) = ([blocks, 1, 1], [kernel.block_dim, 1, 1]);
                 let stream = self.stream.raw();
                 let mut config = CUlaunchConfig::new(grid, block, kernel.smem_bytes, stream);
-                config.attributes = &raw mut overlap;
-                config.attribute_count = 1;
+                config.attributes = attributes.as_mut_ptr();
+                config.attribute_count = if kernel.one_cluster { 2 } else { 1 };
                 driver!(cuLaunchKernelEx(
                     &raw const config,
                     function,

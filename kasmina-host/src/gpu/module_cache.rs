@@ -1,6 +1,5 @@
 //! PTX modules, loaded on first use, and the functions found in them.
 
-use std::borrow::Cow;
 use std::ffi::{CString, c_void};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -109,11 +108,11 @@ impl ModuleCache {
     fn load(&self, module: &'static Module, ptx_dir: Option<&Path>) -> Result<CUmodule> {
         let name = module_name(module);
         let ptx = match ptx_dir {
-            None => Cow::Borrowed(module.ptx.as_bytes()),
+            None => module.ptx().into_bytes(),
             Some(folder) => {
                 let path = folder.join(module.tier.name()).join(format!("{}.ptx", module.name));
                 match fs::read(&path) {
-                    Ok(ptx) => Cow::Owned(ptx),
+                    Ok(ptx) => ptx,
                     Err(source) => return Err(Error::PtxUnreadable { path, source }),
                 }
             }
@@ -175,7 +174,7 @@ fn describe(log: &str, error: RawError) -> String {
     if log.is_empty() { error.to_string() } else { log.to_owned() }
 }
 
-/// A kernel's function in a loaded module, allowed the shared memory it needs.
+/// A kernel's function in a loaded module, allowed the shared memory and the cluster it needs.
 fn entry<P: KernelParams>(module: CUmodule, kernel: &'static Kernel<P>) -> Result<CUfunction> {
     let missing =
         || Error::EntryMissing { entry: kernel.entry, module: module_name(kernel.module) };
@@ -190,6 +189,11 @@ fn entry<P: KernelParams>(module: CUmodule, kernel: &'static Kernel<P>) -> Resul
         let bytes = kernel.smem_bytes.cast_signed();
         // SAFETY: the function was found above.
         unsafe { driver!(cuFuncSetAttribute(function, attribute, bytes)) }.map_err(failed)?;
+    }
+    if kernel.one_cluster {
+        let attribute = FunctionAttribute::NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+        // SAFETY: the function was found above.
+        unsafe { driver!(cuFuncSetAttribute(function, attribute, 1)) }.map_err(failed)?;
     }
     Ok(function)
 }
@@ -230,7 +234,7 @@ mod tests {
     #[test]
     fn every_built_in_module_says_which_driver_it_needs() {
         for module in MODULES {
-            assert!(required_driver(module.ptx).is_some(), "{}", module_name(module));
+            assert!(required_driver(&module.ptx_header()).is_some(), "{}", module_name(module));
         }
     }
 

@@ -183,12 +183,19 @@ impl Resident {
         .map_err(failed)
     }
 
-    /// Whether the grid runs. After an error nobody knows: it may still run.
-    pub(crate) fn is_running(&self) -> Result<bool> {
-        self.stream.gpu().bind()?;
+    /// Whether the grid runs. After an error nobody knows: it may still run. Once it has ended,
+    /// its room is free and kernels can be loaded again.
+    pub(crate) fn is_running(&mut self) -> Result<bool> {
+        let gpu = self.stream.gpu();
+        gpu.bind()?;
         // SAFETY: the stream lives as long as `self`.
         match unsafe { driver!(cuStreamQuery(self.stream.raw())) } {
-            Ok(()) => Ok(false),
+            Ok(()) => {
+                if std::mem::take(&mut self.stays) {
+                    gpu.leave(self.blocks);
+                }
+                Ok(false)
+            }
             Err(RawError { code: NOT_READY, .. }) => Ok(true),
             Err(error) => Err(failed(error)),
         }
@@ -201,9 +208,6 @@ impl Drop for Resident {
             // The grid may still use all of it, and freeing any of it would wait for the grid.
             tracing::error!("a resident grid is not known to have ended: its memory is kept");
             return;
-        }
-        if self.stays {
-            self.stream.gpu().leave(self.blocks);
         }
         // SAFETY: each is dropped once, buffers before their streams.
         unsafe {

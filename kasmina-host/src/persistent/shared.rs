@@ -194,7 +194,7 @@ impl<T: Element> Shared<T> {
         match &self.backend {
             Backend::Threads { workers, .. } => Ok(workers.have_ended()),
             Backend::Resident(residence) => {
-                let grid = lock(&residence.grid);
+                let mut grid = lock(&residence.grid);
                 // A bounded grid may have to be launched once more.
                 let launched = grid.launched >= self.ring.submitted();
                 Ok(!grid.resident.is_running()? && launched)

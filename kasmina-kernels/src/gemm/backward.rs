@@ -26,9 +26,9 @@
 //! - m, n ≥ 1; any strides; addresses and strides need only the alignment of the element. 16-byte
 //!   accesses are used where all addresses and strides are multiples of 16 bytes and the columns
 //!   exist; elsewhere the same elements go to the same threads one by one.
-//! - dZ does not overlap the operands, which are read through the read-only path.
+//! - dZ does not overlap the operands, which may be read through the read-only path.
 
-use crate::abi::{DType, Kernel, KernelParams, Module, module};
+use crate::abi::{DType, Kernel, KernelParams, Module, Tier, module};
 use crate::tile_scheduler::TileScheduler;
 
 /// Threads per block, of both kernels.
@@ -196,51 +196,58 @@ pub const fn blocks(jobs: &[SumJob; 2]) -> u32 {
     jobs[0].grid.num_tiles() + jobs[1].grid.num_tiles()
 }
 
-/// One row per element type: the module, the constants the host launches and the device entries.
+/// One row per module: for a tier and an element type, the module, the constants the host launches
+/// and the device entries.
 macro_rules! kernels {
-    ($($dtype:ident $module:ident $name:literal: $gradient:ident, $sum:ident;)+) => {
+    ($($tier:ident $folder:literal $module:ident $dtype:ident $name:literal:
+        $gradient:ident, $sum:ident;)+) => {
         $(
-            /// The gradient and the sum kernel of this element type.
-            pub static $module: Module = module!(
-                Portable, "portable", $name, [stringify!($gradient), stringify!($sum)]
-            );
+            /// The gradient and the sum kernel of this tier and element type.
+            pub static $module: Module =
+                module!($tier, $folder, $name, [stringify!($gradient), stringify!($sum)]);
         )+
 
-        /// The gradient kernel of an element type.
+        /// The gradient kernel of a tier and an element type; `None` for the CPU.
         #[must_use]
-        pub const fn gradient_kernel(dtype: DType) -> &'static Kernel<GradientParams> {
-            match dtype {
-                $(DType::$dtype => {
-                    static KERNEL: Kernel<GradientParams> =
-                        Kernel::new(&$module, stringify!($gradient), THREADS, GRADIENT_SMEM);
-                    &KERNEL
+        pub const fn gradient_kernel(
+            tier: Tier,
+            dtype: DType,
+        ) -> Option<&'static Kernel<GradientParams>> {
+            match (tier, dtype) {
+                $((Tier::$tier, DType::$dtype) => {
+                    static KERNEL: Kernel<GradientParams> = launched(Tier::$tier,
+                        Kernel::new(&$module, stringify!($gradient), THREADS, GRADIENT_SMEM));
+                    Some(&KERNEL)
                 })+
+                (Tier::Cpu, _) => None,
             }
         }
 
-        /// The sum kernel of an element type.
+        /// The sum kernel of a tier and an element type; `None` for the CPU.
         #[must_use]
-        pub const fn sum_kernel(dtype: DType) -> &'static Kernel<SumParams> {
-            match dtype {
-                $(DType::$dtype => {
-                    static KERNEL: Kernel<SumParams> =
-                        Kernel::new(&$module, stringify!($sum), THREADS, SUM_SMEM);
-                    &KERNEL
+        pub const fn sum_kernel(tier: Tier, dtype: DType) -> Option<&'static Kernel<SumParams>> {
+            match (tier, dtype) {
+                $((Tier::$tier, DType::$dtype) => {
+                    static KERNEL: Kernel<SumParams> = launched(Tier::$tier,
+                        Kernel::new(&$module, stringify!($sum), THREADS, SUM_SMEM));
+                    Some(&KERNEL)
                 })+
+                (Tier::Cpu, _) => None,
             }
         }
 
-        #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
-        mod entries {
-            use super::{GradientParams, SumParams, device};
-            use crate::gemm::element::{BF16, F16, F32};
+        $(
+            #[cfg(all(target_arch = "nvptx64", kasmina_tier = $folder))]
+            #[expect(non_snake_case, reason = "a module for each element type, named by it")]
+            mod $dtype {
+                use super::{GradientParams, SumParams, device};
+                use crate::gemm::element::$dtype;
 
-            $(
                 /// # Safety
                 /// Addresses, strides and extents describe memory that is valid on the device, and
                 /// the grid has the blocks of the parameters (`gemm::Backward` on the host).
                 #[unsafe(no_mangle)]
-                pub(crate) unsafe extern "ptx-kernel" fn $gradient(params: GradientParams) {
+                pub(super) unsafe extern "ptx-kernel" fn $gradient(params: GradientParams) {
                     // SAFETY: the host checks every shape and stride against its allocation.
                     unsafe { device::gradient::<$dtype>(&params) }
                 }
@@ -248,22 +255,34 @@ macro_rules! kernels {
                 /// # Safety
                 /// As the gradient kernel's.
                 #[unsafe(no_mangle)]
-                pub(crate) unsafe extern "ptx-kernel" fn $sum(params: SumParams) {
+                pub(super) unsafe extern "ptx-kernel" fn $sum(params: SumParams) {
                     // SAFETY: the host made the partials and checked the result.
                     unsafe { device::sum::<$dtype>(&params) }
                 }
-            )+
-        }
+            }
+        )+
     };
 }
 
-kernels! {
-    F32 PORTABLE_F32 "backward_f32": backward_f32_gradient, backward_f32_sum;
-    F16 PORTABLE_F16 "backward_f16": backward_f16_gradient, backward_f16_sum;
-    BF16 PORTABLE_BF16 "backward_bf16": backward_bf16_gradient, backward_bf16_sum;
+/// The kernel as its tier's grids are launched: those of Hopper overlap.
+const fn launched<P: KernelParams>(tier: Tier, kernel: Kernel<P>) -> Kernel<P> {
+    match tier {
+        Tier::Hopper => kernel.waiting_for_predecessors(),
+        _ => kernel,
+    }
 }
 
-#[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
+kernels! {
+    Portable "portable" PORTABLE_F32 F32 "backward_f32": backward_f32_gradient, backward_f32_sum;
+    Portable "portable" PORTABLE_F16 F16 "backward_f16": backward_f16_gradient, backward_f16_sum;
+    Portable "portable" PORTABLE_BF16 BF16 "backward_bf16":
+        backward_bf16_gradient, backward_bf16_sum;
+    Hopper "hopper" HOPPER_F32 F32 "backward_f32": backward_f32_gradient, backward_f32_sum;
+    Hopper "hopper" HOPPER_F16 F16 "backward_f16": backward_f16_gradient, backward_f16_sum;
+    Hopper "hopper" HOPPER_BF16 BF16 "backward_bf16": backward_bf16_gradient, backward_bf16_sum;
+}
+
+#[cfg(target_arch = "nvptx64")]
 mod device;
 
 #[cfg(test)]
@@ -307,13 +326,17 @@ mod tests {
 
     #[test]
     fn every_kernel_is_in_the_module_of_its_dtype_under_its_own_name() {
-        for dtype in DType::ALL {
+        for (tier, dtype) in [Tier::Portable, Tier::Hopper]
+            .into_iter()
+            .flat_map(|tier| DType::ALL.map(|dtype| (tier, dtype)))
+        {
             let entries =
                 [std::format!("backward_{dtype}_gradient"), std::format!("backward_{dtype}_sum")];
-            let (gradient, sum) = (gradient_kernel(dtype), sum_kernel(dtype));
+            let gradient = gradient_kernel(tier, dtype).expect("a kernel");
+            let sum = sum_kernel(tier, dtype).expect("a kernel");
             assert_eq!([gradient.entry, sum.entry], entries);
             assert_eq!(gradient.module.entries, entries);
-            assert_eq!(sum.module, gradient.module);
+            assert_eq!((gradient.module.tier, sum.module), (tier, gradient.module));
         }
     }
 }

@@ -3,11 +3,17 @@
 use super::portable::bf16_from_f32;
 use crate::ptx;
 
+/// Whether grids start before their predecessor has ended. What that one wrote meanwhile may not
+/// be read through the read-only path.
+pub(crate) const OVERLAPS: bool = cfg!(kasmina_tier = "hopper");
+
 /// An element type in global memory. Bits travel in the lower end of a `u32`.
 pub(crate) trait Element {
     const SIZE: u32;
     fn widen(bits: u32) -> f32;
     fn round(value: f32) -> u32;
+    /// Loads through the read-only path, but for the kernels that overlap their predecessor.
+    ///
     /// # Safety
     /// As [`ptx::ld_global_nc_u32`], for `SIZE` bytes.
     unsafe fn load(address: u64) -> u32;
@@ -33,7 +39,9 @@ impl Element for F32 {
     #[inline(always)]
     unsafe fn load(address: u64) -> u32 {
         // SAFETY: the caller's contract.
-        unsafe { ptx::ld_global_nc_u32(address) }
+        unsafe {
+            if OVERLAPS { ptx::ld_global_u32(address) } else { ptx::ld_global_nc_u32(address) }
+        }
     }
     #[inline(always)]
     unsafe fn store(address: u64, bits: u32) {
@@ -57,7 +65,13 @@ macro_rules! sixteen_bit_element {
             #[inline(always)]
             unsafe fn load(address: u64) -> u32 {
                 // SAFETY: the caller's contract.
-                u32::from(unsafe { ptx::ld_global_nc_u16(address) })
+                u32::from(unsafe {
+                    if OVERLAPS {
+                        ptx::ld_global_u16(address)
+                    } else {
+                        ptx::ld_global_nc_u16(address)
+                    }
+                })
             }
             #[inline(always)]
             unsafe fn store(address: u64, bits: u32) {

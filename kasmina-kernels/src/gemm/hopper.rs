@@ -30,6 +30,7 @@ use crate::gemm::WeightLayout;
 use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
 
+pub mod comparison;
 pub mod split;
 pub mod telemetry;
 pub mod weight_gradient;

@@ -15,6 +15,19 @@ pub fn fma_rn_f32(a: f32, b: f32, c: f32) -> f32 {
     d
 }
 
+/// As [`fma_rn_f32`], in f64.
+#[must_use]
+#[inline(always)]
+pub fn fma_rn_f64(a: f64, b: f64, c: f64) -> f64 {
+    let d: f64;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        asm!("fma.rn.f64 {}, {}, {}, {};", out(reg64) d, in(reg64) a, in(reg64) b, in(reg64) c,
+             options(pure, nomem, nostack, preserves_flags));
+    }
+    d
+}
+
 /// The larger of the two; NaN if either is.
 #[must_use]
 #[inline(always)]

@@ -7,6 +7,8 @@ mod barrier;
 #[cfg(kasmina_tier = "hopper")]
 mod cluster;
 mod convert;
+#[cfg(kasmina_tier = "hopper")]
+mod cp_async;
 mod fence;
 mod global;
 mod grid;
@@ -31,6 +33,8 @@ pub use barrier::*;
 #[cfg(kasmina_tier = "hopper")]
 pub use cluster::*;
 pub use convert::*;
+#[cfg(kasmina_tier = "hopper")]
+pub use cp_async::*;
 pub use fence::*;
 pub use global::*;
 pub use grid::*;

@@ -130,6 +130,57 @@ macro_rules! wgmma_k64 {
     };
 }
 
+/// Adds 64 k of an MN-major slab to its sums over k, as four `wgmma.mma_async.m64n8k16` with a
+/// second operand of ones and a commit. They complete after a later wait.
+///
+/// `$a` is the descriptor of the slab's first k16, `$ones` that of 16 by 8 ones. `$accumulate` 0
+/// overwrites the sums: accumulators 0 and 1 of one row, 2 and 3 of the row 8 below.
+macro_rules! wgmma_sums_k64 {
+    ($dtype:literal, $a:expr, $ones:expr, $accumulate:expr, $($s:ident)+) => {
+        core::arch::asm!(
+            "{{",
+            ".reg .pred first, rest;",
+            ".reg .b64 a;",
+            "setp.ne.b32 first, {accumulate}, 0;",
+            "setp.eq.b32 rest, 0, 0;",
+            "mov.b64 a, {a};",
+            "wgmma.fence.sync.aligned;",
+            $crate::ptx::wgmma::wgmma_sums_k64!(@mma $dtype, "first"),
+            "add.s64 a, a, {step};",
+            $crate::ptx::wgmma::wgmma_sums_k64!(@mma $dtype, "rest"),
+            "add.s64 a, a, {step};",
+            $crate::ptx::wgmma::wgmma_sums_k64!(@mma $dtype, "rest"),
+            "add.s64 a, a, {step};",
+            $crate::ptx::wgmma::wgmma_sums_k64!(@mma $dtype, "rest"),
+            "wgmma.commit_group.sync.aligned;",
+            "}}",
+            $(inout(reg32) $s,)+
+            a = in(reg64) $a,
+            ones = in(reg64) $ones,
+            accumulate = in(reg32) $accumulate,
+            step = const $crate::smem_layout::descriptor_step_k16($crate::smem_layout::Major::MN),
+            options(nostack),
+        )
+    };
+    (@mma $dtype:literal, $predicate:literal) => {
+        concat!(
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.", $dtype, ".", $dtype,
+            " {{{0}, {1}, {2}, {3}}}, a, {ones}, ", $predicate, ", 1, 1, 1, 0;"
+        )
+    };
+}
+
+/// Ties the sums of [`wgmma_sums_k64`] to a point where every wgmma has completed.
+macro_rules! wgmma_wait_sums {
+    ($($s:ident)+) => {
+        core::arch::asm!(
+            "wgmma.wait_group.sync.aligned 0; // {0} {1} {2} {3} {4} {5} {6} {7}",
+            $(inout(reg32) $s,)+
+            options(nostack),
+        )
+    };
+}
+
 /// As [`with_accumulators`] for 128 columns, with three accumulators for each element: two that
 /// tensor cores fill in turn, and one that collects them.
 macro_rules! with_promoted_accumulators {
@@ -230,6 +281,6 @@ macro_rules! wgmma_wait_all {
 }
 
 pub(crate) use {
-    accumulator_operands, wgmma_k64, wgmma_parts_k32, wgmma_wait_all, with_accumulators,
-    with_promoted_accumulators,
+    accumulator_operands, wgmma_k64, wgmma_parts_k32, wgmma_sums_k64, wgmma_wait_all,
+    wgmma_wait_sums, with_accumulators, with_promoted_accumulators,
 };

@@ -1,6 +1,6 @@
 //! How a run of elements is cut into chunks, and what is left of a chunk.
 
-use super::{THREADS, VECTORS};
+use super::{CLUSTER_BLOCKS, CLUSTER_TEAMS, THREADS, VECTORS};
 use crate::abi::DType;
 
 /// Bytes of a block's vectors of the same number, and of its batch.
@@ -9,8 +9,9 @@ const BATCH_BYTES: u64 = ROW_BYTES * VECTORS as u64;
 /// Number of chunks at which they grow beyond a row.
 const FEW: u64 = 256;
 /// Number of chunks that a GPU takes on at once: three for each of the 132 multiprocessors of an
-/// H100 or H200. A constant, so that the result does not depend on the GPU.
-const WAVE: u64 = 396;
+/// H100 or H200, but for the block that merges. A constant, so that the result does not depend on
+/// the GPU.
+const WAVE: u64 = 395;
 /// Batches of a chunk, at most, in a run that one wave takes, and in a longer one.
 const MOST_BATCHES: u64 = 16;
 const LARGE_BATCHES: u64 = 16;
@@ -21,6 +22,10 @@ pub(super) const LOG2_MOST_ELEMENTS: u32 = 20;
 /// Bytes at the end of a run of several waves that are cut into chunks of a batch, so that all
 /// blocks finish at about the same time.
 const TAIL_BYTES: u64 = 16 << 20;
+
+/// Chunks that one cluster takes, and bytes: two batches for each.
+const CLUSTER_CHUNKS: u64 = CLUSTER_BLOCKS as u64 * CLUSTER_TEAMS as u64;
+const FEW_BYTES: u64 = 2 * CLUSTER_CHUNKS * BATCH_BYTES;
 
 /// How a run of elements is cut up: into large chunks, then small ones, the last of them shorter.
 #[repr(C)]
@@ -42,7 +47,7 @@ impl Chunks {
     /// The chunks of `len` elements of this type, fewer than 2⁵⁰.
     ///
     /// One up to 16 KiB, then chunks of 4 KiB and more, at most 256 of them up to 4 MiB, then of as
-    /// many batches as makes 396. Beyond 99 MiB they are of 256 KiB, followed by 16 MiB in chunks
+    /// many batches as makes 395. Beyond 99 MiB they are of 256 KiB, followed by 16 MiB in chunks
     /// of a batch, and larger, up to 2²⁰ elements, once there are more than 32768.
     #[must_use]
     pub const fn of(len: u64, dtype: DType) -> Self {
@@ -72,6 +77,19 @@ impl Chunks {
             large: large as u32,
             count: (large + small) as u32,
         }
+    }
+
+    /// The chunks of a run so short that one cluster of blocks takes it; `None` if it is not, up to
+    /// 1 MiB. Each is a batch or two.
+    #[must_use]
+    pub const fn few(len: u64, dtype: DType) -> Option<Self> {
+        let size = dtype.size() as u64;
+        if len > FEW_BYTES / size {
+            return None;
+        }
+        let batch = BATCH_BYTES / size;
+        let each = len.div_ceil(batch * CLUSTER_CHUNKS);
+        Some(Self::equal(len, batch * if each > 1 { each } else { 1 }))
     }
 
     const fn equal(len: u64, chunk: u64) -> Self {

@@ -10,6 +10,9 @@ use crate::unroll::unroll;
 
 #[cfg(kasmina_tier = "hopper")]
 mod blocks;
+mod chunk;
+#[cfg(kasmina_tier = "hopper")]
+mod cluster;
 mod element;
 mod load;
 mod naive;
@@ -19,13 +22,16 @@ mod slots;
 
 #[cfg(kasmina_tier = "hopper")]
 pub(crate) use blocks::{Source, put_record, summary_of_block, write_slot};
+use chunk::At;
+#[cfg(kasmina_tier = "hopper")]
+pub(super) use cluster::few;
 pub(crate) use element::{BF16, Element, F16};
 pub(super) use element::{F32, Max, Min, Pairs, Statistic, Sum, Summary};
 use load::*;
 pub(super) use naive::naive;
 use node::{Node, Total};
 pub(super) use segments::segments;
-use slots::{clear, get, mean, put, quotient, store_result};
+use slots::{Usual, clear, get, mean, put, quotient, store_result};
 
 /// What ptxas is told first.
 #[inline(always)]
@@ -51,8 +57,8 @@ fn wait_for_predecessors() {
 }
 
 #[inline(always)]
-fn start() {
-    geometry::<THREADS, BLOCKS_PER_MULTIPROCESSOR>();
+fn start<const THREADS: u32, const BLOCKS: u32>() {
+    geometry::<THREADS, BLOCKS>();
     #[cfg(kasmina_tier = "hopper")]
     ptx::griddepcontrol_launch_dependents();
 }
@@ -65,28 +71,32 @@ fn is_first_thread() -> bool {
     ptx::opaque_u32(ptx::thread_index()) == 0
 }
 
-/// Warp and lane, opaque for the same reason.
+/// Number of the thread among those that share a chunk: its block's, or a part of them where a
+/// block has several chunks.
+#[inline(always)]
+fn thread_of_team() -> u32 {
+    ptx::thread_index() % THREADS
+}
+
+/// Warp and lane, opaque for the same reason as above.
 #[inline(always)]
 fn warp_and_lane() -> (u32, u32) {
     let thread = ptx::thread_index();
     (ptx::opaque_u32(thread / 32), ptx::opaque_u32(thread % 32))
 }
 
-/// Bytes that a block asks for ahead of the wait, at most.
+/// Bytes of a chunk that are asked for ahead of the wait, at most.
 #[cfg(kasmina_tier = "hopper")]
 const PREFETCH_BYTES: u64 = 64 << 10;
 
-/// Has the block's first chunk brought into the L2 cache while the grid before still runs.
+/// Has a chunk brought into the L2 cache while the grid before still runs. One thread is enough.
 ///
 /// # Safety
 /// The chunk exists and is readable.
 #[cfg(kasmina_tier = "hopper")]
 #[inline(always)]
-unsafe fn prefetch<E: Element>(params: &ReduceParams) {
-    if !is_first_thread() {
-        return;
-    }
-    let (first, len) = params.chunks.range(ptx::block_index());
+unsafe fn prefetch<E: Element>(params: &ReduceParams, chunk: u32) {
+    let (first, len) = params.chunks.range(chunk);
     let address = params.data + (first << E::LOG2_SIZE);
     let bytes = u64::from(len) << E::LOG2_SIZE;
     let bytes = if bytes < PREFETCH_BYTES { bytes } else { PREFETCH_BYTES };
@@ -135,6 +145,12 @@ unsafe fn partial<E: Element, S: Statistic>(
         }
         node = node.over::<S, 8>();
     }
+    partial_of::<S>(&node, len)
+}
+
+/// Summary of `len` elements, with those that were skipped, from their sums.
+#[inline(always)]
+fn partial_of<S: Statistic>(node: &Node, len: u32) -> Partial {
     let (mut sum, mut m2) = (node.distances, 0.0);
     if S::SQUARES {
         let count = len - node.skipped;
@@ -156,30 +172,31 @@ unsafe fn partial<E: Element, S: Statistic>(
     partial
 }
 
-/// The result from all slots, in warp 0. Waits until they are written, and makes them unwritten.
+/// The result from the first `count` slots, in warp 0. Waits until they are written, and makes
+/// them unwritten.
 ///
 /// # Safety
 /// The whole block executes it and has left `records`, shared memory for one record per warp; all
 /// other blocks that write slots are running or have done so, and nobody else reads any.
 #[inline(always)]
-unsafe fn merged<S: Statistic>(params: &ReduceParams, records: u32) -> Moments {
+unsafe fn merged<S: Statistic>(params: &ReduceParams, count: u32, records: u32) -> Moments {
     let (chunks, partials) = (params.chunks, params.partials);
     let thread = ptx::thread_index();
     let (warp, lane) = warp_and_lane();
     let mut total = Total::EMPTY;
-    let first_len = chunks.range(0).1;
+    let (first_len, usual) = (chunks.range(0).1, Usual::new(chunks.small_len));
     let mut pivot = 0.0;
     let mut has_pivot = !S::SQUARES;
     let mut chunk = thread;
-    // SAFETY: slots up to `count` are the caller's; slot 0, which everybody reads, is cleared
-    // behind the barrier; whole warps; each warp has a place of its own, and the barrier is
+    // SAFETY: the slots are the caller's; slot 0, which everybody reads, is cleared behind the
+    // barrier; whole warps; each warp has a place of its own, and the barrier is
     // between.
     unsafe {
-        while chunk < chunks.count {
+        while chunk < count {
             ptx::nounroll();
             // Several under way at once; what comes behind one that is not yet written is read
             // again.
-            let slot = |chunk: u32| if chunk < chunks.count { get(partials, chunk) } else { None };
+            let slot = |chunk: u32| if chunk < count { get(partials, chunk) } else { None };
             let first = if has_pivot { None } else { slot(0) };
             let own = [slot(chunk), slot(chunk + THREADS)];
             if let Some(first) = first {
@@ -191,7 +208,7 @@ unsafe fn merged<S: Statistic>(params: &ReduceParams, records: u32) -> Moments {
                     if chunk != 0 {
                         clear(partials, chunk);
                     }
-                    total.add::<S>(&own, chunks.range(chunk).1, pivot);
+                    total.add::<S>(&own, chunks.range(chunk).1, pivot, usual);
                     chunk += THREADS;
                 }
             });
@@ -204,7 +221,7 @@ unsafe fn merged<S: Statistic>(params: &ReduceParams, records: u32) -> Moments {
         if warp != 0 {
             return Moments::EMPTY;
         }
-        if lane == 0 {
+        if lane == 0 && count > 0 {
             clear(partials, 0);
         }
         total = Total::get(records + lane % WARPS * WARP_BYTES).over::<S, 8>();
@@ -220,7 +237,7 @@ fn first_batch<E: Element>(params: &ReduceParams, chunk: u32) -> (u64, u32) {
         return (0, 0);
     }
     let (first, len) = params.chunks.range(chunk);
-    let element = first + u64::from(ptx::thread_index() * E::WIDTH);
+    let element = first + u64::from(thread_of_team() * E::WIDTH);
     (params.data + (element << E::LOG2_SIZE), len)
 }
 
@@ -229,10 +246,10 @@ fn first_batch<E: Element>(params: &ReduceParams, chunk: u32) -> (u64, u32) {
 /// # Safety
 /// The counter is the grid's.
 #[inline(always)]
-unsafe fn draw(params: &ReduceParams) -> u32 {
+unsafe fn draw(params: &ReduceParams, workers: u32) -> u32 {
     // SAFETY: the caller's contract.
     let drawn = unsafe { ptx::atom_add_relaxed_gpu_u32(params.counters + 4, 1) };
-    drawn.saturating_add(ptx::grid_size())
+    drawn.saturating_add(workers)
 }
 
 /// The statistics of all elements.
@@ -240,14 +257,72 @@ unsafe fn draw(params: &ReduceParams) -> u32 {
 /// # Safety
 /// The elements are readable, slots, counters and result writable, and nothing else writes any of
 /// them while the kernel runs; the slots are unwritten and the counters 0; there is at least one
-/// chunk, and no more blocks than chunks.
+/// chunk, and at most one block more than chunks.
 #[inline(always)]
 pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
-    start();
+    start::<THREADS, BLOCKS_PER_MULTIPROCESSOR>();
+    let blocks = ptx::grid_size();
+    // The last of several blocks has no chunk. It mostly starts last, and merges what the others
+    // find. What it runs for that, the multiprocessor has not run lately; so it goes through it
+    // once while nothing is there to merge, and waits for the instructions before anybody waits
+    // for it.
+    let workers = if blocks > 1 { blocks - 1 } else { 1 };
+    // Opaque, so that there is one copy of the instructions.
+    let mut rehearsal = ptx::opaque_u32(u32::from(ptx::block_index() >= workers)) != 0;
+    let smem = ptx::dynamic_smem();
+    let mut records = smem;
+    if ptx::block_index() < workers {
+        // SAFETY: the caller's contract.
+        match unsafe { work::<E, S>(params, workers) } {
+            Some(set) => records = set,
+            None => return,
+        }
+    }
+    loop {
+        ptx::nounroll();
+        let count = if rehearsal { 0 } else { params.chunks.count };
+        // SAFETY: but for the rehearsal, every block has drawn its ticket before this one drew the
+        // last. The two sets take turns, with a barrier between. A block draws its chunks before
+        // it writes the slot of the last, so the counters are nobody's once all slots are written.
+        unsafe {
+            let moments = merged::<S>(params, count, records);
+            if !rehearsal {
+                if is_first_thread() {
+                    ptx::st_global_u32(params.counters, 0);
+                    ptx::st_global_u32(params.counters + 4, 0);
+                    store_result(params.result, &moments);
+                }
+                return;
+            }
+            rehearsal = ptx::opaque_u32(0) != 0;
+            wait_for_predecessors();
+            let ticket = smem + 2 * SET_BYTES;
+            if is_first_thread() {
+                let started = ptx::atom_add_relaxed_gpu_u32(params.counters, 1);
+                ptx::st_shared_u32(ticket, started);
+            }
+            ptx::bar_sync::<0, THREADS>();
+            if ptx::ld_shared_u32(ticket) != blocks - 1 {
+                return;
+            }
+            records = smem + (records - smem ^ SET_BYTES);
+        }
+    }
+}
+
+/// What a block with chunks does. If it started last of all blocks and has to merge, it gives the
+/// set of records that it may use next.
+///
+/// # Safety
+/// As [`reduce`]; the block's number is below that of the `workers`.
+#[inline(always)]
+unsafe fn work<E: Element, S: Statistic>(params: &ReduceParams, workers: u32) -> Option<u32> {
     #[cfg(kasmina_tier = "hopper")]
     // SAFETY: the caller's contract.
     unsafe {
-        prefetch::<E>(params);
+        if is_first_thread() {
+            prefetch::<E>(params, ptx::block_index());
+        }
     }
     wait_for_predecessors();
     let (chunks, rule) = (params.chunks, params.rule());
@@ -256,13 +331,12 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
     // comes to the barrier after which the others write to it again.
     let mut records = smem;
     let aligned = params.data % 16 == 0;
-    let (thread, blocks) = (ptx::thread_index(), ptx::grid_size());
+    let blocks = ptx::grid_size();
     let several = chunks.count > 1;
 
     let mut chunk = ptx::block_index();
-    let (mut address, mut left) = first_batch::<E>(params, chunk);
-    // SAFETY: elements that are left are readable by the caller's contract.
-    let mut vectors = unsafe { load::<E>(address, left, aligned) };
+    // SAFETY: the chunk's elements are readable by the caller's contract.
+    let mut at = unsafe { At::<E>::begin(first_batch::<E>(params, chunk), aligned) };
     let mut next_chunk = u32::MAX;
     // SAFETY: the counters are the grid's; nobody else writes these places, and a barrier is
     // before they are read.
@@ -271,87 +345,36 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
         if several && is_first_thread() {
             let started = ptx::atom_add_relaxed_gpu_u32(params.counters, 1);
             ptx::st_shared_u32(draws, started);
-            if blocks < chunks.count {
+            if workers < chunks.count {
                 // The block that merges draws nothing, unless there is no other.
-                let draws_too = started != blocks - 1 || blocks == 1;
-                let drawn = if draws_too { draw(params) } else { u32::MAX };
+                let draws_too = started != blocks - 1 || workers == 1;
+                let drawn = if draws_too { draw(params, workers) } else { u32::MAX };
                 ptx::st_shared_u32(draws + 4, drawn);
             }
         }
-        if several && blocks < chunks.count {
+        if several && workers < chunks.count {
             ptx::bar_sync::<0, THREADS>();
             next_chunk = ptx::ld_shared_u32(draws + 4);
         }
     }
-    let mut measure = Measure { pivot: 0.0, epsilon: rule.epsilon, bounds: 0 };
-    if S::SQUARES && E::PAIRED {
-        measure.bounds = E::pair_of_bounds(rule.epsilon);
-    }
+    let mut measure = Measure::new::<E, S>(rule);
     let last_started;
     loop {
-        let len = left;
+        let len = at.left;
         if S::SQUARES {
-            let in_batch = if left < batch::<E>() { left } else { batch::<E>() };
-            measure.pivot = pivot::<E>(&vectors, share(in_batch, E::WIDTH, THREADS, thread));
+            measure.pivot = at.pivot();
         }
         let mut accumulator = Accumulator::new(measure.pivot);
         let mut drawn = u32::MAX;
         if is_first_thread() && next_chunk < chunks.count {
             // SAFETY: the counter is the grid's. Looked at when the chunk is done.
-            drawn = unsafe { draw(params) };
+            drawn = unsafe { draw(params, workers) };
         }
-        loop {
-            let more = left > batch::<E>();
-            let (next_address, next_left) = if more {
-                (address + u64::from(batch::<E>() << E::LOG2_SIZE), left - batch::<E>())
-            } else {
+        // SAFETY: the chunks' elements are readable by the caller's contract.
+        unsafe {
+            at.add_chunk::<S>(&mut accumulator, measure, rule, || {
                 first_batch::<E>(params, next_chunk)
-            };
-            let (mut sums, mut pairs) = (Batch::EMPTY, E::NO_PAIRS);
-            let mut loaded = false;
-            // SAFETY: elements that are left are readable by the caller's contract.
-            unsafe {
-                if aligned && left >= batch::<E>() {
-                    let next_too = next_left >= batch::<E>();
-                    unroll!(v: u32 in [0 1 2 3] {
-                        let vector = vectors[v as usize];
-                        add_whole::<E, S>(&mut sums, &mut pairs, vector, measure);
-                        if next_too {
-                            let next = address_of(next_address, v);
-                            vectors[v as usize] = ptx::ld_global_v4_u32(next);
-                        }
-                    });
-                    if S::SQUARES && E::PAIRED {
-                        E::add_pairs(pairs, &mut sums);
-                    }
-                    loaded = next_too;
-                } else {
-                    let mut valid = left_of_thread::<E>(left);
-                    each_vector(&mut vectors, |vector| {
-                        if valid > 0 {
-                            add_some::<E, S>(&mut sums, *vector, valid, measure);
-                        }
-                        valid = left_of_vector::<E>(valid, 1);
-                    });
-                }
-                if !loaded && next_left > 0 {
-                    vectors = load::<E>(next_address, next_left, aligned);
-                }
-                if !take::<S>(&mut accumulator, &sums, rule) {
-                    let valid = left_of_thread::<E>(left);
-                    let mut v = 0;
-                    while v < VECTORS {
-                        ptx::nounroll();
-                        let valid = left_of_vector::<E>(valid, v);
-                        add_exactly::<E>(&mut accumulator, address_of(address, v), valid, rule);
-                        v += 1;
-                    }
-                }
-            }
-            (address, left) = (next_address, next_left);
-            if !more {
-                break;
-            }
+            });
         }
         // SAFETY: the whole block, as chunks are the block's; the set is free as said above. One
         // thread writes the chunk's slot, or the result if it is the only chunk.
@@ -365,7 +388,7 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
                 if is_first_thread() {
                     store_result(params.result, &alone::<S>(&partial, chunks.len));
                 }
-                return;
+                return None;
             }
             if is_first_thread() {
                 put(params.partials, chunk, &partial);
@@ -379,21 +402,8 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
         }
         records = smem + (records - smem ^ SET_BYTES);
     }
-    if !last_started {
-        return;
-    }
-    records = smem + (records - smem ^ SET_BYTES);
-    // SAFETY: every block has drawn its ticket before this one drew the last. The set in turn was
-    // read before the last barrier but one. A block draws its chunks before it writes the slot of
-    // the last, so the counters are nobody's once all slots are written.
-    unsafe {
-        let moments = merged::<S>(params, records);
-        if is_first_thread() {
-            ptx::st_global_u32(params.counters, 0);
-            ptx::st_global_u32(params.counters + 4, 0);
-            store_result(params.result, &moments);
-        }
-    }
+    // The set in turn was read before the last barrier but one.
+    if last_started { Some(smem + (records - smem ^ SET_BYTES)) } else { None }
 }
 
 /// The statistics of a chunk that is alone.

@@ -203,15 +203,17 @@ impl Segments {
     #[must_use]
     #[inline(always)]
     pub fn elements(&self, segment: u32, index: u32) -> u32 {
-        let row = self.parts.get() as u64 * self.pieces.get() as u64;
+        // Not by way of `strip`, which divides more than the other merging takes.
         let (block, part, piece) = if self.by_rows == 1 {
-            (segment / self.parts, segment % self.parts, index)
+            let block = segment / self.parts;
+            (block, segment - block * self.parts.get(), index)
         } else {
-            (index / self.pieces, segment, index % self.pieces)
+            let block = index / self.pieces;
+            (block, segment, index - block * self.pieces.get())
         };
-        let in_row = part as u64 * self.pieces.get() as u64 + piece as u64;
-        let strip = self.strip(block as u64 * row + in_row);
-        strip.rows * strip.columns
+        let columns = self.width + (part < self.wider) as u32;
+        let left = columns.saturating_sub(piece * self.piece);
+        least(self.block, self.rows - block * self.block) * least(self.piece, left)
     }
 
     /// Blocks to launch.

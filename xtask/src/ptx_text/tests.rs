@@ -116,6 +116,14 @@ fn module_holds_what_its_entry_reaches_and_nothing_else() {
 }
 
 #[test]
+fn a_module_names_the_version_that_its_instructions_need() {
+    let later = entry("\tst.async.weak.b32 [%r1], %r2, [%r3];\n\tret;").unwrap();
+    assert!(later.module(&["k"]).unwrap().contains("\n.version 8.1\n"));
+    let plain = entry("\tret;").unwrap();
+    assert!(plain.module(&["k"]).unwrap().contains("\n.version 8.0\n"));
+}
+
+#[test]
 fn function_declared_ahead_keeps_declaration_and_definition() {
     let module = emitted().module(&["gemm_b"]).unwrap();
     assert_eq!(module.matches(".func panic_in_b").count(), 2);

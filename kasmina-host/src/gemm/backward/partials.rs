@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use kasmina_kernels::abi::Tier;
 use kasmina_kernels::gemm::backward::{SumJob, SumParams, blocks, sum_kernel};
 
 use super::OP;
 use crate::element::Element;
-use crate::error::{Error, Result};
+use crate::error::{Error, Obstacle, Result};
 use crate::gemm::{check_tiles, extent};
 use crate::gpu::{Buffer, Launch, Stream as GpuStream};
 use crate::tensor::Tensor;
@@ -14,13 +15,19 @@ use crate::tensor::Tensor;
 /// Partial results that are to be summed, and their memory.
 pub(super) struct Partials<'a> {
     stream: &'a Arc<GpuStream>,
+    /// The tier of the elementwise kernels.
+    tier: Tier,
     jobs: Vec<SumJob>,
     buffers: Vec<Buffer>,
 }
 
 impl<'a> Partials<'a> {
-    pub(super) const fn new(stream: &'a Arc<GpuStream>) -> Self {
-        Self { stream, jobs: Vec::new(), buffers: Vec::new() }
+    pub(super) const fn new(stream: &'a Arc<GpuStream>, tier: Tier) -> Self {
+        Self { stream, tier, jobs: Vec::new(), buffers: Vec::new() }
+    }
+
+    pub(super) const fn tier(&self) -> Tier {
+        self.tier
     }
 
     /// Lets `out` become the sum of `count` partial results in f32 without gaps, and gives the
@@ -48,7 +55,8 @@ impl<'a> Partials<'a> {
 
     /// Enqueues the sums; the memory of the partial results goes back in the stream's order.
     pub(super) fn enqueue<T: Element>(self, launch: &Launch<'_>) -> Result<()> {
-        let kernel = sum_kernel(T::DTYPE);
+        let kernel = sum_kernel(self.tier, T::DTYPE);
+        let kernel = kernel.ok_or_else(|| Obstacle::GpuMemory.refuse(OP, self.tier))?;
         for jobs in self.jobs.chunks(2) {
             let jobs = [jobs[0], jobs.get(1).copied().unwrap_or(SumJob::NONE)];
             launch.run(kernel, blocks(&jobs), &SumParams { jobs })?;

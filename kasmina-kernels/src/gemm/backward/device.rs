@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::activation::Activation;
-use crate::gemm::element::Element;
+use crate::gemm::element::{Element, F32, OVERLAPS};
 use crate::ptx;
 use crate::unroll::unroll;
 
@@ -83,7 +83,13 @@ impl Operand {
         let address = self.row(row);
         if vector {
             // SAFETY: the caller's contract.
-            return unsafe { ptx::ld_global_nc_v4_u32(address) };
+            return unsafe {
+                if OVERLAPS {
+                    ptx::ld_global_v4_u32(address)
+                } else {
+                    ptx::ld_global_nc_v4_u32(address)
+                }
+            };
         }
         unroll!(element: u32 in [0 1 2 3 4 5 6 7] {
             if element < width::<E>() && element < columns {
@@ -170,7 +176,8 @@ impl Rows {
     }
 }
 
-/// What ptxas is told first: four blocks a multiprocessor, which leave 64 registers a thread.
+/// What ptxas and the scheduler are told first: four blocks a multiprocessor, which leave 64
+/// registers a thread.
 #[inline(always)]
 fn start() {
     // SAFETY: comments for `cargo xtask ptx`.
@@ -181,6 +188,11 @@ fn start() {
             threads = const THREADS,
             options(nomem, nostack, preserves_flags),
         );
+    }
+    if OVERLAPS {
+        // In this order everything before the predecessor is complete, too, when a grid starts.
+        ptx::griddepcontrol_wait();
+        ptx::griddepcontrol_launch_dependents();
     }
 }
 
@@ -345,10 +357,10 @@ unsafe fn sum_job<E: Element>(job: &SumJob, block: u32) {
             // SAFETY: existing partials, by the caller's contract.
             let loaded = unsafe {
                 [
-                    ptx::ld_global_nc_u32(address),
-                    ptx::ld_global_nc_u32(address + step),
-                    ptx::ld_global_nc_u32(address + 2 * step),
-                    ptx::ld_global_nc_u32(address + 3 * step),
+                    F32::load(address),
+                    F32::load(address + step),
+                    F32::load(address + 2 * step),
+                    F32::load(address + 3 * step),
                 ]
             };
             sum += f32::from_bits(loaded[0]);
@@ -361,7 +373,7 @@ unsafe fn sum_job<E: Element>(job: &SumJob, block: u32) {
         while i < job.count {
             ptx::nounroll();
             // SAFETY: an existing partial.
-            sum += f32::from_bits(unsafe { ptx::ld_global_nc_u32(address) });
+            sum += f32::from_bits(unsafe { F32::load(address) });
             address += step;
             i += groups;
         }

@@ -69,21 +69,22 @@ impl Block {
     #[inline(always)]
     pub(super) unsafe fn start(tile: Tile) -> Self {
         // SAFETY: the caller's contract.
-        unsafe { Self::start_with(tile, tile.num_consumers()) }
+        unsafe { Self::start_with(tile, 1, tile.num_consumers()) }
     }
 
-    /// As [`start`](Self::start), with a ring whose stages take so many arrivals to be released.
+    /// As [`start`](Self::start), with a ring whose stages take so many arrivals, besides the bytes
+    /// they expect, to be full, and so many to be released.
     ///
     /// # Safety
     /// As [`start`](Self::start).
     #[inline(always)]
-    pub(super) unsafe fn start_with(tile: Tile, releases: u32) -> Self {
+    pub(super) unsafe fn start_with(tile: Tile, arrivals: u32, releases: u32) -> Self {
         let smem = ptx::dynamic_smem();
         let ring = RingBarriers { base: smem + tile.barrier_offset(), num_stages: tile.num_stages };
         if ptx::thread_index() == 0 {
             // SAFETY: one thread, before the barrier below, inside the shared memory.
             unsafe {
-                ring.init(releases);
+                ring.init(arrivals, releases);
                 if tile.split_k > 1 {
                     Exchange::init(ring);
                 }

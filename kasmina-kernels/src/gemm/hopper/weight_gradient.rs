@@ -8,14 +8,14 @@
 //! - A long batch with few tiles is cut into *parts* along k. Each part of a tile is a work item of
 //!   its own that leaves f32 partials, which the sum kernel adds in the order of the parts.
 //! - The result may be added to what is there, by a TMA store that adds.
-//! - Two warps of the producer's warpgroup, idle otherwise, add the rows of dZ while they lie in
-//!   shared memory, for the tiles that are first in the other direction. So db costs no pass over
-//!   dZ, and no memory traffic but its own.
+//! - The tiles that are first in the other direction add the rows of dZ while they lie in shared
+//!   memory, as a product with 8 columns of ones. So db costs no pass over dZ, and no memory traffic
+//!   but its own.
 //!
 //! ```text
-//! producer   warp 0, one thread: wait empty[s] ─ TMA of both operands into stage s ─ next s
-//!            warps 1 and 2: wait full[s] ─ add the 64 rows of every other slab of dZ ─ release s
-//! consumers  wait full[s] ─ 4 × wgmma m64nNk16 ─ release stage s−1
+//! producer   one thread: wait empty[s] ─ TMA of both operands into stage s ─ next s
+//! consumers  wait full[s] ─ 4 × wgmma m64n8k16 of dZ and ones ─ 4 × wgmma m64nNk16 ─
+//!            release stage s−1
 //! epilogue   one part: round ─ stmatrix ─ TMA store or add;  several: f32 to the partials
 //! ```
 //!
@@ -30,9 +30,9 @@ use crate::tile_scheduler::TileScheduler;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
 
-/// Warps that add the rows of dZ.
+/// Bytes of the operand of ones, 16 by 8 elements.
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
-const SUMMING_WARPS: u32 = 2;
+const ONES_BYTES: u32 = 256;
 /// The fewest steps of a part: below, filling the pipeline would cost as much.
 const MIN_PART: u32 = 4;
 /// The most parts.
@@ -114,9 +114,9 @@ impl Plan {
         Self { row, part_k_blocks, parts: k_blocks.div_ceil(part_k_blocks) }
     }
 
-    /// Estimated cycles: those of the busiest multiprocessor, as `Tile::cost` has them for the
-    /// forward kernels, and with several parts a launch that reads what they have written, some
-    /// 2000 bytes a cycle.
+    /// Estimated cycles: those of the busiest multiprocessor, multiplying or loading as `Tile::cost`
+    /// has it for the forward kernels, and with several parts a launch that reads what they have
+    /// written, some 2000 bytes a cycle.
     const fn cost(&self, m: u32, n: u32, multiprocessors: u32) -> u64 {
         let TileScheduler { tiles_m, tiles_n, .. } = self.row.tile.scheduler(m, n);
         let items = tiles_m as u64 * tiles_n as u64 * self.parts as u64;

@@ -3,7 +3,7 @@
 //! A block's lanes lie as those of a strip do: eight side by side, of eight elements each, and four
 //! below each other. The same elements give the same bits wherever they are read from.
 
-use super::segments::partial_of;
+use super::segments::partial_of_team;
 use super::*;
 use crate::reduce::{SegmentParams, Segments};
 use crate::tile_scheduler::div;
@@ -94,7 +94,7 @@ pub(crate) unsafe fn summary_of_block<E: Element>(
         let mut node = Node::of(&accumulator);
         let count = count - node.skipped;
         node = node.rebased_to_first_lane(count).over::<Summary, 32>();
-        partial_of(&node, ptx::redux_sync_add_u32(count))
+        partial_of_team(&node, ptx::redux_sync_add_u32(count))
     }
 }
 

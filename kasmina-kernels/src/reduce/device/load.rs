@@ -1,6 +1,6 @@
 //! A thread's elements of a batch: loading them and adding them up.
 
-use super::{Element, Statistic};
+use super::{Element, Statistic, thread_of_team};
 use crate::ptx;
 use crate::reduce::moments::{max_nan, min_nan};
 use crate::reduce::{Accumulator, Batch, Rule, THREADS, VECTORS};
@@ -29,7 +29,7 @@ pub(super) fn address_of(address: u64, index: u32) -> u64 {
 pub(super) fn left_of_thread<E: Element>(left: u32) -> i32 {
     // Beyond a batch it makes no difference, and this cannot overflow.
     let left = if left < batch::<E>() { left } else { batch::<E>() };
-    left as i32 - (ptx::opaque_u32(ptx::thread_index()) * E::WIDTH) as i32
+    left as i32 - (ptx::opaque_u32(thread_of_team()) * E::WIDTH) as i32
 }
 
 /// Elements that exist from vector `v` on, of those from vector 0 on.
@@ -171,6 +171,15 @@ pub(super) struct Measure {
     pub(super) epsilon: f32,
     /// As [`Element::pair_of_bounds`] gives it.
     pub(super) bounds: u32,
+}
+
+impl Measure {
+    #[inline(always)]
+    pub(super) fn new<E: Element, S: Statistic>(rule: Rule) -> Self {
+        let paired = S::SQUARES && E::PAIRED;
+        let bounds = if paired { E::pair_of_bounds(rule.epsilon) } else { 0 };
+        Self { pivot: 0.0, epsilon: rule.epsilon, bounds }
+    }
 }
 
 /// Adds the elements of a vector that exists as a whole.

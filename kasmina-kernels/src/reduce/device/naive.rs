@@ -3,7 +3,7 @@
 use super::node::other_f32;
 use super::{Element, start, wait_for_predecessors};
 use crate::ptx;
-use crate::reduce::{NaiveReduceParams, THREADS, WARPS};
+use crate::reduce::{BLOCKS_PER_MULTIPROCESSOR, NaiveReduceParams, THREADS, WARPS};
 
 /// One element per thread, one atomic addition per block.
 ///
@@ -12,7 +12,7 @@ use crate::reduce::{NaiveReduceParams, THREADS, WARPS};
 /// runs.
 #[inline(always)]
 pub(in crate::reduce) unsafe fn naive<E: Element>(params: &NaiveReduceParams) {
-    start();
+    start::<THREADS, BLOCKS_PER_MULTIPROCESSOR>();
     wait_for_predecessors();
     let thread = ptx::thread_index();
     let (warp, lane) = (thread / 32, thread % 32);
@@ -27,13 +27,14 @@ pub(in crate::reduce) unsafe fn naive<E: Element>(params: &NaiveReduceParams) {
             index += u64::from(ptx::grid_size()) * u64::from(THREADS);
         }
         sum += other_f32::<16>(sum);
-        sum = over_sixteen(sum);
+        sum += other_f32::<8>(sum);
+        sum = over_eight(sum);
         if lane == 0 {
             ptx::st_shared_f32(smem + warp * 4, sum);
         }
         ptx::bar_sync::<0, THREADS>();
         if warp == 0 {
-            sum = over_sixteen(f32::from_bits(ptx::ld_shared_u32(smem + lane % WARPS * 4)));
+            sum = over_eight(f32::from_bits(ptx::ld_shared_u32(smem + lane % WARPS * 4)));
             if lane == 0 {
                 ptx::red_add_f32(params.result, sum);
             }
@@ -41,15 +42,14 @@ pub(in crate::reduce) unsafe fn naive<E: Element>(params: &NaiveReduceParams) {
     }
 }
 
-/// Sum over each half of the warp.
+/// Sum over each eight lanes.
 ///
 /// # Safety
 /// The whole warp executes it.
 #[inline(always)]
-unsafe fn over_sixteen(mut sum: f32) -> f32 {
+unsafe fn over_eight(mut sum: f32) -> f32 {
     // SAFETY: the caller's contract.
     unsafe {
-        sum += other_f32::<8>(sum);
         sum += other_f32::<4>(sum);
         sum += other_f32::<2>(sum);
         sum + other_f32::<1>(sum)

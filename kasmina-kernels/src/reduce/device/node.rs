@@ -3,7 +3,6 @@
 use super::Statistic;
 use crate::ptx;
 use crate::reduce::Accumulator;
-#[cfg(not(kasmina_tier = "hopper"))]
 use crate::reduce::moments::{max_nan, min_nan};
 
 /// Sums of a chunk's elements relative to a pivot: of a lane, of a warp, of the block.
@@ -112,6 +111,82 @@ impl Node {
             dead: dead.to_bits(),
         }
     }
+
+    /// Sends the node, of so many elements, to another block's shared memory.
+    ///
+    /// # Safety
+    /// As [`ptx::st_async_shared_cluster_v4_u32`], for 48 bytes.
+    #[cfg(kasmina_tier = "hopper")]
+    #[inline(always)]
+    pub(super) unsafe fn send(&self, address: u32, elements: u32, barrier: u32) {
+        let [a, b] = words(self.distances);
+        let [c, d] = words(self.squares);
+        let [pivot, min, max] = [self.pivot, self.min, self.max].map(f32::to_bits);
+        // SAFETY: the caller's contract; places are multiples of 16.
+        unsafe {
+            ptx::st_async_shared_cluster_v4_u32(address, [a, b, c, d], barrier);
+            let second = [pivot, min, max, self.dead];
+            ptx::st_async_shared_cluster_v4_u32(address + 16, second, barrier);
+            let third = [self.non_finite, self.skipped, elements, 0];
+            ptx::st_async_shared_cluster_v4_u32(address + 32, third, barrier);
+        }
+    }
+
+    /// A node that was sent, and its number of elements.
+    ///
+    /// # Safety
+    /// `address` is a place in shared memory to which a node was sent, and the barrier's phase has
+    /// ended.
+    #[cfg(kasmina_tier = "hopper")]
+    #[inline(always)]
+    pub(super) unsafe fn received(address: u32) -> (Self, u32) {
+        // SAFETY: the caller's contract; places are multiples of 16.
+        let ([a, b, c, d], [pivot, min, max, dead], [non_finite, skipped, elements, _]) = unsafe {
+            (
+                ptx::ld_shared_v4_u32(address),
+                ptx::ld_shared_v4_u32(address + 16),
+                ptx::ld_shared_v4_u32(address + 32),
+            )
+        };
+        let double = |low: u32, high: u32| f64::from_bits(u64::from(low) | u64::from(high) << 32);
+        let node = Self {
+            distances: double(a, b),
+            squares: double(c, d),
+            pivot: f32::from_bits(pivot),
+            min: f32::from_bits(min),
+            max: f32::from_bits(max),
+            non_finite,
+            skipped,
+            dead,
+        };
+        (node, elements)
+    }
+
+    /// Adds another node, of `count` elements without those that were skipped, relative to this
+    /// one's pivot.
+    #[cfg(kasmina_tier = "hopper")]
+    #[inline(always)]
+    pub(super) fn absorb<S: Statistic>(&mut self, other: &Self, count: u32) {
+        let (mut distances, mut squares) = (other.distances, other.squares);
+        if S::SQUARES {
+            (distances, squares) =
+                Accumulator::rebased(distances, squares, other.pivot, self.pivot, count);
+        }
+        self.distances += distances;
+        self.squares += squares;
+        self.min = min_nan(self.min, other.min);
+        self.max = max_nan(self.max, other.max);
+        self.non_finite += other.non_finite;
+        self.skipped += other.skipped;
+        self.dead += other.dead;
+    }
+}
+
+#[cfg(kasmina_tier = "hopper")]
+#[inline(always)]
+fn words(value: f64) -> [u32; 2] {
+    let bits = value.to_bits();
+    [bits as u32, (bits >> 32) as u32]
 }
 
 /// Sums over chunks, with distances of their means from that of the first chunk.

@@ -1,7 +1,7 @@
 //! Device side of segmented reductions: a warp, or a team of fewer lanes, summarises a strip.
 
 use super::node::Total;
-use super::slots::{get, mean, put, store_result};
+use super::slots::{Usual, get, mean, put, store_result};
 use super::*;
 use crate::reduce::segments::{SEGMENT_BLOCKS_PER_MULTIPROCESSOR, SEGMENT_THREADS, Strip};
 use crate::reduce::{BATCHES_PER_PIVOT, SegmentParams};
@@ -121,7 +121,7 @@ pub(in crate::reduce) unsafe fn segments<E: Element>(params: &SegmentParams) {
     let (node, count) = unsafe { summary_of_lane::<E>(params, rule, &strip, in_team, exists) };
     // SAFETY: whole warps.
     let (node, count) = unsafe { over_team(node, count, lane, team_lanes) };
-    let partial = partial_of(&node, count);
+    let partial = partial_of_team(&node, count);
     let each = cut.strips_of_each();
     if each == 1 {
         if exists && ptx::opaque_u32(in_team) == 0 {
@@ -184,10 +184,7 @@ unsafe fn summary_of_lane<E: Element>(
         steps_across: (cut.piece + across * E::WIDTH - 1) >> (cut.log2_across + E::WIDTH.ilog2()),
     };
     let end = (cut.block + (1 << log2_down) - 1) >> log2_down;
-    let mut measure = Measure { pivot: 0.0, epsilon: rule.epsilon, bounds: 0 };
-    if E::PAIRED {
-        measure.bounds = E::pair_of_bounds(rule.epsilon);
-    }
+    let mut measure = Measure::new::<E, Summary>(rule);
     let mut sums_of_lane = Lane {
         run: Accumulator::new(0.0),
         run_count: 0,
@@ -316,7 +313,7 @@ unsafe fn over_team(mut node: Node, mut count: u32, lane: u32, lanes: u32) -> (N
 
 /// Summary of `count` elements, without those that were skipped.
 #[inline(always)]
-pub(super) fn partial_of(node: &Node, count: u32) -> Partial {
+pub(super) fn partial_of_team(node: &Node, count: u32) -> Partial {
     let mut partial = Partial {
         min: node.min,
         max: node.max,
@@ -346,6 +343,7 @@ unsafe fn merge_segment(params: &SegmentParams, segment: u32, slots: u64, each: 
         let first = get(slots, 0).unwrap_or(Partial::EMPTY);
         // A first strip without elements, or skipped ones, gives 0, which is as good.
         let pivot = mean(&first, cut.elements(segment, 0));
+        let usual = Usual::new(cut.block * cut.piece);
         let mut index = lane;
         while index < each {
             ptx::nounroll();
@@ -356,7 +354,7 @@ unsafe fn merge_segment(params: &SegmentParams, segment: u32, slots: u64, each: 
             unroll!(i: usize in [0 1 2 3] {
                 if let Some(partial) = found[i] {
                     let count = cut.elements(segment, at(i as u32));
-                    total.add::<Summary>(&partial, count, pivot);
+                    total.add::<Summary>(&partial, count, pivot, usual);
                     len += u64::from(count);
                 }
             });

@@ -30,7 +30,7 @@ impl Block {
         let ring = RingBarriers { base: smem + tile.barrier_offset(), num_stages: tile.num_stages };
         if ptx::thread_index() == 0 {
             // SAFETY: one thread, before the barrier below, inside the shared memory.
-            unsafe { ring.init(tile.num_consumers()) };
+            unsafe { ring.init(1, tile.num_consumers()) };
         }
         // Everything so far touched only shared memory and may overlap the grid before.
         ptx::griddepcontrol_launch_dependents();

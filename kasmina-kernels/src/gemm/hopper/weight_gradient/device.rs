@@ -1,16 +1,13 @@
 //! Device side of the weight-gradient kernels.
 
 use super::*;
-use crate::gemm::hopper::device::{Block, Element, Matrices, Operands, Stage};
+use crate::gemm::hopper::device::{
+    BF16, Block, Element, F16, Matrices, Operands, Stage, wait_for_predecessors,
+};
 use crate::gemm::hopper::{CONSUMER_M, SLAB_BYTES, SLAB_N, WARPGROUP};
 use crate::pipeline::RingPosition;
 use crate::ptx;
-use crate::smem_layout::{SWIZZLE_ROW_BYTES, stmatrix_offset};
-
-// Three warpgroups start with 168 registers a thread each, 504 together: 56 + 2 · 224. The sums
-// take more than a producer alone needs.
-pub(super) const PRODUCER_REGISTERS: u32 = 56;
-pub(super) const CONSUMER_REGISTERS: u32 = 224;
+use crate::smem_layout::stmatrix_offset;
 
 /// What there is to do: the tiles of the product, in parts of k.
 #[derive(Clone, Copy)]
@@ -64,6 +61,31 @@ impl Work {
     }
 }
 
+/// Fetches into L2 what the first lap of the ring loads. Tiles that share columns of an operand
+/// divide the steps.
+///
+/// # Safety
+/// As [`produce`].
+#[inline(always)]
+unsafe fn prefetch_first_lap(operands: Matrices, work: Work) {
+    let (tile, tiles) = (work.tile, work.tiles);
+    let item = work.item(ptx::block_index());
+    let (tile_m, tile_n) = (item.m / tile.block_m, item.n / tile.block_n);
+    let steps = if item.steps < tile.num_stages { item.steps } else { tile.num_stages };
+    let mut step = tile_m;
+    while step < steps {
+        // SAFETY: the caller's contract.
+        unsafe { operands.prefetch_w(tile, item.n, item.first + step) };
+        step += tiles.tiles_m;
+    }
+    let mut step = tile_n;
+    while step < steps {
+        // SAFETY: the caller's contract.
+        unsafe { operands.prefetch_x(tile, item.m, item.first + step) };
+        step += tiles.tiles_n;
+    }
+}
+
 /// Feeds the ring for every item of this block.
 ///
 /// # Safety
@@ -71,8 +93,12 @@ impl Work {
 /// boxes of [`WeightGradientParams`] (the host encodes them).
 #[inline(always)]
 pub(super) unsafe fn produce(block: Block, operands: Matrices, work: Work) {
-    // SAFETY: valid maps by the caller's contract.
-    unsafe { operands.prefetch_maps() };
+    // SAFETY: valid maps by the caller's contract. Prefetching may run ahead of the grid before.
+    unsafe {
+        operands.prefetch_maps();
+        prefetch_first_lap(operands, work);
+    }
+    wait_for_predecessors();
     let mut position = RingPosition::START;
     let mut index = ptx::block_index();
     let stage_bytes = work.tile.x_stage_bytes() + work.tile.w_stage_bytes();
@@ -102,139 +128,89 @@ pub(super) unsafe fn produce(block: Block, operands: Matrices, work: Work) {
 pub(super) struct Sums {
     /// Elements with one part, else f32 for each part.
     pub(super) address: u64,
-    /// Whether it is the first operand that is summed.
-    pub(super) of_first: bool,
     /// Columns of the operand.
     pub(super) columns: u32,
     pub(super) accumulate: bool,
 }
 
-/// One summing warp's side of the ring: adds the rows of every other slab.
-///
-/// # Safety
-/// The whole warp calls it, `warp` 0 or 1; the ring expects an arrival of each summing warp;
-/// `sums.address` is writable as its field says.
-#[inline(always)]
-pub(super) unsafe fn sum_columns<E: Element>(block: Block, work: Work, warp: u32, sums: Sums) {
-    let lane = ptx::thread_index() % 32;
-    let extent = if sums.of_first { work.tile.block_m } else { work.tile.block_n };
-    let second_slab = SUMMING_WARPS * SLAB_N < extent;
-    let mine = warp * SLAB_N < extent;
-    // Sixteen lanes have a row, four columns each; the other sixteen the row below.
-    let (low, byte) = (lane / 16, lane % 16 * 8);
-    let mut position = RingPosition::START;
-    let mut index = ptx::block_index();
-    while index < work.items() {
-        let item = work.item(index);
-        let summed = mine && (if sums.of_first { item.n } else { item.m }) == 0;
-        let mut first = [0.0f32; 4];
-        let mut second = [0.0f32; 4];
-        let mut step = 0;
-        while step < item.steps {
-            // SAFETY: the stage has landed and is not overwritten before this warp arrives; rows
-            // and bytes lie inside its slabs.
-            unsafe {
-                block.ring.wait_full(position);
-                if summed {
-                    let stage = position.stage;
-                    let operand =
-                        if sums.of_first { block.x_stage(stage) } else { block.w_stage(stage) };
-                    let slab = operand + warp * SLAB_BYTES;
-                    add_rows::<E>(&mut first, slab, low, byte);
-                    if second_slab {
-                        add_rows::<E>(&mut second, slab + SUMMING_WARPS * SLAB_BYTES, low, byte);
-                    }
-                }
-                ptx::bar_warp_sync();
-                if lane == 0 {
-                    ptx::mbarrier_arrive(block.ring.empty(position.stage));
-                }
-            }
-            position = position.next(work.tile.num_stages);
-            step += 1;
+impl Sums {
+    /// Stores what a warpgroup has summed over the rows of a slab: `low` of the row of
+    /// accumulators 0 and 1, `high` of that of 2 and 3, which every fourth thread has.
+    ///
+    /// # Safety
+    /// `address` is writable as its field says; `column` is the slab's first.
+    #[inline(always)]
+    pub(super) unsafe fn store<E: Element>(
+        self,
+        work: Work,
+        part: u32,
+        column: u32,
+        [low, high]: [f32; 2],
+    ) {
+        let thread = ptx::thread_index() % WARPGROUP;
+        if thread % 4 != 0 {
+            return;
         }
-        if summed {
-            let column = (if sums.of_first { item.m } else { item.n }) + warp * SLAB_N + byte / 2;
-            // SAFETY: the whole warp, as `summed` is the same in all lanes; the caller's contract.
-            unsafe {
-                store_sums::<E>(work, item, sums, column, first);
-                if second_slab {
-                    let column = column + SUMMING_WARPS * SLAB_N;
-                    store_sums::<E>(work, item, sums, column, second);
-                }
+        let column = column + 16 * (thread / 32) + thread % 32 / 4;
+        // SAFETY: elements of the result, which one warpgroup of the grid has; the caller's
+        // contract.
+        unsafe {
+            self.store_one::<E>(work, part, column, low);
+            self.store_one::<E>(work, part, column + 8, high);
+        }
+    }
+
+    /// # Safety
+    /// As [`store`](Self::store).
+    #[inline(always)]
+    unsafe fn store_one<E: Element>(self, work: Work, part: u32, column: u32, sum: f32) {
+        if column >= self.columns {
+            return;
+        }
+        // SAFETY: an element of the result, by the caller's contract.
+        unsafe {
+            if work.parts == 1 {
+                let address = self.address + 2 * u64::from(column);
+                let before =
+                    if self.accumulate { E::widen(ptx::ld_global_u16(address)) } else { 0.0 };
+                ptx::st_global_u16(address, E::pack(0.0, before + sum) as u16);
+            } else {
+                let row = u64::from(part) * u64::from(self.columns);
+                let address = self.address + 4 * (row + u64::from(column));
+                ptx::st_global_u32(address, sum.to_bits());
             }
         }
-        index += ptx::grid_size();
     }
 }
 
-/// Adds rows `low`, `low + 2`, … of a slab of 64 rows to the sums of the four columns from `byte`.
-///
-/// # Safety
-/// The slab has landed and nothing writes it meanwhile.
-#[inline(always)]
-unsafe fn add_rows<E: Element>(sums: &mut [f32; 4], slab: u32, low: u32, byte: u32) {
-    let mut eight = 0;
-    while eight < BLOCK_K / 8 {
-        ptx::nounroll();
-        let rows = slab + eight * (8 * SWIZZLE_ROW_BYTES);
-        macro_rules! row {
-            ($($pair:literal)+) => {$(
-                let row = 2 * $pair + low;
-                let address = rows + row * SWIZZLE_ROW_BYTES + (byte ^ (row * 16));
-                // SAFETY: inside the slab, 8-aligned.
-                let (a, b) = unsafe { ptx::ld_shared_v2_f32(address) };
-                let (a, b) = (a.to_bits(), b.to_bits());
-                sums[0] += E::widen(a as u16);
-                sums[1] += E::widen((a >> 16) as u16);
-                sums[2] += E::widen(b as u16);
-                sums[3] += E::widen((b >> 16) as u16);
-            )+};
-        }
-        row!(0 1 2 3);
-        eight += 1;
-    }
+/// Ones in both halves: what sums are multiplied by.
+pub(super) trait Ones {
+    const PAIR: u32;
 }
 
-/// Stores the sums of four columns once both halves of the warp are added.
+impl Ones for BF16 {
+    const PAIR: u32 = 0x3F80_3F80;
+}
+
+impl Ones for F16 {
+    const PAIR: u32 = 0x3C00_3C00;
+}
+
+/// Fills the second operand of the sums, 16 rows of 8 ones, where the forward kernels have the
+/// bias; its address.
 ///
 /// # Safety
-/// The whole warp calls it; `sums.address` is writable as its field says.
+/// Every thread of the block calls it, and a block barrier follows before any use.
 #[inline(always)]
-unsafe fn store_sums<E: Element>(
-    work: Work,
-    item: Item,
-    sums: Sums,
-    column: u32,
-    values: [f32; 4],
-) {
-    macro_rules! column {
-        ($($i:literal)+) => {$({
-            // SAFETY: the whole warp, by the caller's contract.
-            let other = unsafe { ptx::shfl_sync_bfly::<16>(values[$i].to_bits()) };
-            let sum = values[$i] + f32::from_bits(other);
-            let column = column + $i;
-            if ptx::thread_index() % 32 < 16 && column < sums.columns {
-                // SAFETY: an element of the result, which one warp of the grid has.
-                unsafe {
-                    if work.parts == 1 {
-                        let address = sums.address + 2 * u64::from(column);
-                        let before = if sums.accumulate {
-                            E::widen(ptx::ld_global_u16(address))
-                        } else {
-                            0.0
-                        };
-                        ptx::st_global_u16(address, E::pack(0.0, before + sum) as u16);
-                    } else {
-                        let row = u64::from(item.part) * u64::from(sums.columns);
-                        let address = sums.address + 4 * (row + u64::from(column));
-                        ptx::st_global_u32(address, sum.to_bits());
-                    }
-                }
-            }
-        })+};
+pub(super) unsafe fn write_ones<E: Ones>(tile: Tile) -> u32 {
+    let ones = ptx::dynamic_smem() + tile.bias_offset();
+    let thread = ptx::thread_index();
+    if thread < ONES_BYTES / 4 {
+        // SAFETY: this thread's own 4 bytes.
+        unsafe { ptx::st_shared_f32(ones + 4 * thread, f32::from_bits(E::PAIR)) };
     }
-    column!(0 1 2 3);
+    ptx::fence_proxy_async_shared();
+    ones
 }
 
 /// One consumer warpgroup's side of the epilogue.
@@ -386,10 +362,13 @@ macro_rules! entry {
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $entry(params: WeightGradientParams) {
             use crate::gemm::hopper::device::{
-                $element, Block, Matrices, needs_registers, wait_for_predecessors,
+                $element, Block, CONSUMER_REGISTERS, Matrices, PRODUCER_REGISTERS,
+                needs_registers, wait_for_predecessors,
             };
-            use crate::gemm::hopper::{CONSUMER_M, WARPGROUP};
-            use crate::smem_layout::{Major, descriptor_step_k16, wgmma_descriptor};
+            use crate::gemm::hopper::{CONSUMER_M, SLAB_BYTES, SLAB_N, WARPGROUP};
+            use crate::smem_layout::{
+                Major, descriptor_step_k16, wgmma_descriptor, wgmma_descriptor_plain,
+            };
             use crate::{pipeline::RingPosition, ptx};
             use device::*;
 
@@ -420,19 +399,15 @@ macro_rules! entry {
                 parts: params.parts,
             };
             let summed = params.summed;
-            let releases =
-                TILE.num_consumers() + if summed == 0 { 0 } else { SUMMING_WARPS };
-
             // SAFETY: the whole block is here.
-            let (block, warp) = unsafe {
-                let block = Block::start_with(TILE, releases);
-                (block, ptx::shfl_sync_idx_first(ptx::thread_index() / 32))
+            let (block, ones, warpgroup) = unsafe {
+                let ones = write_ones::<$element>(TILE);
+                let block = Block::start(TILE);
+                (block, ones, ptx::shfl_sync_idx_first(ptx::thread_index() / WARPGROUP))
             };
-            wait_for_predecessors();
-            let warpgroup = warp / 4;
             if warpgroup == 0 {
                 // SAFETY: the whole producer warpgroup, which starts with more registers; one
-                // thread produces, with the maps of the parameters, and whole warps sum.
+                // thread produces, with the maps of the parameters.
                 unsafe {
                     if needs_registers(TILE) {
                         ptx::setmaxnreg_dec::<PRODUCER_REGISTERS>();
@@ -440,15 +415,6 @@ macro_rules! entry {
                     if ptx::thread_index() == 0 {
                         let (x_major, w_major) = (Major::MN, Major::MN);
                         produce(block, Matrices { x_map, w_map, x_major, w_major }, work);
-                    } else if summed != 0 && warp > 0 && warp <= SUMMING_WARPS {
-                        let of_first = summed == Summed::First as u32;
-                        let sums = Sums {
-                            address: params.sums,
-                            of_first,
-                            columns: if of_first { params.m } else { params.n },
-                            accumulate: params.accumulate != 0,
-                        };
-                        sum_columns::<$element>(block, work, warp - 1, sums);
                     }
                 }
             } else {
@@ -458,13 +424,30 @@ macro_rules! entry {
                 }
                 let consumer = warpgroup - 1;
                 let accumulate = params.accumulate != 0;
+                let of_first = summed == Summed::First as u32;
+                let sums = Sums {
+                    address: params.sums,
+                    columns: if of_first { params.m } else { params.n },
+                    accumulate,
+                };
+                // Slabs of the summed operand: of the first, a consumer's own; of the second, the
+                // consumers' in turn, at most two each.
+                let two_slabs = !of_first && TILE.block_n / SLAB_N > TILE.num_consumers();
+                let second_slab = TILE.num_consumers() * SLAB_N;
+                let ones = wgmma_descriptor_plain(ones);
                 let epilogue = Epilogue::new(block, TILE, consumer, product_map, accumulate);
                 let elected = ptx::thread_index() % WARPGROUP == 0;
+                wait_for_predecessors();
                 let mut position = RingPosition::START;
                 let mut index = ptx::block_index();
+                let [mut s0, mut s1, mut s2, mut s3] = [0.0f32; 4];
+                let [mut s4, mut s5, mut s6, mut s7] = [0.0f32; 4];
                 $($(let mut $c = 0.0f32;)+)+
                 while index < work.items() {
                     let item = work.item(index);
+                    // The tiles that are first in the other direction sum.
+                    let first = if of_first { item.n } else { item.m } == 0;
+                    let sum = summed != 0 && first;
                     let mut previous = position.stage;
                     let mut step = 0u32;
                     while step < item.steps {
@@ -476,6 +459,20 @@ macro_rules! entry {
                         // SAFETY: the stage has landed; the whole warpgroup executes it.
                         unsafe {
                             block.ring.wait_full(position);
+                            if sum {
+                                let operand =
+                                    if of_first { block.x_stage(stage) } else { block.w_stage(stage) };
+                                let slab = operand + consumer * SLAB_BYTES;
+                                let d = wgmma_descriptor(slab, Major::MN);
+                                ptx::wgmma::wgmma_sums_k64!($ptx_type, d, ones, step, s0 s1 s2 s3);
+                                if two_slabs {
+                                    let slab = slab + TILE.num_consumers() * SLAB_BYTES;
+                                    let d = wgmma_descriptor(slab, Major::MN);
+                                    ptx::wgmma::wgmma_sums_k64!(
+                                        $ptx_type, d, ones, step, s4 s5 s6 s7
+                                    );
+                                }
+                            }
                             ptx::wgmma::wgmma_k64!(
                                 $ptx_type, $block_n,
                                 (Major::MN as u32), (Major::MN as u32),
@@ -495,8 +492,20 @@ macro_rules! entry {
                     // SAFETY: the whole warpgroup; the last batch's stage is released after it.
                     unsafe {
                         ptx::wgmma::wgmma_wait_all!($block_n, $($($c)+)+);
+                        ptx::wgmma::wgmma_wait_sums!(s0 s1 s2 s3 s4 s5 s6 s7);
                         if elected {
                             ptx::mbarrier_arrive(block.ring.empty(previous));
+                        }
+                    }
+                    if sum {
+                        let column = (if of_first { item.m } else { item.n }) + consumer * SLAB_N;
+                        // SAFETY: the host made room for these sums.
+                        unsafe {
+                            sums.store::<$element>(work, item.part, column, [s0, s2]);
+                            if two_slabs {
+                                let column = column + second_slab;
+                                sums.store::<$element>(work, item.part, column, [s4, s6]);
+                            }
                         }
                     }
                     let mut group = 0;
