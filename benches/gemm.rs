@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use half::{bf16, f16};
 use kasmina::{
     Activation, DType, Device, Element, F32Products, KernelConfig, Tensor, Tier, WeightLayout,
+    Without,
 };
 use measure::cuda::Clock;
 use measure::random::Normals;
@@ -37,6 +38,11 @@ const USAGE: &str = "usage: gemm [option VALUE]...
   --activation none|relu|gelu|gelutanh|silu
                          default relu
   --tier hopper|portable forces a tier; default the best
+  --tile MxN             forces the output tile of hopper
+  --split-k N            forces how many blocks of hopper share a tile
+  --multicast N          forces into how many blocks of hopper W is loaded
+  --without tma|specialisation|persistence
+                         takes a hopper kernel without that part
   --products six|three   products of parts for f32 on hopper; default six
   --peer-tf32 yes|no     lets cuBLASLt round f32 to TF32; default no
   --regime burst|steady|graph|all
@@ -96,6 +102,10 @@ struct Options {
     layouts: Vec<WeightLayout>,
     activation: Activation,
     tier: Option<Tier>,
+    /// What of the kernel is forced.
+    kernel: KernelConfig,
+    /// The options that force it, for the records.
+    variant: Vec<String>,
     products: F32Products,
     peer_tf32: bool,
     /// `None` is all that suit the problem.
@@ -120,6 +130,8 @@ impl Options {
             layouts: WeightLayout::ALL.to_vec(),
             activation: Activation::Relu,
             tier: None,
+            kernel: KernelConfig::default(),
+            variant: Vec::new(),
             products: F32Products::Six,
             peer_tf32: false,
             regime: None,
@@ -183,11 +195,42 @@ impl Options {
                     options.samples =
                         value.parse().ok().filter(|&n| n > 0).with_context(unknown)?;
                 }
+                "--tile" => {
+                    let tile = parse_tile(&value).with_context(unknown)?;
+                    options.force(&option, &value, |kernel| kernel.hopper_tile(tile));
+                }
+                "--split-k" => {
+                    let blocks = value.parse().with_context(unknown)?;
+                    options.force(&option, &value, |kernel| kernel.hopper_split_k(blocks));
+                }
+                "--multicast" => {
+                    let blocks = value.parse().with_context(unknown)?;
+                    options.force(&option, &value, |kernel| kernel.hopper_multicast(blocks));
+                }
+                "--without" => {
+                    let part = match value.as_str() {
+                        "tma" => Without::TmaLoads,
+                        "specialisation" => Without::WarpSpecialization,
+                        "persistence" => Without::PersistentBlocks,
+                        _ => bail!("{}", unknown()),
+                    };
+                    options.force(&option, &value, |kernel| kernel.hopper_without(part));
+                }
                 "--json" => options.json = Some(value.into()),
                 _ => bail!("{}", unknown()),
             }
         }
         Ok(Some(options))
+    }
+
+    fn force(
+        &mut self,
+        option: &str,
+        value: &str,
+        kernel: impl FnOnce(KernelConfig) -> KernelConfig,
+    ) {
+        self.kernel = kernel(std::mem::take(&mut self.kernel));
+        self.variant.push(format!("{} {value}", option.trim_start_matches('-')));
     }
 
     fn settings(&self, tier: Option<Tier>) -> gradients::Settings<'_> {
@@ -230,6 +273,11 @@ const fn products_name(products: F32Products) -> &'static str {
         F32Products::Six => "six",
         F32Products::Three => "three",
     }
+}
+
+fn parse_tile(text: &str) -> Option<[u32; 2]> {
+    let (rows, columns) = text.split_once('x')?;
+    Some([rows.parse().ok()?, columns.parse().ok()?])
 }
 
 fn parse_shape(text: &str) -> anyhow::Result<[usize; 3]> {
@@ -280,7 +328,7 @@ impl Bench {
         normals: &mut Normals,
     ) -> anyhow::Result<Vec<Record>> {
         let problem = &case.problem;
-        let config = KernelConfig::default().f32_products(options.products);
+        let config = options.kernel.clone().f32_products(options.products);
         let config = case.tier.map_or_else(|| config.clone(), |tier| config.clone().tier(tier));
         let l2_bytes = self.device.capability().map_or(0, |capability| capability.l2_bytes);
         let operands = Operands::<T>::new(&self.device, *problem, l2_bytes, normals)?;
@@ -329,6 +377,7 @@ impl Bench {
             if (problem.dtype, tier) == (DType::F32, Tier::Hopper) {
                 record.products = Some(products_name(options.products));
             }
+            record.variant = (!options.variant.is_empty()).then(|| options.variant.join(", "));
             if let Some(file) = &options.json {
                 append(&record, file)?;
             }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::{bf16, f16};
 use kasmina::{
     Activation, DType, Device, Error, KernelConfig, LinearConfig, Obstacle, Tensor, Tier,
-    WeightLayout, gemm,
+    WeightLayout, Without, gemm,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::gpu::Gpu;
@@ -41,6 +41,9 @@ fn main() -> ExitCode {
         trials.extend([
             gpu.trial("operands_that_tma_cannot_address_are_served_by_portable", hands_over),
             gpu.trial("forced_hopper_refuses_what_it_cannot_serve", hopper_refuses),
+            gpu.trial("hopper_bf16_gemm_without_a_part_matches_reference", |device| {
+                without_a_part(device, Tier::Hopper)
+            }),
         ]);
     }
     trials.extend([
@@ -248,28 +251,69 @@ fn needs_tma_rows<T: Poison>(tier: Tier) -> bool {
 /// Every tile on shapes of which some would not get it by themselves.
 fn every_tile<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
     // The last gives blocks of every tile several in a row, with little to do between stores.
-    let shapes = vec![[65, 72, 65], [129, 264, 200], [255, 130, 520], [1, 8, 1], [2180, 2312, 72]];
+    // Of a tile that blocks share each has 1 to 10 steps of k; the fourth gives them several tiles
+    // in a row.
+    let shapes = vec![
+        [65, 72, 65],
+        [129, 264, 200],
+        [255, 130, 520],
+        [600, 1160, 1096],
+        [33, 200, 4100],
+        [1, 8, 1],
+        [2180, 2312, 72],
+    ];
     let cases = cases(shortened(shapes, 1));
-    // Of a tile that two blocks share each has 1 to 5 steps of k, and several tiles in a row.
-    let tiles = match T::DTYPE {
-        DType::F32 => vec![([128, 128], 1), ([64, 128], 1)],
+    each_kernel::<T>(device, tier, &cases)
+}
+
+/// The cases with every kernel: tile, blocks that share it, blocks that W is loaded into.
+fn each_kernel<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result<(), Failed> {
+    let kernels = match T::DTYPE {
+        DType::F32 => vec![([128, 128], 1, 1), ([64, 128], 1, 1)],
         _ => vec![
-            ([128, 256], 1),
-            ([128, 128], 1),
-            ([64, 128], 1),
-            ([64, 64], 1),
-            ([64, 128], 2),
-            ([64, 64], 2),
+            ([128, 256], 1, 1),
+            ([128, 128], 1, 1),
+            ([64, 128], 1, 1),
+            ([64, 64], 1, 1),
+            ([64, 128], 1, 2),
+            ([64, 64], 2, 1),
+            ([64, 64], 4, 1),
+            ([64, 64], 8, 1),
         ],
     };
-    for (tile, split_k) in tiles {
-        let config = KernelConfig::default().hopper_tile(tile).hopper_split_k(split_k);
-        each_with::<T>(device, tier, &config, &cases).map_err(|error| {
+    for (tile, split_k, multicast) in kernels {
+        let config = KernelConfig::default().hopper_tile(tile);
+        let config = config.hopper_split_k(split_k).hopper_multicast(multicast);
+        each_with::<T>(device, tier, &config, cases).map_err(|error| {
             let message = error.message().unwrap_or("no message");
-            format!("tile {tile:?} of {split_k} blocks: {message}")
+            format!("tile {tile:?} of {split_k} blocks, W into {multicast}: {message}")
         })?;
     }
     Ok(())
+}
+
+/// Every kernel that goes without a part, and the calls that none of them serves.
+fn without_a_part(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let shapes = vec![[65, 72, 65], [129, 264, 200], [255, 130, 520], [1, 8, 1], [2180, 2312, 72]];
+    let (served, refused): (Vec<_>, Vec<_>) = cases(shortened(shapes, 1))
+        .into_iter()
+        .partition(|case| case.layout == WeightLayout::InOut);
+    for without in Without::ALL {
+        for tile in [[128, 256], [64, 64]] {
+            let config = KernelConfig::default().hopper_tile(tile).hopper_without(without);
+            each_with::<bf16>(device, tier, &config, &served).map_err(|error| {
+                let message = error.message().unwrap_or("no message");
+                format!("tile {tile:?} without {without}: {message}")
+            })?;
+        }
+    }
+    let case = refused[0];
+    let [m, n, k] = served_shape::<bf16>(tier, case.shape);
+    let config = KernelConfig::default().hopper_without(Without::TmaLoads);
+    match run(device, tier, &config, &Linear::<bf16>::random([m, n, k]), &case) {
+        Err(message) if message.contains("without TMA loads") => Ok(()),
+        other => Err(format!("W as [out, in]: {:?}", other.err()).into()),
+    }
 }
 
 /// Runs a case on the tier into poisoned memory and gives the result and its tensor.
@@ -462,8 +506,13 @@ fn hopper_refuses(device: &Device) -> Result<(), Failed> {
     }
     let config = KernelConfig::default().tier(Tier::Hopper).hopper_tile([128, 256]);
     match forward.run(&mut y, &config.hopper_split_k(2)) {
-        Err(Error::Unsupported { reason: Obstacle::SplitK(2), .. }) => Ok(()),
-        other => Err(format!("two blocks for a tile of 128×256: {other:?}").into()),
+        Err(Error::Unsupported { reason: Obstacle::SplitK(2), .. }) => {}
+        other => return Err(format!("two blocks for a tile of 128×256: {other:?}").into()),
+    }
+    let config = KernelConfig::default().tier(Tier::Hopper).hopper_split_k(4).hopper_multicast(2);
+    match forward.run(&mut y, &config) {
+        Err(Error::Unsupported { reason: Obstacle::Multicast(2), .. }) => Ok(()),
+        other => Err(format!("multicast and blocks that share a tile: {other:?}").into()),
     }
 }
 

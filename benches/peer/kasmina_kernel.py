@@ -64,7 +64,7 @@ class Kernel:
         self.block_m, self.block_n = block_m, block_n
         self.entry = f"gemm_bf16_kn_{block_m}x{block_n}x{BLOCK_K}"
         rows = (KERNELS / "src/gemm/hopper.rs").read_text()
-        row = re.search(rf"{self.entry}:.* (\d+) stages;", rows)
+        row = re.search(rf"{self.entry}:.* (\d+) stages, 1 split, 1 share;", rows)
         ptx_file = KERNELS / f"ptx/hopper/{self.entry}.ptx"
         if row is None or not ptx_file.exists():
             raise RuntimeError(f"there is no kernel {self.entry}")

@@ -48,6 +48,9 @@ pub(crate) struct Record {
     tier: &'static str,
     /// Of parts, for f32 on tensor cores: `six` or `three`.
     pub(crate) products: Option<&'static str>,
+    /// What of the kernel was forced, if anything was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) variant: Option<String>,
     regime: &'static str,
     #[serde(flatten)]
     timing: Timing,
@@ -74,6 +77,7 @@ impl Record {
             activation: format!("{:?}", problem.activation).to_lowercase(),
             tier: tier.name(),
             products: None,
+            variant: None,
             regime: regime.name(),
             ratio: peer.as_ref().map(|peer| timing.tflops / peer.timing.tflops),
             timing,
@@ -119,7 +123,13 @@ pub(crate) fn table(records: &[Record]) -> String {
             record.dtype,
             record.layout,
             record.activation,
-            [record.tier, record.products.unwrap_or_default()].join(" ").trim_end(),
+            [
+                record.tier,
+                record.products.unwrap_or_default(),
+                record.variant.as_deref().unwrap_or_default()
+            ]
+            .join(" ")
+            .trim_end(),
             record.regime,
         );
     }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use kasmina_kernels::abi::Tier;
 use kasmina_kernels::gemm::F32Products;
 use kasmina_kernels::gemm::hopper::Forced;
+use kasmina_kernels::gemm::hopper::comparison::Without;
 
 use crate::error::{Error, Result};
 
@@ -24,6 +25,8 @@ pub struct KernelConfig {
     tier: Option<Tier>,
     hopper_tile: Option<[u32; 2]>,
     hopper_split_k: Option<u32>,
+    hopper_multicast: Option<u32>,
+    without: Option<Without>,
     f32_products: F32Products,
     enable_tma: bool,
     enable_persistent_kernels: bool,
@@ -37,6 +40,8 @@ impl Default for KernelConfig {
             tier: None,
             hopper_tile: None,
             hopper_split_k: None,
+            hopper_multicast: None,
+            without: None,
             f32_products: F32Products::Six,
             enable_tma: true,
             enable_persistent_kernels: true,
@@ -86,13 +91,33 @@ impl KernelConfig {
         self
     }
 
-    /// Forces how many blocks of a Hopper kernel share a tile, each with a part of k: 1, or 2 with
-    /// the tiles of 64 rows. Where k is at most 64 a tile has one block all the same. By default
-    /// each call gets what is expected to be fastest. f32 kernels and the weight's gradient take no
-    /// notice.
+    /// Forces how many blocks of a Hopper kernel share a tile, each with a part of k: 1, or with
+    /// the tile of 64×64 also 2, 4 or 8. Where k has fewer steps of 64 a tile has one block all the
+    /// same. By default each call gets what is expected to be fastest. f32 kernels and the weight's
+    /// gradient take no notice.
     #[must_use]
     pub const fn hopper_split_k(mut self, blocks: u32) -> Self {
         self.hopper_split_k = Some(blocks);
+        self
+    }
+
+    /// Forces into how many blocks of a Hopper kernel, with tiles below each other, each part of W
+    /// is loaded: 1, or 2 with the tile of 64×128. By default each call gets what is expected to be
+    /// fastest. f32 kernels and the weight's gradient take no notice.
+    #[must_use]
+    pub const fn hopper_multicast(mut self, blocks: u32) -> Self {
+        self.hopper_multicast = Some(blocks);
+        self
+    }
+
+    /// Takes a Hopper kernel that goes without one of its parts, to measure what that part gains:
+    /// of the forced tile, else of 128×256. Forward passes on the `hopper` tier that there is no
+    /// such kernel for are [`Error::Unsupported`](crate::Error::Unsupported): TMA loads and warp
+    /// specialisation are left out only for bf16, W as `[in, out]`, and tiles of 128×256 and 64×64.
+    /// What else runs takes no notice.
+    #[must_use]
+    pub const fn hopper_without(mut self, part: Without) -> Self {
+        self.without = Some(part);
         self
     }
 
@@ -156,9 +181,22 @@ impl KernelConfig {
         self.hopper_split_k
     }
 
+    /// Into how many blocks of a Hopper kernel W is forced to be loaded, if a number is.
+    #[must_use]
+    pub const fn forced_hopper_multicast(&self) -> Option<u32> {
+        self.hopper_multicast
+    }
+
+    /// The part that Hopper's forward kernels are to go without, if one is.
+    #[must_use]
+    pub const fn left_out(&self) -> Option<Without> {
+        self.without
+    }
+
     /// What of Hopper kernels is forced.
     pub(crate) const fn forced_hopper(&self) -> Forced {
-        Forced { tile: self.hopper_tile, split_k: self.hopper_split_k }
+        let (tile, split_k) = (self.hopper_tile, self.hopper_split_k);
+        Forced { tile, split_k, cluster_m: self.hopper_multicast }
     }
 
     /// Which products of parts make up an f32 product on the `hopper` tier.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::conv1d::Conv1dFault;
+use kasmina_kernels::gemm::hopper::comparison::Without;
 use kasmina_kernels::persistent::{MAX_LAYERS, MAX_WIDTH, PlanFault};
 
 use crate::device::DeviceId;
@@ -514,6 +515,13 @@ pub enum Obstacle {
     /// `KernelConfig::hopper_split_k` forces.
     #[error("it has no kernel whose output tiles {0} blocks share, which the KernelConfig forces")]
     SplitK(u32),
+    /// The tier has no kernel of the forced tile that loads W into so many blocks, as
+    /// `KernelConfig::hopper_multicast` forces.
+    #[error("it has no kernel that loads W into {0} blocks, which the KernelConfig forces")]
+    Multicast(u32),
+    /// The tier has no kernel that goes without the part `KernelConfig::hopper_without` names.
+    #[error("it has no such kernel without {0}, which the KernelConfig leaves out")]
+    Without(Without),
     /// The tier has no kernel for this operation.
     #[error("it has no kernel for this operation")]
     Operation,

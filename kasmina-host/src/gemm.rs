@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod backward;
+mod comparison;
 mod split;
 mod telemetry;
 
@@ -105,6 +106,10 @@ impl<T: Element> Forward<'_, T> {
                 outcome => outcome.map(|()| tier),
             };
         }
+        if let Some(without) = config.left_out().filter(|_| tier == Tier::Hopper) {
+            self.run_without(without, extents, y, &launch, stream.gpu(), config)?;
+            return Ok(tier);
+        }
         let sm_count = stream.gpu().capability().sm_count;
         let forced = config.forced_hopper();
         let problem = self.problem(extents);
@@ -196,7 +201,11 @@ impl<T: Element> Forward<'_, T> {
             inputs: [Operand::of("x", self.x), Operand::of("w", self.w)],
             output: Operand::of("y", y),
         };
-        choose_forward_tier(self.w.device(), config, pass)
+        let tier = choose_forward_tier(self.w.device(), config, pass)?;
+        match comparison::obstacle(config, T::DTYPE, self.layout) {
+            Some(obstacle) if tier == Tier::Hopper => Err(obstacle.refuse(OP, tier)),
+            _ => Ok(tier),
+        }
     }
 
     /// Enqueues the pass between the streams' waits for each other.
@@ -280,7 +289,7 @@ impl<T: Element> Forward<'_, T> {
         check_tiles(OP, tiles)?;
         let (w_extents, w_box) = match self.layout {
             WeightLayout::InOut => ([n, k], [hopper::SLAB_N, hopper::BLOCK_K]),
-            WeightLayout::OutIn => ([k, n], [hopper::BLOCK_K, tile.block_n]),
+            WeightLayout::OutIn => ([k, n], [hopper::BLOCK_K, tile.w_rows()]),
         };
         let x_box = [hopper::BLOCK_K, tile.x_rows(m)];
         let y_box = [hopper::SLAB_N, tile.store_rows()];
@@ -413,9 +422,12 @@ pub(crate) fn pick(
 
 /// Why there is no Hopper kernel as it is forced.
 fn kernel_obstacle(forced: Forced) -> Option<Obstacle> {
-    let any_split = Forced { split_k: None, ..forced };
+    let any_multicast = Forced { cluster_m: None, ..forced };
+    let any_split = Forced { split_k: None, ..any_multicast };
     let tile = forced.tile.filter(|_| !any_split.exists()).map(Obstacle::Tile);
-    tile.or_else(|| forced.split_k.filter(|_| !forced.exists()).map(Obstacle::SplitK))
+    let split = || forced.split_k.filter(|_| !any_multicast.exists()).map(Obstacle::SplitK);
+    let multicast = || forced.cluster_m.filter(|_| !forced.exists()).map(Obstacle::Multicast);
+    tile.or_else(split).or_else(multicast)
 }
 
 /// Why TMA cannot address one of the operands, or would write beyond the output's columns.

@@ -45,6 +45,7 @@ pub use gemm::LayerTelemetry;
 pub use kasmina_kernels::abi::{DType, Tier};
 pub use kasmina_kernels::activation::Activation;
 pub use kasmina_kernels::conv1d::{Conv1dFault, FilterLayout, Padding, SequenceLayout};
+pub use kasmina_kernels::gemm::hopper::comparison::Without;
 pub use kasmina_kernels::gemm::{F32Products, WeightLayout};
 pub use kasmina_kernels::persistent::PlanFault;
 pub use layer::{KasminaLayer, LinearConfig, LinearGradients};

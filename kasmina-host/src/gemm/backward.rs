@@ -287,7 +287,8 @@ impl<T: Element> Backward<'_, T> {
                     Tier::Hopper if !config.tma_enabled() => Some(Obstacle::TmaDisabled),
                     Tier::Hopper => {
                         // dW is cut along the batch by a plan of its own.
-                        let forced = Forced { split_k: None, ..config.forced_hopper() };
+                        let forced =
+                            Forced { tile: config.forced_hopper_tile(), ..Forced::default() };
                         let of_operands = || tma_obstacle([x, dz], Operand::of("dw", dw));
                         kernel_obstacle(forced).or_else(of_operands)
                     }

@@ -15,8 +15,9 @@
 //! A stage is released once the *next* batch has been issued, so that the tensor cores always have
 //! one queued. The producer runs ahead into the next tile during the epilogue. A grid starts while
 //! the one before it in the stream ends; it fetches its first stages into L2, and waits before it
-//! reads or writes global memory. Where tiles are few and k is long, two blocks share a tile
-//! (`device/exchange.rs`).
+//! reads or writes global memory. Where tiles are few and k is long, 2 to 8 blocks share a tile
+//! (`device/exchange.rs`); where reading L2 takes longest, two blocks with tiles below each other
+//! share the columns of W (`device/share.rs`).
 //!
 //! # Shape contract
 //! - m, k ≥ 1, and any edge may cut a tile: TMA fills with zeros on load and clips on store.
@@ -57,8 +58,11 @@ pub struct Tile {
     pub block_n: u32,
     /// Stages of the ring.
     pub num_stages: u32,
-    /// Blocks that share a tile, each with a part of k: 1, or 2 where `block_m` is 64.
+    /// Blocks that share a tile, each with a part of k: 1, or 2, 4 or 8 where `block_m` is 64.
     pub split_k: u32,
+    /// Blocks that share columns of W: they take tiles below each other, and each loads a part of
+    /// W into all of them: 1 or 2, and 1 where `split_k` is more.
+    pub cluster_m: u32,
 }
 
 impl Tile {
@@ -69,6 +73,11 @@ impl Tile {
     /// Slabs a consumer fills in turn: a second where a tile has more than one.
     const fn slab_buffers(self) -> u32 {
         if self.block_n > SLAB_N { 2 } else { 1 }
+    }
+
+    /// Blocks of a cluster.
+    pub(crate) const fn cluster(self) -> u32 {
+        self.split_k * self.cluster_m
     }
 
     const fn block_dim(self) -> u32 {
@@ -100,14 +109,14 @@ impl Tile {
         self.bias_offset() + self.num_consumers() * self.block_n * 4
     }
 
-    /// The sums of half a tile in f32, which the blocks that share it send each other.
+    /// The sums in f32 of the rows that one of the blocks that share a tile keeps.
     const fn exchange_bytes(self) -> u32 {
-        self.block_m / 2 * self.block_n * 4
+        self.block_m / self.split_k * self.block_n * 4
     }
 
     const fn barrier_offset(self) -> u32 {
-        // One half to send and one to receive.
-        self.exchange_offset() + if self.split_k > 1 { 2 * self.exchange_bytes() } else { 0 }
+        // What is sent to the others, and what they send.
+        self.exchange_offset() + 2 * (self.split_k - 1) * self.exchange_bytes()
     }
 
     const fn smem_bytes(self) -> u32 {
@@ -127,6 +136,12 @@ impl Tile {
         if rows < self.block_m { rows } else { self.block_m }
     }
 
+    /// Rows of a box of W as `[n, k]`.
+    #[must_use]
+    pub const fn w_rows(self) -> u32 {
+        self.block_n / self.cluster_m
+    }
+
     /// Bytes of the boxes of X and W that make a stage.
     #[must_use]
     pub const fn stage_bytes(self, m: u32) -> u32 {
@@ -142,9 +157,9 @@ impl Tile {
     /// Blocks to launch for so many tiles on a GPU of so many multiprocessors.
     #[must_use]
     pub const fn num_blocks(self, tiles: u32, multiprocessors: u32) -> u32 {
-        let groups = multiprocessors / self.split_k;
+        let groups = multiprocessors / self.cluster();
         let groups = if groups == 0 { 1 } else { groups };
-        self.split_k * if tiles < groups { tiles } else { groups }
+        self.cluster() * if tiles < groups { tiles } else { groups }
     }
 
     /// The steps of k, from and to, of the block of this rank.
@@ -172,7 +187,7 @@ impl Tile {
     #[must_use]
     pub const fn scheduler(self, m: u32, n: u32) -> TileScheduler {
         TileScheduler {
-            tiles_m: m.div_ceil(self.block_m),
+            tiles_m: m.div_ceil(self.block_m * self.cluster_m),
             tiles_n: n.div_ceil(self.block_n),
             group_m: 16,
         }
@@ -181,30 +196,38 @@ impl Tile {
     /// Estimated cycles of the busiest multiprocessor.
     ///
     /// Per step of k it multiplies `block_m · block_n · 64` at 2048 products a cycle and loads
-    /// `128 · (x_rows + block_n)` bytes at 80 a cycle, and all blocks together read 60 lines a
-    /// cycle from L2 (fitted to timings of small tiles on an H200), where a row that straddles two
-    /// lines reads both; the slowest counts. Each tile pays for its epilogue as for two steps, and
-    /// for an exchange with the block it shares the tile with as for 14.
+    /// `128 · (x_rows + block_n)` bytes at 80 a cycle, a stage arrives no sooner than 1600 cycles
+    /// after it was asked for, and all blocks together read 60 lines a cycle from L2 (fitted to
+    /// timings of small tiles on an H200), where a row that straddles two lines reads both; the
+    /// slowest counts. Each tile pays for its epilogue as for two steps, and 3000 cycles for what
+    /// the blocks of a cluster do together.
     const fn cost(self, problem: Problem, multiprocessors: u32) -> u64 {
         let Problem { m, n, k, x_straddles, w_straddles } = problem;
         let TileScheduler { tiles_m, tiles_n, .. } = self.scheduler(m, n);
         // Not `num_tiles`, which wraps: whether the product fits is checked later.
-        let blocks = tiles_m as u64 * tiles_n as u64 * self.split_k as u64;
+        let blocks = tiles_m as u64 * tiles_n as u64 * self.cluster() as u64;
         let waves = blocks.div_ceil(multiprocessors as u64);
         let at_once = if waves > 1 { multiprocessors } else { blocks as u32 };
         let x_rows = self.x_rows(m);
-        let lines = (x_rows << x_straddles as u32) + (self.block_n << w_straddles as u32);
+        let columns = self.block_n / self.cluster_m;
+        let lines = (x_rows << x_straddles as u32) + (columns << w_straddles as u32);
+        let arriving = x_rows + self.block_n;
+        let loaded = if lines > arriving { lines } else { arriving };
         let read = at_once * lines / 60;
-        let step = self.cycles_per_step(x_rows);
+        let step = self.cycles_per_step(loaded);
         let step = if step > read { step } else { read };
-        let fixed = if self.split_k > 1 { 16 } else { 2 };
-        waves * (k.div_ceil(BLOCK_K).div_ceil(self.split_k) + fixed) as u64 * step as u64
+        let steps = k.div_ceil(BLOCK_K).div_ceil(self.split_k) + 2;
+        let together = if self.cluster() > 1 { 3000 } else { 0 };
+        waves * (steps as u64 * step as u64 + together)
     }
 
-    /// Estimated cycles in which a multiprocessor multiplies and loads a step of k.
-    const fn cycles_per_step(self, x_rows: u32) -> u32 {
+    /// Estimated cycles in which a multiprocessor multiplies and loads a step of k, so many lines
+    /// of 128 bytes.
+    const fn cycles_per_step(self, lines: u32) -> u32 {
         let multiply = self.block_m * self.block_n / 32;
-        let load = (x_rows + self.block_n) * 8 / 5;
+        let load = lines * 8 / 5;
+        let lap = 1600 / self.num_stages;
+        let load = if load > lap { load } else { lap };
         if multiply > load { multiply } else { load }
     }
 }
@@ -265,6 +288,8 @@ pub struct Forced {
     pub tile: Option<[u32; 2]>,
     /// Blocks that share a tile; a k of fewer steps than that gets one block all the same.
     pub split_k: Option<u32>,
+    /// Blocks that share columns of W.
+    pub cluster_m: Option<u32>,
 }
 
 impl Forced {
@@ -280,6 +305,7 @@ impl Forced {
             && self
                 .split_k
                 .is_none_or(|blocks| tile.split_k == if blocks <= steps { blocks } else { 1 })
+            && self.cluster_m.is_none_or(|blocks| tile.cluster_m == blocks)
     }
 }
 
@@ -307,7 +333,7 @@ pub fn select(
 pub struct HopperGemmParams {
     /// X `[m, k]`, box `[x_rows(m), BLOCK_K]`, 128-byte swizzle.
     pub x_map: TensorMap,
-    /// W, 128-byte swizzle: as `[n, k]` with box `[block_n, BLOCK_K]`, as `[k, n]` with box
+    /// W, 128-byte swizzle: as `[n, k]` with box `[w_rows(), BLOCK_K]`, as `[k, n]` with box
     /// `[BLOCK_K, SLAB_N]`.
     pub w_map: TensorMap,
     /// Y `[m, n]`, box `[CONSUMER_M, SLAB_N]`, 128-byte swizzle.
@@ -333,12 +359,14 @@ const _: () = assert!(size_of::<HopperGemmParams>() == 3 * 128 + 8 + 16 * 4);
 /// One row makes a kernel's module, its host-side description and, on the device, its entry.
 macro_rules! kernels {
     ($($entry:ident: $element:ident $ptx_type:literal, $layout:ident $w_major:ident,
-        $block_m:literal x $block_n:tt, $num_stages:literal stages, $split_k:tt split;)+) => {
+        $block_m:literal x $block_n:tt, $num_stages:literal stages,
+        $split_k:tt split, $cluster_m:tt share;)+) => {
         /// Every kernel, for each element type and layout from the largest tile to the smallest.
         pub static KERNELS: [HopperKernel; [$(stringify!($entry)),+].len()] = [$({
             static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: $split_k,
+                cluster_m: $cluster_m,
             };
             HopperKernel {
                 dtype: DType::$element,
@@ -354,48 +382,56 @@ macro_rules! kernels {
             #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
             device::entry!(
                 $entry, $element, $ptx_type, $w_major, $block_m, $block_n, $num_stages,
-                $split_k
+                $split_k, $cluster_m
             );
         )+
     };
 }
 
 kernels! {
-    gemm_bf16_kn_128x256x64: BF16 "bf16", InOut MN, 128 x 256, 4 stages, 1 split;
-    gemm_bf16_kn_128x128x64: BF16 "bf16", InOut MN, 128 x 128, 6 stages, 1 split;
-    gemm_bf16_kn_64x128x64: BF16 "bf16", InOut MN, 64 x 128, 8 stages, 1 split;
-    gemm_bf16_kn_64x64x64: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 1 split;
-    gemm_bf16_kn_64x128x64_k2: BF16 "bf16", InOut MN, 64 x 128, 6 stages, 2 split;
-    gemm_bf16_kn_64x64x64_k2: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 2 split;
-    gemm_bf16_nk_128x256x64: BF16 "bf16", OutIn K, 128 x 256, 4 stages, 1 split;
-    gemm_bf16_nk_128x128x64: BF16 "bf16", OutIn K, 128 x 128, 6 stages, 1 split;
-    gemm_bf16_nk_64x128x64: BF16 "bf16", OutIn K, 64 x 128, 8 stages, 1 split;
-    gemm_bf16_nk_64x64x64: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 1 split;
-    gemm_bf16_nk_64x128x64_k2: BF16 "bf16", OutIn K, 64 x 128, 6 stages, 2 split;
-    gemm_bf16_nk_64x64x64_k2: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 2 split;
-    gemm_f16_kn_128x256x64: F16 "f16", InOut MN, 128 x 256, 4 stages, 1 split;
-    gemm_f16_kn_128x128x64: F16 "f16", InOut MN, 128 x 128, 6 stages, 1 split;
-    gemm_f16_kn_64x128x64: F16 "f16", InOut MN, 64 x 128, 8 stages, 1 split;
-    gemm_f16_kn_64x64x64: F16 "f16", InOut MN, 64 x 64, 8 stages, 1 split;
-    gemm_f16_kn_64x128x64_k2: F16 "f16", InOut MN, 64 x 128, 6 stages, 2 split;
-    gemm_f16_kn_64x64x64_k2: F16 "f16", InOut MN, 64 x 64, 8 stages, 2 split;
-    gemm_f16_nk_128x256x64: F16 "f16", OutIn K, 128 x 256, 4 stages, 1 split;
-    gemm_f16_nk_128x128x64: F16 "f16", OutIn K, 128 x 128, 6 stages, 1 split;
-    gemm_f16_nk_64x128x64: F16 "f16", OutIn K, 64 x 128, 8 stages, 1 split;
-    gemm_f16_nk_64x64x64: F16 "f16", OutIn K, 64 x 64, 8 stages, 1 split;
-    gemm_f16_nk_64x128x64_k2: F16 "f16", OutIn K, 64 x 128, 6 stages, 2 split;
-    gemm_f16_nk_64x64x64_k2: F16 "f16", OutIn K, 64 x 64, 8 stages, 2 split;
+    gemm_bf16_kn_128x256x64: BF16 "bf16", InOut MN, 128 x 256, 4 stages, 1 split, 1 share;
+    gemm_bf16_kn_128x128x64: BF16 "bf16", InOut MN, 128 x 128, 6 stages, 1 split, 1 share;
+    gemm_bf16_kn_64x128x64: BF16 "bf16", InOut MN, 64 x 128, 8 stages, 1 split, 1 share;
+    gemm_bf16_kn_64x64x64: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 1 split, 1 share;
+    gemm_bf16_kn_64x128x64_c2: BF16 "bf16", InOut MN, 64 x 128, 8 stages, 1 split, 2 share;
+    gemm_bf16_kn_64x64x64_k2: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 2 split, 1 share;
+    gemm_bf16_kn_64x64x64_k4: BF16 "bf16", InOut MN, 64 x 64, 4 stages, 4 split, 1 share;
+    gemm_bf16_kn_64x64x64_k8: BF16 "bf16", InOut MN, 64 x 64, 4 stages, 8 split, 1 share;
+    gemm_bf16_nk_128x256x64: BF16 "bf16", OutIn K, 128 x 256, 4 stages, 1 split, 1 share;
+    gemm_bf16_nk_128x128x64: BF16 "bf16", OutIn K, 128 x 128, 6 stages, 1 split, 1 share;
+    gemm_bf16_nk_64x128x64: BF16 "bf16", OutIn K, 64 x 128, 8 stages, 1 split, 1 share;
+    gemm_bf16_nk_64x64x64: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 1 split, 1 share;
+    gemm_bf16_nk_64x128x64_c2: BF16 "bf16", OutIn K, 64 x 128, 8 stages, 1 split, 2 share;
+    gemm_bf16_nk_64x64x64_k2: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 2 split, 1 share;
+    gemm_bf16_nk_64x64x64_k4: BF16 "bf16", OutIn K, 64 x 64, 4 stages, 4 split, 1 share;
+    gemm_bf16_nk_64x64x64_k8: BF16 "bf16", OutIn K, 64 x 64, 4 stages, 8 split, 1 share;
+    gemm_f16_kn_128x256x64: F16 "f16", InOut MN, 128 x 256, 4 stages, 1 split, 1 share;
+    gemm_f16_kn_128x128x64: F16 "f16", InOut MN, 128 x 128, 6 stages, 1 split, 1 share;
+    gemm_f16_kn_64x128x64: F16 "f16", InOut MN, 64 x 128, 8 stages, 1 split, 1 share;
+    gemm_f16_kn_64x64x64: F16 "f16", InOut MN, 64 x 64, 8 stages, 1 split, 1 share;
+    gemm_f16_kn_64x128x64_c2: F16 "f16", InOut MN, 64 x 128, 8 stages, 1 split, 2 share;
+    gemm_f16_kn_64x64x64_k2: F16 "f16", InOut MN, 64 x 64, 8 stages, 2 split, 1 share;
+    gemm_f16_kn_64x64x64_k4: F16 "f16", InOut MN, 64 x 64, 4 stages, 4 split, 1 share;
+    gemm_f16_kn_64x64x64_k8: F16 "f16", InOut MN, 64 x 64, 4 stages, 8 split, 1 share;
+    gemm_f16_nk_128x256x64: F16 "f16", OutIn K, 128 x 256, 4 stages, 1 split, 1 share;
+    gemm_f16_nk_128x128x64: F16 "f16", OutIn K, 128 x 128, 6 stages, 1 split, 1 share;
+    gemm_f16_nk_64x128x64: F16 "f16", OutIn K, 64 x 128, 8 stages, 1 split, 1 share;
+    gemm_f16_nk_64x64x64: F16 "f16", OutIn K, 64 x 64, 8 stages, 1 split, 1 share;
+    gemm_f16_nk_64x128x64_c2: F16 "f16", OutIn K, 64 x 128, 8 stages, 1 split, 2 share;
+    gemm_f16_nk_64x64x64_k2: F16 "f16", OutIn K, 64 x 64, 8 stages, 2 split, 1 share;
+    gemm_f16_nk_64x64x64_k4: F16 "f16", OutIn K, 64 x 64, 4 stages, 4 split, 1 share;
+    gemm_f16_nk_64x64x64_k8: F16 "f16", OutIn K, 64 x 64, 4 stages, 8 split, 1 share;
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// `(block_m, block_n, split_k)` of the kernel for this problem.
+    /// `(block_m, block_n, blocks of a cluster)` of the kernel for this problem.
     fn selected(problem: Problem) -> (u32, u32, u32) {
         let layout = WeightLayout::InOut;
         let row = select(DType::BF16, layout, problem, 132, Forced::default()).expect("a kernel");
-        (row.tile.block_m, row.tile.block_n, row.tile.split_k)
+        (row.tile.block_m, row.tile.block_n, row.tile.cluster())
     }
 
     #[test]
@@ -406,45 +442,67 @@ mod tests {
         assert_eq!(selected(Problem::aligned(8192, 1024, 256)), (128, 256, 1));
     }
 
-    /// Timed on an H200 with bf16, each was the fastest of the six.
+    /// Timed on an H200 with bf16, each was the fastest, as were those of the next three tests.
     #[test]
     fn small_and_skinny_problems_get_tiles_that_fill_the_gpu() {
         assert_eq!(selected(Problem::aligned(1024, 1024, 1024)), (64, 128, 1));
-        assert_eq!(selected(Problem::aligned(256, 4096, 4096)), (64, 128, 1));
         assert_eq!(selected(Problem::aligned(512, 512, 512)), (64, 64, 1));
         assert_eq!(selected(Problem::aligned(128, 4096, 4096)), (64, 64, 1));
         assert_eq!(selected(Problem::aligned(1, 8192, 8192)), (64, 64, 1));
     }
 
     #[test]
-    fn two_blocks_share_a_tile_where_tiles_are_few_and_k_is_long() {
+    fn blocks_share_a_tile_where_tiles_are_few_and_k_is_long() {
         assert_eq!(selected(Problem::aligned(32, 4096, 4096)), (64, 64, 2));
-        assert_eq!(selected(Problem::aligned(128, 256, 8192)), (64, 64, 2));
+        assert_eq!(selected(Problem::aligned(64, 4096, 4096)), (64, 64, 2));
+        assert_eq!(selected(Problem::aligned(128, 256, 8192)), (64, 64, 8));
         assert_eq!(selected(Problem::aligned(32, 64, 64)), (64, 64, 1));
     }
 
     #[test]
-    fn rows_that_straddle_lines_call_for_a_tile_that_reads_less() {
+    fn blocks_share_columns_where_reading_l2_takes_longest() {
+        assert_eq!(selected(Problem::aligned(256, 4096, 4096)), (64, 128, 2));
+    }
+
+    #[test]
+    fn rows_that_straddle_lines_call_for_tiles_that_read_less() {
         let problem = Problem::aligned(1000, 1000, 1000);
         assert_eq!(selected(problem), (64, 128, 1));
         let straddling = Problem { x_straddles: true, w_straddles: true, ..problem };
-        assert_eq!(selected(straddling), (128, 128, 1));
+        assert_eq!(selected(straddling), (64, 128, 2));
         assert!(Problem::straddles(2000) && !Problem::straddles(2048));
     }
 
     #[test]
     fn the_parts_of_k_cover_every_step_once() {
-        let tile = Tile { block_m: 64, block_n: 64, num_stages: 8, split_k: 2 };
-        for k_blocks in [2, 3, 4, 5, 64, 127] {
-            let (first, second) = (tile.steps(0, k_blocks), tile.steps(1, k_blocks));
-            assert_eq!((first.0, first.1, second.1), (0, second.0, k_blocks));
-            assert!(first.1 > 0 && second.1 > second.0);
+        for split_k in [1, 2, 4, 8] {
+            let tile = Tile { block_m: 64, block_n: 64, num_stages: 4, split_k, cluster_m: 1 };
+            for k_blocks in [8, 9, 11, 15, 64, 127] {
+                let mut next = 0;
+                for rank in 0..split_k {
+                    let (begin, end) = tile.steps(rank, k_blocks);
+                    assert!(begin == next && end > begin);
+                    next = end;
+                }
+                assert_eq!(next, k_blocks);
+            }
         }
     }
 
     #[test]
+    fn blocks_below_each_other_have_a_row_of_tiles_each() {
+        let tile = Tile { block_m: 64, block_n: 128, num_stages: 8, split_k: 1, cluster_m: 2 };
+        for (m, pairs) in [(1, 1), (128, 1), (129, 2), (256, 2)] {
+            assert_eq!(tile.scheduler(m, 256).tiles_m, pairs);
+        }
+        assert_eq!((tile.num_blocks(3, 132), tile.num_blocks(100, 132)), (6, 132));
+        assert_eq!((tile.num_blocks(100, 131), tile.num_blocks(100, 1)), (130, 2));
+        assert_eq!((tile.w_rows(), tile.stage_bytes(64)), (64, 192 * 128));
+    }
+
+    #[test]
     fn a_box_has_no_more_groups_of_rows_than_the_input() {
-        let tile = Tile { block_m: 64, block_n: 64, num_stages: 8, split_k: 1 };
+        let tile = Tile { block_m: 64, block_n: 64, num_stages: 8, split_k: 1, cluster_m: 1 };
         for (m, rows) in [(1, 8), (8, 8), (9, 16), (57, 64), (64, 64), (65, 64)] {
             assert_eq!(tile.x_rows(m), rows);
         }
@@ -472,20 +530,28 @@ mod tests {
             select(DType::F16, layout, problem, 132, forced).map(|row| row.tile)
         };
         for tile in [[128, 256], [128, 128], [64, 128], [64, 64]] {
-            let forced = Forced { tile: Some(tile), split_k: None };
+            let forced = Forced { tile: Some(tile), ..Forced::default() };
             assert_eq!(select(forced, 8192).expect("a kernel").extents(), tile);
             assert!(forced.exists());
         }
-        for split_k in [1, 2] {
-            let forced = Forced { tile: Some([64, 128]), split_k: Some(split_k) };
+        for split_k in [1, 2, 4, 8] {
+            let forced = Forced { split_k: Some(split_k), ..Forced::default() };
             assert_eq!(select(forced, 8192).expect("a kernel").split_k, split_k);
             assert_eq!(select(forced, 64).expect("a kernel").split_k, 1);
             assert!(forced.exists());
         }
+        for cluster_m in [1, 2] {
+            let forced = Forced { cluster_m: Some(cluster_m), ..Forced::default() };
+            assert_eq!(select(forced, 8192).expect("a kernel").cluster_m, cluster_m);
+            assert!(forced.exists());
+        }
+        let none = Forced::default();
         for forced in [
-            Forced { tile: Some([64, 32]), split_k: None },
-            Forced { tile: Some([128, 256]), split_k: Some(2) },
-            Forced { tile: None, split_k: Some(3) },
+            Forced { tile: Some([64, 32]), ..none },
+            Forced { tile: Some([128, 256]), split_k: Some(2), ..none },
+            Forced { split_k: Some(3), ..none },
+            Forced { cluster_m: Some(3), ..none },
+            Forced { split_k: Some(2), cluster_m: Some(2), ..none },
         ] {
             assert!(select(forced, 8192).is_none() && !forced.exists());
         }
@@ -494,13 +560,19 @@ mod tests {
     #[test]
     fn entry_names_say_what_the_kernel_serves() {
         for row in &KERNELS {
+            let Tile { split_k, cluster_m, .. } = row.tile;
             let expected = std::format!(
-                "gemm_{}_{}_{}x{}x{BLOCK_K}{}",
+                "gemm_{}_{}_{}x{}x{BLOCK_K}{}{}",
                 row.dtype,
                 row.layout.name(),
                 row.tile.block_m,
                 row.tile.block_n,
-                if row.tile.split_k > 1 { "_k2" } else { "" },
+                if split_k > 1 { std::format!("_k{split_k}") } else { std::string::String::new() },
+                if cluster_m > 1 {
+                    std::format!("_c{cluster_m}")
+                } else {
+                    std::string::String::new()
+                },
             );
             assert_eq!(row.kernel.entry, expected);
             assert_eq!(row.kernel.module.entries, [row.kernel.entry]);

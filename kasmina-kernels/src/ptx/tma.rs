@@ -31,6 +31,29 @@ pub unsafe fn cp_async_bulk_tensor_2d_load(dst: u32, map: u64, x: u32, y: u32, b
     }
 }
 
+/// As [`cp_async_bulk_tensor_2d_load`], to the same place in every block of the cluster whose bit
+/// of `mask` is set; the bytes count on the barrier at the same place there.
+///
+/// # Safety
+/// As [`cp_async_bulk_tensor_2d_load`], in each of those blocks.
+#[inline(always)]
+pub unsafe fn cp_async_bulk_tensor_2d_multicast(
+    dst: u32,
+    map: u64,
+    x: u32,
+    y: u32,
+    barrier: u32,
+    mask: u32,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes\
+              .multicast::cluster [{}], [{}, {{{}, {}}}], [{}], {};",
+             in(reg32) dst, in(reg64) map, in(reg32) x, in(reg32) y, in(reg32) barrier,
+             in(reg16) mask as u16, options(nostack));
+    }
+}
+
 /// Starts fetching the box at `(x, y)` into L2. It reads nothing that the program sees, so it may
 /// run ahead of writes to the tensor.
 ///

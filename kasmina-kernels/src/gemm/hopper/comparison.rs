@@ -8,11 +8,13 @@
 //! - *unspecialised*: there is no producer. A thread of the first consumer, between two batches of
 //!   products, waits for the stage that the batch before has released, and issues its loads.
 //!
-//! The persistent schedule and multicast need no kernels of their own: a grid of as many blocks as
-//! tiles has no persistent blocks, and clusters are a property of the forward kernels.
+//! Blocks that persist and multicast need no kernels of their own: in a grid of as many blocks as
+//! tiles none persists, and clusters are a property of the forward kernels.
 //!
 //! # Shape contract
 //! As the forward kernels'. Rows of X and W are read in pieces of 16 bytes as far as they exist.
+
+use core::fmt;
 
 use super::{HopperGemmParams, Tile};
 use crate::abi::{Kernel, KernelParams, Module, module};
@@ -27,6 +29,29 @@ pub enum Without {
     TmaLoads,
     /// Warp specialisation: those that multiply also issue the loads.
     WarpSpecialization,
+    /// Blocks that persist: each computes one tile. The forward kernel with another grid.
+    PersistentBlocks,
+}
+
+impl Without {
+    /// Every part.
+    pub const ALL: [Self; 3] = [Self::TmaLoads, Self::WarpSpecialization, Self::PersistentBlocks];
+
+    /// What a person calls the part.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TmaLoads => "TMA loads",
+            Self::WarpSpecialization => "warp specialisation",
+            Self::PersistentBlocks => "blocks that persist",
+        }
+    }
+}
+
+impl fmt::Display for Without {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// A kernel for comparison: bf16, W as `[k, n]`.
@@ -80,6 +105,7 @@ macro_rules! kernels {
             static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
+                cluster_m: 1,
             };
             ComparisonKernel {
                 without: Without::$without,
@@ -122,6 +148,7 @@ mod tests {
             let name = match row.without {
                 Without::TmaLoads => "pointers",
                 Without::WarpSpecialization => "unspecialised",
+                Without::PersistentBlocks => unreachable!("it has no kernel of its own"),
             };
             let [block_m, block_n] = row.tile.extents();
             assert_eq!(row.kernel.entry, std::format!("compare_{name}_{block_m}x{block_n}x64"));

@@ -7,8 +7,10 @@ use crate::smem_layout::{SWIZZLE_ROW_BYTES, stmatrix_offset};
 
 mod exchange;
 mod operands;
+mod share;
 pub(super) use exchange::Exchange;
 pub(super) use operands::{Matrices, Operands, Stage};
+pub(super) use share::Shared;
 
 // Three warpgroups start with 168 registers a thread each, 504 together: 40 + 2 · 232.
 pub(super) const PRODUCER_REGISTERS: u32 = 40;
@@ -55,7 +57,7 @@ pub(super) struct Block {
     tile: Tile,
     smem: u32,
     pub(super) ring: RingBarriers,
-    /// Which part of k this block has.
+    /// Of the cluster: which part of k this block has, or which of the tiles below each other.
     rank: u32,
 }
 
@@ -69,7 +71,7 @@ impl Block {
     #[inline(always)]
     pub(super) unsafe fn start(tile: Tile) -> Self {
         // SAFETY: the caller's contract.
-        unsafe { Self::start_with(tile, 1, tile.num_consumers()) }
+        unsafe { Self::start_with(tile, 1, tile.num_consumers() * tile.cluster_m) }
     }
 
     /// As [`start`](Self::start), with a ring whose stages take so many arrivals, besides the bytes
@@ -86,37 +88,37 @@ impl Block {
             unsafe {
                 ring.init(arrivals, releases);
                 if tile.split_k > 1 {
-                    Exchange::init(ring);
+                    Exchange::init(ring, tile.split_k);
                 }
             }
         }
         // SAFETY: the whole block is here, and the others of its cluster.
         unsafe {
-            if tile.split_k > 1 {
-                ptx::barrier_cluster();
+            if tile.cluster() > 1 {
+                ptx::barrier_cluster_relaxed();
             } else {
                 ptx::bar_sync_all();
             }
         }
-        Self { tile, smem, ring, rank: ptx::block_index() % tile.split_k }
+        Self { tile, smem, ring, rank: ptx::block_index() % tile.cluster() }
     }
 
     /// The first tile of this block and of those it shares tiles with.
     #[inline(always)]
     pub(super) fn first_tile(self) -> u32 {
-        ptx::block_index() / self.tile.split_k
+        ptx::block_index() / self.tile.cluster()
     }
 
     /// From a tile of this block to its next.
     #[inline(always)]
     pub(super) fn tile_step(self) -> u32 {
-        ptx::grid_size() / self.tile.split_k
+        ptx::grid_size() / self.tile.cluster()
     }
 
     /// How many of `k_blocks` steps are this block's.
     #[inline(always)]
     pub(super) fn steps(self, k_blocks: u32) -> u32 {
-        let (begin, end) = self.tile.steps(self.rank, k_blocks);
+        let (begin, end) = self.tile.steps(self.rank_of_k(), k_blocks);
         end - begin
     }
 
@@ -154,20 +156,20 @@ pub(super) fn wait_for_predecessors() {
 #[inline(always)]
 unsafe fn prefetch_first_lap(block: Block, operands: impl Operands, work: Work) {
     let (tile, tiles) = (block.tile, work.tiles);
-    let (tile_m, tile_n) = tiles.tile(block.first_tile());
-    let (begin, end) = tile.steps(block.rank, work.k_blocks);
+    let (m, n) = block.corner(tiles, block.first_tile());
+    let (begin, end) = tile.steps(block.rank_of_k(), work.k_blocks);
     let lap = begin + tile.num_stages;
     let end = if end < lap { end } else { lap };
-    let mut k_block = begin + tile_m;
+    let mut k_block = begin + m / tile.block_m;
     while k_block < end {
         // SAFETY: the caller's contract.
-        unsafe { operands.prefetch_w(tile, tile_n * tile.block_n, k_block) };
-        k_block += tiles.tiles_m;
+        unsafe { operands.prefetch_w(tile, n, k_block) };
+        k_block += tiles.tiles_m * tile.cluster_m;
     }
-    let mut k_block = begin + tile_n;
+    let mut k_block = begin + n / tile.block_n;
     while k_block < end {
         // SAFETY: the caller's contract.
-        unsafe { operands.prefetch_x(tile, tile_m * tile.block_m, k_block) };
+        unsafe { operands.prefetch_x(tile, m, k_block) };
         k_block += tiles.tiles_n;
     }
 }
@@ -198,10 +200,9 @@ pub(super) unsafe fn produce(block: Block, operands: impl Operands, work: Work) 
     wait_for_predecessors();
     let mut position = RingPosition::START;
     let mut tile = block.first_tile();
-    let (begin, end) = block.tile.steps(block.rank, work.k_blocks);
+    let (begin, end) = block.tile.steps(block.rank_of_k(), work.k_blocks);
     while tile < tiles.num_tiles() {
-        let (tile_m, tile_n) = tiles.tile(tile);
-        let (m, n) = (tile_m * block.tile.block_m, tile_n * block.tile.block_n);
+        let (m, n) = block.corner(tiles, tile);
         let mut k_block = begin;
         while k_block < end {
             let full = block.ring.full(position.stage);
@@ -255,7 +256,7 @@ impl Epilogue {
         Self {
             tile,
             consumer,
-            rank: block.rank,
+            rank: block.rank_of_k(),
             thread: ptx::thread_index() % WARPGROUP,
             slabs: block.smem + tile.y_offset() + consumer * (tile.slab_buffers() * SLAB_BYTES),
             slab_mask: tile.slab_buffers() - 1,
@@ -428,13 +429,16 @@ impl Epilogue {
     }
 }
 
-/// A comment for `cargo xtask ptx` where blocks share tiles. A cluster of one is not declared: it
-/// would start more slowly.
+/// A comment for `cargo xtask ptx` where blocks share tiles or columns of W. A cluster of one is
+/// not declared: it would start more slowly.
 macro_rules! cluster_marker {
-    (1) => {
+    (1 1) => {
         ""
     };
-    ($blocks:literal) => {
+    ($blocks:literal 1) => {
+        device::cluster_marker!(1 $blocks)
+    };
+    (1 $blocks:literal) => {
         concat!("// kasmina: .reqnctapercluster ", $blocks, ", 1, 1")
     };
 }
@@ -443,14 +447,15 @@ pub(super) use cluster_marker;
 /// Defines the entry for one element type, major order of W and tile.
 macro_rules! entry {
     ($entry:ident, $element:ident, $ptx_type:literal, $w_major:ident,
-     $block_m:literal, $block_n:tt, $num_stages:literal, $split_k:tt) => {
+     $block_m:literal, $block_n:tt, $num_stages:literal, $split_k:tt, $cluster_m:tt) => {
         $crate::ptx::wgmma::with_accumulators! { $block_n, device::entry! {
             @body $entry, $element, $ptx_type, $w_major, $block_m, $block_n, $num_stages,
-            $split_k
+            $split_k, $cluster_m
         } }
     };
     (@body $entry:ident, $element:ident, $ptx_type:literal, $w_major:ident,
-     $block_m:literal, $block_n:tt, $num_stages:literal, $split_k:tt $([$($c:ident)+])+) => {
+     $block_m:literal, $block_n:tt, $num_stages:literal, $split_k:tt, $cluster_m:tt
+     $([$($c:ident)+])+) => {
         /// # Safety
         /// Launched by `launch` on the host with the geometry of its `Kernel` and parameters that
         /// `gemm.rs` has checked against the shape contract.
@@ -462,6 +467,7 @@ macro_rules! entry {
 
             const TILE: Tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: $split_k,
+                cluster_m: $cluster_m,
             };
             const X_MAJOR: Major = Major::K;
             const W_MAJOR: Major = Major::$w_major;
@@ -472,7 +478,7 @@ macro_rules! entry {
                 core::arch::asm!(
                     "// kasmina: .maxntid {threads}, 1, 1",
                     "// kasmina: .minnctapersm 1",
-                    device::cluster_marker!($split_k),
+                    device::cluster_marker!($split_k $cluster_m),
                     "// kasmina: .param_align 64",
                     concat!("mov.b64 {address}, ", stringify!($entry), "_param_0;"),
                     "cvta.param.u64 {address}, {address};",
@@ -499,6 +505,7 @@ macro_rules! entry {
                     }
                     if ptx::thread_index() == 0 {
                         let stage_bytes = params.stage_bytes;
+                        let operands = Shared::new(operands, block);
                         produce(block, operands, Work { tiles, k_blocks, stage_bytes });
                     }
                 }
@@ -511,7 +518,7 @@ macro_rules! entry {
                 let epilogue = Epilogue::new(
                     block, consumer, y_map, params.bias, params.n, params.activation,
                 );
-                let elected = ptx::thread_index() % WARPGROUP == 0;
+                let elected = block.releases();
                 wait_for_predecessors();
                 let k_steps = block.steps(k_blocks);
                 let mut exchange = Exchange::new(block);
@@ -519,8 +526,7 @@ macro_rules! entry {
                 let mut tile = block.first_tile();
                 $($(let mut $c = 0.0f32;)+)+
                 while tile < tiles.num_tiles() {
-                    let (tile_m, tile_n) = tiles.tile(tile);
-                    let (m, n) = (tile_m * TILE.block_m, tile_n * TILE.block_n);
+                    let (m, n) = block.corner(tiles, tile);
                     let bias = epilogue.load_bias(n);
                     let mut previous = position.stage;
                     let mut k_block = 0u32;
@@ -541,7 +547,7 @@ macro_rules! entry {
                             );
                             // The batch before is complete: its stage may be overwritten.
                             if elected && k_block > 0 {
-                                ptx::mbarrier_arrive(block.ring.empty(previous));
+                                block.release(previous);
                             }
                         }
                         previous = stage;
@@ -552,7 +558,7 @@ macro_rules! entry {
                     unsafe {
                         ptx::wgmma::wgmma_wait_all!($block_n, $($($c)+)+);
                         if elected {
-                            ptx::mbarrier_arrive(block.ring.empty(previous));
+                            block.release(previous);
                         }
                     }
                     tile += block.tile_step();
@@ -596,9 +602,9 @@ macro_rules! entry {
                 }
                 epilogue.finish();
             }
-            if TILE.split_k > 1 {
-                // SAFETY: every thread of both blocks, at the end. Until then the other may be
-                // reading what this one sends, out of this one's shared memory.
+            if TILE.cluster() > 1 {
+                // SAFETY: every thread of the cluster, at the end. Until then others may be
+                // reading what this block sends, out of its shared memory, or arrive there.
                 unsafe { ptx::barrier_cluster() };
             }
         }

@@ -210,6 +210,7 @@ macro_rules! kernels {
             static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
+                cluster_m: 1,
             };
             TelemetryKernel {
                 dtype: DType::$element,
@@ -250,10 +251,10 @@ mod tests {
     use std::vec;
 
     const TILES: [Tile; 4] = [
-        Tile { block_m: 128, block_n: 256, num_stages: 4, split_k: 1 },
-        Tile { block_m: 128, block_n: 128, num_stages: 6, split_k: 1 },
-        Tile { block_m: 64, block_n: 128, num_stages: 8, split_k: 1 },
-        Tile { block_m: 64, block_n: 64, num_stages: 8, split_k: 1 },
+        Tile { block_m: 128, block_n: 256, num_stages: 4, split_k: 1, cluster_m: 1 },
+        Tile { block_m: 128, block_n: 128, num_stages: 6, split_k: 1, cluster_m: 1 },
+        Tile { block_m: 64, block_n: 128, num_stages: 8, split_k: 1, cluster_m: 1 },
+        Tile { block_m: 64, block_n: 64, num_stages: 8, split_k: 1, cluster_m: 1 },
     ];
 
     fn chunks(count: u32) -> NonZeroU32 {

@@ -120,7 +120,7 @@ impl Plan {
     const fn cost(&self, m: u32, n: u32, multiprocessors: u32) -> u64 {
         let TileScheduler { tiles_m, tiles_n, .. } = self.row.tile.scheduler(m, n);
         let items = tiles_m as u64 * tiles_n as u64 * self.parts as u64;
-        let step = self.row.tile.cycles_per_step(self.row.tile.block_m);
+        let step = self.row.tile.cycles_per_step(self.row.tile.block_m + self.row.tile.block_n);
         let product =
             items.div_ceil(multiprocessors as u64) * (self.part_k_blocks + 2) as u64 * step as u64;
         if self.parts == 1 {
@@ -166,6 +166,7 @@ macro_rules! kernels {
             static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
+                cluster_m: 1,
             };
             WeightGradientKernel {
                 dtype: DType::$element,

@@ -230,6 +230,7 @@ macro_rules! entry {
 
             const TILE: Tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
+                cluster_m: 1,
             };
             const BY_POINTERS: bool = matches!(Without::$without, Without::TmaLoads);
             let x_map: u64;

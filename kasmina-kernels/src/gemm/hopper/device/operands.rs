@@ -95,7 +95,15 @@ impl Operands for Matrices {
 /// # Safety
 /// As [`Operands::load`].
 #[inline(always)]
-unsafe fn load_operand(map: u64, major: Major, extent: u32, dst: u32, mn: u32, k: u32, full: u32) {
+pub(super) unsafe fn load_operand(
+    map: u64,
+    major: Major,
+    extent: u32,
+    dst: u32,
+    mn: u32,
+    k: u32,
+    full: u32,
+) {
     // SAFETY: by the caller's contract; slabs follow each other in the stage.
     unsafe {
         match major {

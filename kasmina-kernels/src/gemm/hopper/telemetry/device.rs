@@ -264,6 +264,7 @@ macro_rules! entry {
 
             const TILE: Tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
+                cluster_m: 1,
             };
             const X_MAJOR: Major = Major::K;
             const W_MAJOR: Major = Major::$w_major;

@@ -374,6 +374,7 @@ macro_rules! entry {
 
             const TILE: Tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
+                cluster_m: 1,
             };
             let x_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
