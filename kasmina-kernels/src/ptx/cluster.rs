@@ -68,3 +68,22 @@ pub unsafe fn mbarrier_arrive_shared_cluster(barrier: u32) {
         asm!("mbarrier.arrive.shared::cluster.b64 _, [{}];", in(reg32) barrier, options(nostack));
     }
 }
+
+/// Starts storing 16 bytes in the shared memory of another block of the cluster; they count on
+/// `barrier` there.
+///
+/// # Safety
+/// `address`, 16-aligned, and `barrier` are addresses of `mapa_shared_cluster` for the same block,
+/// which runs until the barrier's phase ends and whose barrier expects the bytes; nobody else
+/// accesses the 16 bytes before that.
+#[inline(always)]
+pub unsafe fn st_async_shared_cluster_v4_u32(address: u32, values: [u32; 4], barrier: u32) {
+    let [a, b, c, d] = values;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 \
+              [{}], {{{}, {}, {}, {}}}, [{}];",
+             in(reg32) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+             in(reg32) barrier, options(nostack));
+    }
+}

@@ -178,9 +178,10 @@ pub(crate) unsafe fn write_slot(
         let (mut total, mut len) = (Total::EMPTY, 0);
         let (first, elements) = record(0);
         let pivot = mean(&get_record(first), elements);
+        let usual = Usual::new(elements);
         if lane < num_records {
             let (address, elements) = record(lane);
-            total.add::<Summary>(&get_record(address), elements, pivot);
+            total.add::<Summary>(&get_record(address), elements, pivot, usual);
             len = elements;
         }
         total = total.over::<Summary, 32>();
@@ -225,7 +226,8 @@ unsafe fn merge_slots(params: &SegmentParams, segment: u32, slots: u64, each: u3
     unsafe {
         let first = get(slots, 0).unwrap_or(Partial::EMPTY);
         // A first slot whose elements were skipped gives 0, which is as good.
-        let pivot = mean(&first, elements_of_slot(cut, 0));
+        let elements = elements_of_slot(cut, 0);
+        let (pivot, usual) = (mean(&first, elements), Usual::new(elements));
         let mut index = lane;
         while index < each {
             ptx::nounroll();
@@ -236,7 +238,7 @@ unsafe fn merge_slots(params: &SegmentParams, segment: u32, slots: u64, each: u3
             unroll!(i: usize in [0 1 2 3] {
                 if let Some(partial) = found[i] {
                     let count = elements_of_slot(cut, at(i as u32));
-                    total.add::<Summary>(&partial, count, pivot);
+                    total.add::<Summary>(&partial, count, pivot, usual);
                 }
             });
             index += 128;
