@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use convolutions::operands::{Convolution, Operands, Pass, Results, SHAPES};
 use convolutions::record::{self, Case, Record, Timing};
 use half::{bf16, f16};
-use kasmina::{DType, Device, Element, KernelConfig, SequenceLayout, Tier};
+use kasmina::{DType, Device, Element, FilterLayout, KernelConfig, SequenceLayout, Tier};
 use measure::cuda::Clock;
 use measure::random::Normals;
 use measure::record::{Peer, Provenance, append};
@@ -32,9 +32,10 @@ const USAGE: &str = "usage: conv1d [option VALUE]...
                          layers of 32 to 1024 channels and three depthwise ones
   --dtype bf16|f16|f32   element type; default bf16
   --layout ncl|nlc       default both
+  --filter oik|koi       layout of the filter; default oik
   --pass forward|dgrad|wgrad
                          default all
-  --tier portable        forces a tier; default the best
+  --tier hopper|portable forces a tier; default the best
   --tiling on|off        off is the kernel without any reuse; default on
   --regime burst|steady|graph
                          default burst
@@ -76,6 +77,7 @@ struct Options {
     shapes: Vec<Convolution>,
     dtype: DType,
     layouts: Vec<SequenceLayout>,
+    filter_layout: FilterLayout,
     passes: Vec<Pass>,
     config: KernelConfig,
     regime: Regime,
@@ -90,6 +92,7 @@ impl Options {
             shapes: SHAPES.map(Convolution::of).to_vec(),
             dtype: DType::BF16,
             layouts: SequenceLayout::ALL.to_vec(),
+            filter_layout: FilterLayout::OutInTap,
             passes: Pass::ALL.to_vec(),
             config: KernelConfig::default(),
             regime: Regime::Burst,
@@ -117,6 +120,10 @@ impl Options {
                 "--layout" => {
                     options.layouts.retain(|layout| layout.name() == value);
                     options.layouts.first().with_context(unknown)?;
+                }
+                "--filter" => {
+                    let named = FilterLayout::ALL.into_iter().find(|layout| layout.name() == value);
+                    options.filter_layout = named.with_context(unknown)?;
                 }
                 "--pass" => {
                     options.passes.retain(|pass| pass.name() == value);
@@ -178,7 +185,9 @@ impl Bench {
         options: &Options,
         normals: &mut Normals,
     ) -> anyhow::Result<Vec<Record>> {
-        let operands = Operands::<T>::new(&self.device, convolution, layout, normals)?;
+        let filter_layout = options.filter_layout;
+        let layouts = (layout, filter_layout);
+        let operands = Operands::<T>::new(&self.device, convolution, layouts, normals)?;
         let mut records = Vec::new();
         for &pass in &options.passes {
             let mut results = operands.results(&self.device, pass)?;
@@ -196,9 +205,12 @@ impl Bench {
                 },
                 None => None,
             };
-            // The filter lies otherwise where channels are last, so the two then compute different
-            // convolutions of the same size.
-            let comparable = prepared.is_some() && layout == SequenceLayout::Ncl;
+            // The peer's filter lies otherwise where channels are last, and it pads an even number of
+            // taps otherwise, so the two then compute different convolutions of the same size.
+            let comparable = prepared.is_some()
+                && layout == SequenceLayout::Ncl
+                && filter_layout == FilterLayout::OutInTap
+                && convolution.taps % 2 == 1;
             let difference =
                 if comparable { Some(distance(&ours, &peer_results.sample(pass)?)) } else { None };
 
@@ -220,7 +232,8 @@ impl Bench {
             let summaries = regime::measure(&self.clock, regime, options.samples, &contenders)?;
             let tiled = options.config.tiling_enabled();
             let dtype = T::DTYPE;
-            let case = Case { convolution, pass, dtype, layout, tier, tiled, regime };
+            let case =
+                Case { convolution, pass, dtype, layout, filter_layout, tier, tiled, regime };
             let peer = prepared.as_ref().map(|(cudnn, prepared)| Peer {
                 name: format!("{}, {}", cudnn.name, prepared.algorithm()),
                 timing: Timing::new(&case, &summaries[1]),

@@ -11,6 +11,8 @@ mod convolution;
 mod convolution_cases;
 #[path = "support/convolution_faults.rs"]
 mod convolution_faults;
+#[path = "conv1d/finite_differences.rs"]
+mod finite_differences;
 #[path = "support/gpu.rs"]
 mod gpu;
 #[path = "support/poison.rs"]
@@ -26,9 +28,10 @@ use convolution::{
 };
 use convolution_cases::{
     Case, cases, crossed_cases, depthwise_cases, edge_cases, explicit, reduced, short_cases,
-    thinned, view_cases,
+    tensor_core_cases, thinned, view_cases,
 };
 use convolution_faults::bad_input;
+use finite_differences::finite_differences;
 use gpu::Gpu;
 use half::{bf16, f16};
 use kasmina::conv1d::{Backward, Forward, Gradients, Sequences, Window};
@@ -38,7 +41,7 @@ use kasmina::{
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use poison::{Poison, bits};
-use random::{Random, seed};
+use random::seed;
 
 type Check = fn(&Device, Tier) -> Result<(), Failed>;
 
@@ -55,8 +58,26 @@ fn main() -> ExitCode {
     for (name, check) in claims(Tier::Portable) {
         trials.push(gpu.trial(name, move |device| check(device, Tier::Portable)));
     }
+    if !gpu_lacks(Tier::Hopper) {
+        for (dtype, check) in [
+            (DType::F16, on_tensor_cores::<f16> as fn(&Device) -> _),
+            (DType::BF16, on_tensor_cores::<bf16>),
+        ] {
+            let sentence = "conv1d_matches_reference_and_gives_the_same_bits_twice";
+            trials.push(gpu.trial(format!("hopper_{dtype}_{sentence}"), check));
+        }
+    }
     trials.push(Trial::test("bad_input_is_a_typed_error_on_the_cpu", || bad_input(&Device::cpu())));
     trials.push(gpu.trial("bad_input_is_a_typed_error_on_the_gpu", bad_input));
+    trials.push(gpu.trial("the_best_tier_of_each_pass_matches_reference", |device| {
+        let config = KernelConfig::default();
+        for cases in [crossed_cases(), short_cases(), edge_cases(), depthwise_cases()] {
+            each_with::<f32>(device, &config, &thinned(cases.clone(), 3))?;
+            each_with::<f16>(device, &config, &thinned(cases.clone(), 2))?;
+            each_with::<bf16>(device, &config, &cases)?;
+        }
+        Ok(())
+    }));
     trials.push(gpu.trial("without_tiling_the_results_are_the_same", |device| {
         let config = KernelConfig::default().tier(Tier::Portable).enable_tiling(false);
         each_with::<f32>(device, &config, &thinned(crossed_cases(), 9))?;
@@ -66,6 +87,12 @@ fn main() -> ExitCode {
     let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
     println!("{} cases compared, seed {}", COMPARED.load(Ordering::Relaxed), seed());
     conclusion.exit_code()
+}
+
+/// Whether the first GPU is one that the tier does not run on.
+fn gpu_lacks(tier: Tier) -> bool {
+    let capability = Device::cuda(0).ok().and_then(|device| device.capability());
+    capability.is_some_and(|gpu| !tier.runs_on(gpu.major, gpu.minor))
 }
 
 /// What is claimed of a tier, for each of its element types.
@@ -157,6 +184,8 @@ struct Results<T> {
     dx: Vec<T>,
     dw: Vec<T>,
     db: Vec<T>,
+    /// What ran forward, dgrad and wgrad.
+    tiers: [Option<Tier>; 3],
 }
 
 impl<T: Poison> Results<T> {
@@ -235,7 +264,8 @@ fn run<T: Poison>(
     };
     let tiers = backward.run(gradients, config).map_err(told)?;
     let forced = config.forced_tier();
-    for tier in [Some(tier), tiers[0], tiers[1]] {
+    let tiers = [Some(tier), tiers[0], tiers[1]];
+    for tier in tiers {
         if forced.is_some() && tier != forced {
             return Err(format!("served by {tier:?} where {forced:?} was forced"));
         }
@@ -245,6 +275,7 @@ fn run<T: Poison>(
         dx: canonical(&dx.read()?, in_extents, dx_layout),
         dw: canonical_filter(&dw.read()?, filter_extents, case.filter_layout),
         db: db.to_vec().map_err(told)?,
+        tiers,
     })
 }
 
@@ -252,6 +283,7 @@ fn run<T: Poison>(
 fn compare<T: Poison>(
     convolution: &Convolution<T>,
     case: &Case,
+    tier: Tier,
     got: &Results<T>,
 ) -> Result<(), String> {
     let per_channel = convolution.out_length;
@@ -280,7 +312,7 @@ fn compare<T: Poison>(
             return Err(format!("{name} has {} elements, not {}", got.len(), expected.len()));
         }
         for (index, (expected, got)) in expected.iter().zip(got).enumerate() {
-            let error = expected.error(*got, activation);
+            let error = expected.error(*got, activation, tier);
             if error > 1.0 {
                 return Err(format!(
                     "{name}[{index}]: got {got:?}, expected a sum of {:e}; the error is {error:e} \
@@ -303,15 +335,42 @@ fn each_with<T: Poison>(
     config: &KernelConfig,
     cases: &[Case],
 ) -> Result<(), Failed> {
+    let tier = config.forced_tier().unwrap_or(device.tier());
     let mut faults = Vec::new();
     for case in cases {
         let Some(convolution) = Convolution::<T>::random(case.shape) else { continue };
         let outcome = run(device, config, &convolution, case)
-            .and_then(|got| compare(&convolution, case, &got));
+            .and_then(|got| compare(&convolution, case, tier, &got));
         faults.extend(outcome.err().map(|fault| format!("{case:?}: {fault}")));
     }
     let shown = faults.iter().take(3).cloned().collect::<Vec<_>>().join("\n");
     require(faults.is_empty(), || format!("{} of {}:\n{shown}", faults.len(), cases.len()))
+}
+
+/// Where the GPU has the tier, it is the one that is chosen; what it leaves to the portable tier
+/// must be right too.
+fn on_tensor_cores<T: Poison>(device: &Device) -> Result<(), Failed> {
+    let config = KernelConfig::default();
+    let mut served = [0; 3];
+    let cases = tensor_core_cases();
+    for case in &cases {
+        let Some(convolution) = Convolution::<T>::random(case.shape) else { continue };
+        let told = |fault: String| format!("{case:?}: {fault}");
+        let got = run(device, &config, &convolution, case).map_err(told)?;
+        compare(&convolution, case, Tier::Hopper, &got).map_err(told)?;
+        let again = run(device, &config, &convolution, case).map_err(told)?;
+        require(got.bits() == again.bits(), || format!("{case:?}: the bits differ"))?;
+        for (count, tier) in served.iter_mut().zip(got.tiers) {
+            *count += usize::from(tier == Some(Tier::Hopper));
+        }
+    }
+    let enough = served.iter().all(|&count| count * 4 >= cases.len());
+    require(enough, || {
+        format!(
+            "of {} cases, forward, dgrad and wgrad ran {served:?} times on tensor cores",
+            cases.len()
+        )
+    })
 }
 
 fn no_sequences<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
@@ -438,7 +497,7 @@ fn layer<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
         let y_values = canonical(&y.to_vec()?, out_extents, layout);
         for (index, (sum, got)) in convolution.z.iter().zip(&y_values).enumerate() {
             let bias = convolution.bias[index / convolution.out_length % 10].to_f32();
-            let error = sum.plus(f64::from(bias)).error(*got, activation);
+            let error = sum.plus(f64::from(bias)).error(*got, activation, tier);
             require(error <= 1.0, || format!("{activation:?} y[{index}]: {error} tolerances"))?;
         }
         let dy = tensor(&convolution.dz, out_extents)?;
@@ -493,98 +552,6 @@ fn derivative(activation: Activation, z: f32) -> f32 {
     let (z, h) = (f64::from(z), 1e-5);
     let of = |z| activation::apply(activation, z);
     ((of(z + h) - of(z - h)) / (2.0 * h)) as f32
-}
-
-/// `Σ r·y` along single directions of x, w and b, against the gradients that `backward` gives for
-/// `dy = r`.
-///
-/// With `D(h)` the central difference of step h, `(4·D(h/2) − D(h))/3` errs by `h⁴/480` times the
-/// fifth derivative of the loss, plus what rounding does. Activations have a fifth derivative
-/// below 12, the pre-activation a slope of at most 2 (|x| is held to 2, taps are smaller), and 8·77
-/// positions with |r| of 0.8 on average take part at most: for h = 2⁻⁴ that stays below 0.2 if all
-/// have one sign, slope and curvature, and they meet a bias with slope 1 at the most, one channel's
-/// 77 a tap. So 0.01 is generous for x and w, and still a fifth of the smallest product that could
-/// be missing. Rounding errs by a few u of `Σ|r·y|` in each loss.
-fn finite_differences(device: &Device, tier: Tier) -> Result<(), Failed> {
-    let mut random = Random::of("finite differences");
-    let h = 0.0625f32;
-    for (number, activation) in
-        [Activation::None, Activation::Gelu, Activation::GeluTanh, Activation::Silu]
-            .into_iter()
-            .enumerate()
-    {
-        let config = Conv1dConfig::new(6, 8, 5)
-            .stride(1 + number % 2)
-            .dilation(1 + number / 2)
-            .padding(Padding::Same)
-            .groups(2)
-            .layout(SequenceLayout::ALL[number % 2])
-            .activation(activation)
-            .seed(7)
-            .kernel_config(KernelConfig::default().tier(tier));
-        let mut layer = config.build(device)?;
-        let extents = SequenceLayout::ALL[number % 2].extents(1, 6, 77);
-        let x_values: Vec<f32> =
-            random.normal(6 * 77).into_iter().map(|value| value.clamp(-2.0, 2.0)).collect();
-        let x = Tensor::from_slice(device, &x_values, extents)?;
-        let y = layer.forward(&x)?;
-        let r: Vec<f32> = random.normal(y.len());
-        let dy = Tensor::from_slice(device, &r, *y.shape())?;
-        let gradients = layer.backward(&x, &y, &dy)?;
-        let loss = |y: &Tensor<f32>| -> Result<f64, Error> {
-            Ok(y.to_vec()?.iter().zip(&r).map(|(y, r)| f64::from(*y) * f64::from(*r)).sum())
-        };
-        let magnitude: f64 =
-            y.to_vec()?.iter().zip(&r).map(|(y, r)| f64::from((y * r).abs())).sum();
-        let tolerance = 0.01 + 16.0 * magnitude / f64::from(h) / f64::from(1 << 24);
-        // The loss at −h, −h/2, h/2 and h.
-        let check = |name: &str, index: usize, got: f32, losses: [f64; 4]| {
-            let [a, b, c, d] = losses;
-            let slope = (4.0 * (c - b) / f64::from(h) - (d - a) / f64::from(2.0 * h)) / 3.0;
-            let error = (slope - f64::from(got)).abs();
-            COMPARED.fetch_add(1, Ordering::Relaxed);
-            require(error <= tolerance, || {
-                format!("{activation:?} {name}[{index}]: {got}, by differences {slope}")
-            })
-        };
-        let (dx, dw) = (gradients.dx.to_vec()?, gradients.dw.to_vec()?);
-        for _ in 0..5 {
-            let index = random.below(x_values.len());
-            let moved = |by: f32| -> Result<f64, Error> {
-                let mut values = x_values.clone();
-                values[index] += by;
-                loss(&layer.forward(&Tensor::from_slice(device, &values, extents)?)?)
-            };
-            let losses = [moved(-h)?, moved(-h / 2.0)?, moved(h / 2.0)?, moved(h)?];
-            check("dx", index, dx[index], losses)?;
-        }
-        let weight = layer.weight()?;
-        for _ in 0..5 {
-            let index = random.below(weight.len());
-            let mut moved = |by: f32| -> Result<f64, Error> {
-                let mut values = weight.clone();
-                values[index] += by;
-                layer.set_weight(&values)?;
-                loss(&layer.forward(&x)?)
-            };
-            let losses = [moved(-h)?, moved(-h / 2.0)?, moved(h / 2.0)?, moved(h)?];
-            check("dw", index, dw[index], losses)?;
-        }
-        layer.set_weight(&weight)?;
-        let bias = layer.bias()?.ok_or("a bias")?;
-        let db = gradients.db.as_ref().ok_or("a bias gradient")?.to_vec()?;
-        for index in 0..bias.len() {
-            let mut moved = |by: f32| -> Result<f64, Error> {
-                let mut values = bias.clone();
-                values[index] += by;
-                layer.set_bias(&values)?;
-                loss(&layer.forward(&x)?)
-            };
-            let losses = [moved(-h)?, moved(-h / 2.0)?, moved(h / 2.0)?, moved(h)?];
-            check("db", index, db[index], losses)?;
-        }
-    }
-    Ok(())
 }
 
 fn require(holds: bool, message: impl FnOnce() -> String) -> Result<(), Failed> {

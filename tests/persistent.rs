@@ -5,6 +5,8 @@
 //! compute-sanitizer and opens every session `bounded`. `KASMINA_TEST_SOAK` is the number of items
 //! of the soak, by default 20,000 on the CPU and 200,000 on a GPU.
 
+#[path = "persistent/awaited.rs"]
+mod awaited;
 #[path = "persistent/faults.rs"]
 mod faults;
 #[path = "support/gpu.rs"]
@@ -105,6 +107,8 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
             ("logical_streams_share_the_slots", queue::fair),
             ("dropped_tickets_give_their_slots_back", queue::dropped),
             ("a_result_is_given_once", queue::once_only),
+            ("tasks_are_woken_for_their_answers", awaited::answers),
+            ("tasks_are_refused_what_others_are", awaited::refusals),
             ("wrong_batches_are_refused", refusals),
             ("statistics_count_what_was_done", statistics),
             ("a_closed_session_refuses_and_the_layer_works_on", closed),

@@ -25,6 +25,9 @@ fn main() -> ExitCode {
         trials.push(Trial::test(name("holds_the_entries_the_host_launches"), || {
             entries_agree(module)
         }));
+        if module.name.starts_with("persistent_") && module.name != "persistent_echo" {
+            trials.push(Trial::test(name("has_each_barrier_once"), || barriers_are_single(module)));
+        }
         if module.name.starts_with("reduce") || module.name.ends_with("telemetry") {
             trials.push(Trial::test(name("exchanges_nothing_in_two_copies"), || {
                 exchanges_stand_once(module)
@@ -146,6 +149,19 @@ fn no_local_memory(module: &Module) -> Result<(), Failed> {
         require(line.is_none(), || format!("`{forbidden}` in: {}", line.unwrap_or_default()))?;
     }
     Ok(())
+}
+
+/// The compiler does not know barriers: where a branch on the thread comes before and after one, it
+/// may give both sides a barrier of their own, at which a warp's threads do not meet.
+fn barriers_are_single(module: &Module) -> Result<(), Failed> {
+    // Those of the source, inlined: one in `load_plans` and in each of two calls of `load_weights`,
+    // three in `resident`, and those of `compute`, which Hopper has for three sizes of batches.
+    let expected = match module.tier {
+        Tier::Hopper => 3 + 3 + 3 * 3,
+        _ => 3 + 3 + 3,
+    };
+    let found = module.ptx().matches("bar.sync").count();
+    require(found == expected, || format!("{found} barriers instead of {expected}"))
 }
 
 fn assembles_cleanly(module: &Module, tools: &NvidiaTools) -> Result<(), Failed> {

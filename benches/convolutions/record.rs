@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use kasmina::{DType, SequenceLayout, Tier};
+use kasmina::{DType, FilterLayout, SequenceLayout, Tier};
 use serde::Serialize;
 
 use super::operands::{Convolution, Pass};
@@ -17,6 +17,7 @@ pub(crate) struct Case {
     pub(crate) pass: Pass,
     pub(crate) dtype: DType,
     pub(crate) layout: SequenceLayout,
+    pub(crate) filter_layout: FilterLayout,
     /// The tier that runs it.
     pub(crate) tier: Tier,
     /// Whether loads are reused.
@@ -58,6 +59,7 @@ pub(crate) struct Record {
     taps: usize,
     groups: usize,
     layout: &'static str,
+    filter: &'static str,
     dtype: &'static str,
     tier: &'static str,
     tiled: bool,
@@ -94,6 +96,7 @@ impl Record {
             taps,
             groups,
             layout: case.layout.name(),
+            filter: case.filter_layout.name(),
             dtype: case.dtype.name(),
             tier: case.tier.name(),
             tiled: case.tiled,
@@ -109,7 +112,7 @@ impl Record {
 /// The records as a Markdown table.
 pub(crate) fn table(records: &[Record]) -> String {
     let mut table = String::from(
-        "| pass | B×I×O×L×K/G | layout | dtype | tier | regime | µs (p10–p90) | TFLOP/s | TB/s | \
+        "| pass | B×I×O×L×K/G | layout, filter | dtype | tier | regime | µs (p10–p90) | TFLOP/s | TB/s | \
          peer µs | ratio | difference |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for record in records {
@@ -126,11 +129,12 @@ pub(crate) fn table(records: &[Record]) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(
             table,
-            "| {} | {batch}×{in_channels}×{out_channels}×{length}×{taps}/{groups} | {} | {} | \
+            "| {} | {batch}×{in_channels}×{out_channels}×{length}×{taps}/{groups} | {}, {} | {} | \
              {}{tiled} | {} | {median_us:.1} ({p10_us:.1}–{p90_us:.1}) | {tflops:.1} | \
              {tbps:.2} | {} | {} | {difference} |",
             record.operation,
             record.layout,
+            record.filter,
             record.dtype,
             record.tier,
             record.regime,

@@ -160,8 +160,10 @@ impl Cudnn {
             let numbers = [format, data, int(batch)?, int(channels)?, 1, int(length)?];
             self.descriptor("Tensor", "cudnnSetTensor4dDescriptor", numbers)
         };
+        // cuDNN pads both sides alike: for an even number of taps, one less than ours.
+        let pad = (taps - 1) / 2;
         let x = tensor(in_channels, length, batch)?;
-        let y = tensor(out_channels, length, batch)?;
+        let y = tensor(out_channels, length + 2 * pad + 1 - taps, batch)?;
         let bias = tensor(out_channels, 1, 1)?;
         // The filter lies as the data do, so as `[out, tap, in]` for channels last: the same
         // numbers of a random filter in another order.
@@ -173,9 +175,8 @@ impl Cudnn {
         unsafe {
             let set = "cudnnSetConvolution2dDescriptor";
             let function = symbol::<SetConvolution>(&self.library, set)?;
-            let pad = int(taps / 2)?;
             let (raw, mode) = (convolution.raw, CROSS_CORRELATION);
-            check(set, function(raw, 0, pad, 1, 1, 1, 1, mode, DATA_FLOAT))?;
+            check(set, function(raw, 0, int(pad)?, 1, 1, 1, 1, mode, DATA_FLOAT))?;
             let set = "cudnnSetConvolutionGroupCount";
             check(set, symbol::<SetNumber>(&self.library, set)?(raw, int(groups)?))?;
             let set = "cudnnSetConvolutionMathType";

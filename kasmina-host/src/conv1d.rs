@@ -10,6 +10,7 @@
 //! reads reaches the filter's gradient.
 #![forbid(unsafe_code)]
 
+mod hopper;
 mod pass;
 mod portable;
 
@@ -20,13 +21,12 @@ use kasmina_kernels::conv1d::{Conv1dExtents, Conv1dShape, FilterLayout, Padding,
 use crate::config::KernelConfig;
 use crate::cpu;
 use crate::element::Element;
-use crate::error::{Error, Result};
+use crate::error::{Error, Obstacle, Result};
 use crate::gemm::{self, check_shape, pick};
 use crate::gpu::Launch;
 use crate::shape::Shape;
 use crate::stream::Operation;
 use crate::tensor::{Tensor, zeroed};
-use pass::no_tensor_cores;
 pub(crate) use pass::{ActivationGradPass, DgradPass, Filter, ForwardPass, Sequence, WgradPass};
 
 /// How the filter moves over the input.
@@ -108,8 +108,9 @@ impl<'a, T: Element> Sequences<'a, T> {
     }
 
     /// As kernels see it.
-    fn describe(self) -> Sequence {
+    fn describe(self, operand: &'static str) -> Sequence {
         Sequence {
+            operand,
             address: self.tensor.as_device_ptr(),
             layout: self.layout,
             row_stride: self.tensor.row_stride() as u64,
@@ -157,7 +158,7 @@ impl<T: Element> Forward<'_, T> {
     ) -> Result<Tier> {
         let y = Sequences::new(y, y_layout);
         let pass = self.check(y, config.tiling_enabled())?;
-        let tier = choose_tier(Self::OP, self.w, config)?;
+        let tier = choose_tier(Self::OP, self.w, config, |tier| pass.obstacle(tier, config))?;
         if y.tensor.is_empty() {
             return Ok(tier);
         }
@@ -177,7 +178,10 @@ impl<T: Element> Forward<'_, T> {
             operation: Operation::Conv1dForward,
         };
         let operands = [Some(self.x.tensor), self.bias, Some(y.tensor)];
-        ordered(self.w, &operands, || portable::forward(&launch, &pass))?;
+        ordered(self.w, &operands, || match tier {
+            Tier::Hopper => hopper::forward(&launch, stream, &pass),
+            _ => portable::forward(&launch, &pass),
+        })?;
         Ok(tier)
     }
 
@@ -194,11 +198,11 @@ impl<T: Element> Forward<'_, T> {
         Ok(ForwardPass {
             shape,
             dtype: T::DTYPE,
-            x: self.x.describe(),
+            x: self.x.describe("x"),
             w: describe_filter(self.w, self.filter_layout),
             bias: self.bias.map_or(0, Tensor::as_device_ptr),
             activation: self.activation,
-            y: y.describe(),
+            y: y.describe("y"),
             tiled,
         })
     }
@@ -285,23 +289,29 @@ impl<T: Element> Backward<'_, T> {
         let dgrad = dx.map(|dx| DgradPass {
             shape,
             dtype: T::DTYPE,
-            dz: self.dz.describe(),
+            dz: self.dz.describe("dz"),
             w: describe_filter(self.w, self.filter_layout),
-            dx: dx.describe(),
+            dx: dx.describe("dx"),
             tiled: config.tiling_enabled(),
         });
         let wgrad = (dw.is_some() || db.is_some()).then(|| WgradPass {
             shape,
             dtype: T::DTYPE,
-            x: self.x.describe(),
-            dz: self.dz.describe(),
+            x: self.x.describe("x"),
+            dz: self.dz.describe("dz"),
             dw: dw.map(|dw| describe_filter(dw, self.filter_layout)),
             db: db.map(Tensor::as_device_ptr),
             accumulate: self.accumulate,
         });
         // Both before anything is enqueued.
-        let dgrad_tier = dgrad.as_ref().map(|_| choose_tier(op, self.w, config)).transpose()?;
-        let wgrad_tier = wgrad.as_ref().map(|_| choose_tier(op, self.w, config)).transpose()?;
+        let dgrad_tier = dgrad
+            .as_ref()
+            .map(|pass| choose_tier(op, self.w, config, |tier| pass.obstacle(tier, config)))
+            .transpose()?;
+        let wgrad_tier = wgrad
+            .as_ref()
+            .map(|pass| choose_tier(op, self.w, config, |tier| pass.obstacle(tier, config)))
+            .transpose()?;
 
         let device = self.w.device();
         let Some(stream) = device.stream().gpu() else {
@@ -316,14 +326,20 @@ impl<T: Element> Backward<'_, T> {
         let operands = inputs.into_iter().chain(outputs).map(|(_, tensor)| tensor);
         let operands: Vec<_> = operands.collect();
         ordered(self.w, &operands, || {
-            // First the one that needs memory: where there is none, nothing has been enqueued.
-            if let Some(pass) = &wgrad {
-                portable::wgrad(&launch, stream, pass)?;
-            }
             if let (Some(pass), Some(dx)) = (&dgrad, dx)
                 && !dx.tensor.is_empty()
             {
-                portable::dgrad(&launch, pass)?;
+                match dgrad_tier {
+                    Some(Tier::Hopper) => hopper::dgrad(&launch, stream, pass)?,
+                    _ => portable::dgrad(&launch, pass)?,
+                }
+            }
+            // Last what may be added to: after an error the call can be made again.
+            if let Some(pass) = &wgrad {
+                match wgrad_tier {
+                    Some(Tier::Hopper) => hopper::wgrad(&launch, stream, pass)?,
+                    _ => portable::wgrad(&launch, stream, pass)?,
+                }
             }
             Ok(())
         })?;
@@ -392,7 +408,7 @@ pub(crate) fn activation_gradient<T: Element>(
     if dz.is_empty() {
         return Ok(dz);
     }
-    let [z_view, dy_view] = [z.describe(), dy.describe()];
+    let [z_view, dy_view] = [z.describe("z"), dy.describe("dy")];
     let Some(stream) = device.stream().gpu() else {
         let (z, dy) = (z.tensor.host_view(), dy.tensor.host_view());
         let mut result = zeroed(dz.len())?;
@@ -412,7 +428,7 @@ pub(crate) fn activation_gradient<T: Element>(
         activation,
         z: z_view,
         dy: dy_view,
-        dz: Sequences::new(&dz, dy.layout).describe(),
+        dz: Sequences::new(&dz, dy.layout).describe("dz"),
     };
     ordered(z.tensor, &[Some(dy.tensor)], || portable::activation_grad(&launch, &pass))?;
     Ok(dz)
@@ -485,10 +501,15 @@ fn check_overlap<'a, T: Element>(
 }
 
 /// The forced tier, or the most demanding one that nothing speaks against.
-fn choose_tier<T: Element>(op: &'static str, w: &Tensor<T>, config: &KernelConfig) -> Result<Tier> {
+fn choose_tier<T: Element>(
+    op: &'static str,
+    w: &Tensor<T>,
+    config: &KernelConfig,
+    of_pass: impl Fn(Tier) -> Option<Obstacle>,
+) -> Result<Tier> {
     let device = w.device();
     let forced = config.forced_tier().or(device.defaults().forced_tier());
-    pick(op, forced, |tier| device.obstacle(tier).or_else(|| no_tensor_cores(tier)))
+    pick(op, forced, |tier| device.obstacle(tier).or_else(|| of_pass(tier)))
 }
 
 /// Enqueues on the stream of `w` between the streams' waits for each other.

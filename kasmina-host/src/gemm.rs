@@ -28,7 +28,7 @@ use crate::gpu::{Gpu, Launch};
 use crate::shape::Shape;
 use crate::stream::{Operation, Stream};
 use crate::tensor::{Tensor, zeroed};
-use crate::tensor_map::TensorMapKey;
+use crate::tensor_map::{Promotion, TensorMapKey};
 pub(crate) use split::{Pass, choose_forward_tier};
 
 const OP: &str = Operation::GemmForward.name();
@@ -293,9 +293,15 @@ impl<T: Element> Forward<'_, T> {
         };
         let x_box = [hopper::BLOCK_K, tile.x_rows(m)];
         let y_box = [hopper::SLAB_N, tile.store_rows()];
+        // Timed on an H200: a twentieth to a tenth for tiles of 64 rows where blocks share
+        // anything, and next to nothing where they do not.
+        let promotion = match tile.block_m {
+            64 => Promotion::Bytes128,
+            _ => Promotion::Bytes256,
+        };
         let [x_map, w_map, y_map] = gpu.tensor_maps(&[
-            tensor_map_key(self.x, [k, m], x_box),
-            tensor_map_key(self.w, w_extents, w_box),
+            tensor_map_key(self.x, [k, m], x_box).promoted(promotion),
+            tensor_map_key(self.w, w_extents, w_box).promoted(promotion),
             tensor_map_key(y, [n, m], y_box),
         ])?;
         Ok(HopperGemmParams {
@@ -343,6 +349,7 @@ fn tensor_map_key<T: Element>(
         extents,
         box_extents,
         dtype: T::DTYPE,
+        promotion: Promotion::default(),
     }
 }
 

@@ -20,6 +20,7 @@ pub(crate) use launch::Launch;
 pub(crate) use pinned::{PinnedSlot, PinnedWords};
 pub(crate) use resident::{Resident, Setup, check_device};
 pub(crate) use stream::Stream;
+pub(crate) use tensor_map::encode_sequence_map;
 
 use kasmina_driver::RawError;
 

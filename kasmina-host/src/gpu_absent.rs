@@ -15,7 +15,7 @@ use crate::device::{Capability, MemoryStats};
 use crate::error::{Error, Obstacle, Result};
 use crate::stream::Operation;
 use crate::tensor::Region;
-use crate::tensor_map::TensorMapKey;
+use crate::tensor_map::{SequenceMap, TensorMapKey};
 
 #[derive(Debug)]
 pub(crate) enum Gpu {}
@@ -178,7 +178,15 @@ impl PinnedSlot {
         match self.never {}
     }
 
-    pub(crate) fn read(&self, _: &mut [u8]) {
+    pub(crate) fn present(&self, _: usize, _: usize, _: usize) -> usize {
+        match self.never {}
+    }
+
+    pub(crate) fn take(&mut self, _: &mut [u8]) {
+        match self.never {}
+    }
+
+    pub(crate) fn clear(&mut self, _: usize) {
         match self.never {}
     }
 }
@@ -216,11 +224,15 @@ impl Resident {
         match self.never {}
     }
 
-    pub(crate) fn is_running(&self) -> Result<bool> {
+    pub(crate) fn is_running(&mut self) -> Result<bool> {
         match self.never {}
     }
 
     pub(crate) fn wait_for_end(&mut self, _: Duration) -> Result<bool> {
         match self.never {}
     }
+}
+
+pub(crate) fn encode_sequence_map(_: &SequenceMap) -> Result<TensorMap> {
+    Err(Error::NoDriver { reason: "this build lacks the feature `cuda`".to_owned() })
 }

@@ -50,8 +50,8 @@ pub use kasmina_kernels::gemm::{F32Products, WeightLayout};
 pub use kasmina_kernels::persistent::PlanFault;
 pub use layer::{KasminaLayer, LinearConfig, LinearGradients};
 pub use persistent::{
-    PersistentTrial, Pipelined, StreamConfig, StreamPath, StreamSession, StreamStats, Ticket,
-    should_use_persistent,
+    Answer, PersistentTrial, Pipelined, StreamConfig, StreamPath, StreamSession, StreamStats,
+    Ticket, should_use_persistent,
 };
 pub use reduce::{
     NanPolicy, PendingReduction, PendingSummaries, PendingSummary, ReducerConfig, Reduction,

@@ -2,10 +2,13 @@
 //!
 //! The way of a batch: cut into parts → a slot and a sequence for each, under one lock → payload
 //! into the slot → descriptor into the ring. A block of the resident grid, or a thread, takes the
-//! sequence, computes and stores the slot's completion word, which the waiting thread polls. The
-//! ring's rules are in `kasmina_kernels::persistent::protocol`.
+//! sequence, computes, stores the result and then the completion word of the ring's position. Who
+//! waits for a result in pinned memory polls its elements, which the host had set to all ones; for
+//! other results, the completion word. The ring's rules are in
+//! `kasmina_kernels::persistent::protocol`.
 #![forbid(unsafe_code)]
 
+mod answer;
 mod config;
 mod decision;
 mod ring;
@@ -26,6 +29,7 @@ use std::time::{Duration, Instant};
 use kasmina_kernels::abi::Tier;
 use kasmina_kernels::persistent::part_rows;
 
+pub use answer::Answer;
 pub use config::StreamConfig;
 pub use decision::{PersistentTrial, should_use_persistent};
 pub use statistics::StreamStats;
@@ -150,7 +154,8 @@ impl<T: Element> StreamSession<T> {
         let rows = batch.len() / columns;
         self.check_rows(op, rows, batch.len() == rows * columns, batch.len())?;
         let submitted = Instant::now();
-        let (mut parts, version) = self.shared().ring.reserve(self.request(op, rows))?;
+        let (mut parts, version) =
+            self.shared().ring.reserve(self.request(op, rows, self.shared().out_features))?;
         let mut rest = batch;
         for part in &mut parts {
             let (own, after) = rest.split_at(part.rows * columns);
@@ -225,7 +230,7 @@ impl<T: Element> StreamSession<T> {
         }
         x.device().synchronize()?;
         y.device().synchronize()?;
-        let (parts, version) = shared.ring.reserve(self.request(op, rows))?;
+        let (parts, version) = shared.ring.reserve(self.request(op, rows, 0))?;
         let size = size_of::<T>() as u64;
         let mut addresses = [x.as_device_ptr(), y.as_device_ptr()];
         // Kept by the ticket before a kernel can know of them.
@@ -299,23 +304,12 @@ impl<T: Element> StreamSession<T> {
     /// The result of a batch if it has been computed.
     ///
     /// # Errors
-    /// [`Error::Session`] as [`wait`](Self::wait).
+    /// [`Error::Session`] as [`wait`](Self::wait), [`Error::Driver`] if a `bounded` session's kernel
+    /// cannot be launched, [`Error::OutOfMemory`] if there is no memory for the result.
     pub fn try_poll(&self, ticket: &mut Ticket<T>) -> Result<Option<Vec<T>>> {
         let op = "StreamSession::try_poll";
         self.check_ticket(op, ticket, false)?;
-        if !ticket.is_complete() {
-            self.shared().begin_bounded_work()?;
-            if ticket.submitted.elapsed() > Duration::from_millis(1) {
-                self.shared().check_health();
-            }
-            let futile = self.shared().futile();
-            if !ticket.is_complete() {
-                return futile.map_or(Ok(None), |fault| Err(Error::Session { op, fault }));
-            }
-        }
-        let mut values = zeroed(ticket.rows * self.shared().out_features)?;
-        ticket.take(&mut values);
-        Ok(Some(values))
+        ticket.try_take(op)
     }
 
     /// [`submit_blocking`](Self::submit_blocking) and [`wait`](Self::wait) in one.
@@ -334,7 +328,7 @@ impl<T: Element> StreamSession<T> {
     pub fn ping(&self, timeout: Duration) -> Result<Duration> {
         let op = "StreamSession::ping";
         let start = Instant::now();
-        let (parts, version) = self.shared().ring.reserve(self.request(op, 0))?;
+        let (parts, version) = self.shared().ring.reserve(self.request(op, 0, 0))?;
         let mut ticket = self.ticket(parts, 0, start, None);
         self.shared().ring.publish(&ticket.parts[0], version, None);
         ticket.wait_until_complete(op, timeout)?;
@@ -422,14 +416,15 @@ impl<T: Element> StreamSession<T> {
         self.shared().close(timeout)
     }
 
-    fn request(&self, op: &'static str, rows: usize) -> Request {
+    /// `columns` is 0 if the result is not to lie in its slot.
+    fn request(&self, op: &'static str, rows: usize, columns: usize) -> Request {
         let shared = self.shared();
         let part_rows = shared.config.cut().or_else(|| {
             // Threads' bits depend on the cut, which therefore is not to depend on the load.
             let fixed = shared.path() != StreamPath::Resident;
             fixed.then(|| part_rows(rows as u32, shared.ring.layout.consumers))
         });
-        Request { op, rows, part_rows, stream: self.stream.index }
+        Request { op, rows, part_rows, stream: self.stream.index, columns }
     }
 
     /// Whether this session gave the ticket, and its result goes where the caller expects it.

@@ -3,6 +3,8 @@
 
 use kasmina_kernels::abi::{DType, TensorMap};
 
+use crate::error::Result as KasminaResult;
+
 /// What a tensor map of a row-major matrix describes. Columns come before rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TensorMapKey {
@@ -11,9 +13,25 @@ pub(crate) struct TensorMapKey {
     pub(crate) extents: [u32; 2],
     pub(crate) box_extents: [u32; 2],
     pub(crate) dtype: DType,
+    pub(crate) promotion: Promotion,
+}
+
+/// How much a load brings into the L2 cache at least, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Promotion {
+    /// A line, and so nothing that was not asked for.
+    Bytes128,
+    /// Two lines.
+    #[default]
+    Bytes256,
 }
 
 impl TensorMapKey {
+    /// The same with this promotion.
+    pub(crate) const fn promoted(self, promotion: Promotion) -> Self {
+        Self { promotion, ..self }
+    }
+
     /// Where in the table it goes. Addresses and strides are multiples of 16 bytes and usually of
     /// more, so their upper bits must reach the lower ones.
     const fn slot(&self) -> usize {
@@ -24,7 +42,30 @@ impl TensorMapKey {
         hash ^= (columns as u64 | (rows as u64) << 32).wrapping_mul(0x94D0_49BB_1331_11EB);
         let [box_columns, box_rows] = self.box_extents;
         hash ^= box_columns as u64 | (box_rows as u64) << 16 | (self.dtype as u64) << 32;
+        hash ^= (self.promotion as u64) << 40;
         (hash.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - SLOT_BITS)) as usize
+    }
+}
+
+/// What a tensor map of sequences describes: four axes, the contiguous one first. Such maps are
+/// encoded anew for every call, which takes about 0.1 µs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SequenceMap {
+    pub(crate) address: u64,
+    pub(crate) extents: [u32; 4],
+    /// From index to index of the outer three axes.
+    pub(crate) strides_bytes: [u64; 3],
+    /// Extents of a box on the inner two axes, with what it steps over; 1 on the others.
+    pub(crate) boxes: [u32; 2],
+    /// Steps inside a box on the inner two axes.
+    pub(crate) steps: [u32; 2],
+    pub(crate) dtype: DType,
+}
+
+impl SequenceMap {
+    /// The map: boxes of 128-byte rows, swizzled over 128 bytes, zeros beyond the edges.
+    pub(crate) fn encode(&self) -> KasminaResult<TensorMap> {
+        crate::gpu::encode_sequence_map(self)
     }
 }
 
@@ -72,6 +113,7 @@ mod tests {
         extents: [4096, 1024],
         box_extents: [64, 128],
         dtype: DType::BF16,
+        promotion: Promotion::Bytes256,
     };
 
     fn encode(key: &TensorMapKey) -> Result<TensorMap, ()> {
@@ -93,6 +135,7 @@ mod tests {
             TensorMapKey { extents: [1024, 4096], ..KEY },
             TensorMapKey { box_extents: [64, 64], ..KEY },
             TensorMapKey { dtype: DType::F16, ..KEY },
+            KEY.promoted(Promotion::Bytes128),
         ];
         let mut cache = TensorMapCache::new();
         cache.get_or_encode(&KEY, encode).unwrap();

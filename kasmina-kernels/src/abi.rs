@@ -8,7 +8,7 @@ use core::marker::PhantomData;
 #[cfg(feature = "ptx")]
 use miniz_oxide::inflate;
 
-use crate::conv1d;
+use crate::conv1d::{self, hopper as conv1d_hopper};
 use crate::gemm::hopper::{self, comparison, split, telemetry, weight_gradient};
 use crate::gemm::{backward, portable};
 use crate::persistent;
@@ -182,7 +182,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 28] = [
+    const FIRST: [&Module; 30] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -211,13 +211,18 @@ pub static MODULES: &[&Module] = &{
         &conv1d::portable::F32,
         &conv1d::portable::F16,
         &conv1d::portable::BF16,
+        &conv1d_hopper::pack::MODULE,
+        &conv1d_hopper::wgrad::sum::MODULE,
     ];
     const GEMM: usize = FIRST.len();
     const GEMM_WGRAD: usize = GEMM + hopper::KERNELS.len();
     const SPLIT: usize = GEMM_WGRAD + weight_gradient::KERNELS.len();
     const COMPARISON: usize = SPLIT + split::NUM_MODULES;
     const TELEMETRY: usize = COMPARISON + comparison::KERNELS.len();
-    let mut modules = [FIRST[0]; TELEMETRY + telemetry::KERNELS.len()];
+    const GATHER: usize = TELEMETRY + telemetry::KERNELS.len();
+    const WGRAD: usize = GATHER + conv1d_hopper::gather::KERNELS.len();
+    const HALO: usize = WGRAD + conv1d_hopper::wgrad::KERNELS.len();
+    let mut modules = [FIRST[0]; HALO + conv1d_hopper::gather::halo::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
@@ -230,8 +235,14 @@ pub static MODULES: &[&Module] = &{
             split::module(row - SPLIT)
         } else if row < TELEMETRY {
             comparison::KERNELS[row - COMPARISON].kernel.module
-        } else {
+        } else if row < GATHER {
             telemetry::KERNELS[row - TELEMETRY].kernel.module
+        } else if row < WGRAD {
+            conv1d_hopper::gather::KERNELS[row - GATHER].kernel.module
+        } else if row < HALO {
+            conv1d_hopper::wgrad::KERNELS[row - WGRAD].kernel.module
+        } else {
+            conv1d_hopper::gather::halo::KERNELS[row - HALO].kernel.module
         };
         row += 1;
     }

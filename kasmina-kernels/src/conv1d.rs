@@ -19,6 +19,7 @@ use core::fmt;
 use crate::tile_scheduler::div;
 
 pub mod depthwise;
+pub mod hopper;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 mod parked;
 pub mod portable;

@@ -31,6 +31,20 @@ impl RingPosition {
             Self { stage: self.stage + 1, parity: self.parity }
         }
     }
+
+    /// So many stages further on.
+    #[must_use]
+    #[inline(always)]
+    pub const fn after(self, stages: u32, num_stages: u32) -> Self {
+        let stage = self.stage.wrapping_add(stages);
+        // Not `/`, which would leave a panic function in the module.
+        let laps = match stage.checked_div(num_stages) {
+            Some(laps) => laps,
+            None => 0,
+        };
+        let stage = stage.wrapping_sub(laps.wrapping_mul(num_stages));
+        Self { stage, parity: self.parity ^ (laps & 1) }
+    }
 }
 
 /// The barriers of a ring: `full[0..num_stages]`, then `empty[0..num_stages]`, 8 bytes each.
@@ -126,6 +140,7 @@ mod tests {
         for step in 0..40 {
             assert_eq!(position, RingPosition { stage: step % 4, parity: step / 4 % 2 });
             position = position.next(4);
+            assert_eq!(position, RingPosition::START.after(step + 1, 4));
         }
     }
 

@@ -398,7 +398,7 @@ mod tests {
     #[test]
     fn grids_have_a_chunk_for_every_block() {
         assert_eq!(blocks(Chunks::of(1, DType::F32), 132), 1);
-        assert_eq!(blocks(Chunks::of(1 << 18, DType::F32), 132), 257);
+        assert_eq!(blocks(Chunks::of(1 << 18, DType::F32), 132), 129);
         assert_eq!(blocks(Chunks::of(1 << 30, DType::F32), 132), 396);
         for len in (1..1 << 20).step_by(997) {
             for chunks in DType::ALL.map(|dtype| Chunks::few(len, dtype)).into_iter().flatten() {

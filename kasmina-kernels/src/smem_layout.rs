@@ -36,6 +36,13 @@ pub const fn wgmma_descriptor(address: u32, major: Major) -> u64 {
     }
 }
 
+/// As that of an MN-major operand, whose slabs overlap: each begins so many rows after the last.
+#[must_use]
+#[inline(always)]
+pub const fn wgmma_descriptor_slabs(address: u32, rows: u32) -> u64 {
+    descriptor(address, 1, (rows * SWIZZLE_ROW_BYTES) as u64, 1024)
+}
+
 /// As [`wgmma_descriptor`], with 32 k per stage: K-major rows have 64 bytes and a 64-byte swizzle
 /// (mode 2), MN-major slabs 32 rows.
 #[must_use]
@@ -92,12 +99,21 @@ pub const fn stmatrix_offset(thread: u32, group: u32) -> u32 {
     swizzle_128b(16 * warp + lane % 16, (2 * group + lane / 16) * 16)
 }
 
+/// As [`stmatrix_offset`] for `stmatrix.x4.trans`, into a slab whose rows are the accumulators'
+/// columns: the rows of the slab are then the `group`th 16.
+#[must_use]
+#[inline(always)]
+pub const fn stmatrix_trans_offset(thread: u32, group: u32) -> u32 {
+    let (warp, lane) = (thread / 32, thread % 32);
+    let (matrix, row) = (lane / 8, lane % 8);
+    swizzle_128b(16 * group + 8 * (matrix / 2) + row, (2 * warp + matrix % 2) * 16)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::HashSet;
     use std::vec;
-    use std::vec::Vec;
 
     #[test]
     fn swizzle_is_a_permutation_of_the_tile() {
@@ -111,6 +127,8 @@ mod tests {
     fn descriptors_equal_the_constants_that_ran_on_hardware() {
         assert_eq!(wgmma_descriptor(0, Major::K), 0x4000_0040_0001_0000);
         assert_eq!(wgmma_descriptor(0, Major::MN), 0x4000_0040_0200_0000);
+        assert_eq!(wgmma_descriptor_slabs(0, 64), wgmma_descriptor(0, Major::MN));
+        assert_eq!(wgmma_descriptor_slabs(0, 1), 0x4000_0040_0008_0000);
         assert_eq!(wgmma_descriptor(0x0100_0400, Major::K), 0x4000_0040_0001_0040);
         assert_eq!(wgmma_descriptor_k32(0, Major::K), 0x8000_0020_0001_0000);
         assert_eq!(wgmma_descriptor_k32(0x400, Major::MN), 0x4000_0040_0100_0040);
@@ -155,17 +173,45 @@ mod tests {
         }
     }
 
+    /// The same for `stmatrix.trans`, which stores columns of the fragments as rows.
+    #[test]
+    fn stmatrix_trans_puts_every_accumulator_where_the_tma_store_of_columns_reads_it() {
+        let mut slab = vec![None; 64 * 64];
+        for group in 0..4 {
+            for warp in 0..4 {
+                for matrix in 0..4u32 {
+                    for column in 0..8u32 {
+                        let address = stmatrix_trans_offset(32 * warp + 8 * matrix + column, group);
+                        for row in 0..8u32 {
+                            let thread = 32 * warp + row * 4 + column / 2;
+                            let register = 8 * group + 2 * matrix + column % 2;
+                            slab[(address / 2 + row) as usize] = Some((thread, register));
+                        }
+                    }
+                }
+            }
+        }
+        for row in 0..64 {
+            for column in 0..64 {
+                let (thread, register) =
+                    slab[(swizzle_128b(column, 2 * row) / 2) as usize].expect("written");
+                assert_eq!(accumulator_position(thread, register), (row, column));
+            }
+        }
+    }
+
     #[test]
     fn stmatrix_has_no_bank_conflicts() {
         for group in 0..4 {
             for warp in 0..4 {
                 // The hardware serves eight lanes, 128 bytes, at a time.
                 for phase in 0..4 {
-                    let chunks: Vec<_> = (0..8)
-                        .map(|lane| stmatrix_offset(32 * warp + 8 * phase + lane, group) % 128 / 16)
-                        .collect();
-                    let distinct: HashSet<_> = chunks.iter().collect();
-                    assert_eq!(distinct.len(), 8);
+                    for offset in [stmatrix_offset, stmatrix_trans_offset] {
+                        let chunks: HashSet<_> = (0..8)
+                            .map(|lane| offset(32 * warp + 8 * phase + lane, group) % 128 / 16)
+                            .collect();
+                        assert_eq!(chunks.len(), 8);
+                    }
                 }
             }
         }

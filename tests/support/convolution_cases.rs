@@ -57,7 +57,8 @@ pub(crate) fn thinned<T: Copy>(list: Vec<T>, step: usize) -> Vec<T> {
 
 /// The list, or a few of it in a reduced run.
 pub(crate) fn shortened<T: Copy>(list: Vec<T>) -> Vec<T> {
-    let step = if reduced() { list.len().div_ceil(8).max(1) } else { 1 };
+    // An odd step meets every value of what goes round in pairs and fours.
+    let step = if reduced() { list.len().div_ceil(8) | 1 } else { 1 };
     thinned(list, step)
 }
 
@@ -167,4 +168,52 @@ pub(crate) fn depthwise_cases() -> Vec<Case> {
 pub(crate) fn view_cases() -> Vec<Case> {
     let cases = thinned(crossed_cases(), 13).into_iter().chain(thinned(depthwise_cases(), 7));
     cases.map(|case| Case { gaps: true, ..case }).collect()
+}
+
+/// Channels and lengths that TMA can address, one off the edges of tiles of 64 to 256, with every
+/// kind of walk; every pair of layouts.
+pub(crate) fn tensor_core_cases() -> Vec<Case> {
+    let mut shapes = Vec::new();
+    let plain = Window { padding: Padding::Same, ..Window::default() };
+    for (channels, lengths) in [
+        ([64, 64], [56, 64, 72]),
+        ([40, 72], [120, 128, 136]),
+        ([256, 128], [248, 256, 264]),
+        ([128, 320], [8, 200, 520]),
+        ([8, 264], [16, 312, 24]),
+    ] {
+        for (length, taps) in lengths.into_iter().zip([3, 7, 1]) {
+            shapes.push(Shape { batch: 3, channels, length, taps, window: plain });
+        }
+    }
+    for (stride, dilation, taps) in
+        [(2, 1, 3), (3, 2, 5), (8, 3, 7), (4, 1, 3), (1, 4, 9), (1, 30, 3)]
+    {
+        let window = Window { stride, dilation, ..plain };
+        shapes.push(Shape { batch: 2, channels: [72, 136], length: 264, taps, window });
+        let window = Window { padding: explicit(1, 6), ..window };
+        shapes.push(Shape { batch: 2, channels: [64, 32], length: 520, taps, window });
+    }
+    for (channels, groups) in [([128, 128], 2), ([32, 64], 2), ([384, 64], 4)] {
+        let window = Window { groups, ..plain };
+        shapes.push(Shape { batch: 2, channels, length: 160, taps: 3, window });
+    }
+    // More padding than input and filter together, and many steps of positions.
+    shapes.push(Shape {
+        batch: 2,
+        channels: [16, 24],
+        length: 8,
+        taps: 3,
+        window: Window { padding: explicit(40, 6), ..plain },
+    });
+    shapes.push(Shape { batch: 70, channels: [64, 48], length: 328, taps: 3, window: plain });
+    let with_layouts = |(number, case): (usize, Case)| {
+        (0..4).map(move |pair: usize| {
+            let layout = |bit: usize| SequenceLayout::ALL[bit % 2];
+            let (x, y) = (layout(pair), layout(pair / 2));
+            Case { layouts: [x, y, layout(pair + number), layout(pair / 2 + number)], ..case }
+        })
+    };
+    let cases: Vec<_> = cases(shapes).into_iter().enumerate().flat_map(with_layouts).collect();
+    shortened(cases)
 }

@@ -126,7 +126,8 @@ fn build(workspace: &Path, toolchain: &DeviceToolchain) -> Result<Build> {
         modules.push(ModuleRow {
             file: file(module),
             sha256: sha256(text.as_bytes()),
-            ptx_version: ptx.version.clone(),
+            // Instructions of its own may need a later one than the tier's.
+            ptx_version: Ptx::parse(&text).with_context(|| file(module))?.version,
             target: ptx.target.clone(),
             entries: module.entries.iter().map(|&entry| entry.to_owned()).collect(),
         });

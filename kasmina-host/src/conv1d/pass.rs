@@ -4,11 +4,15 @@ use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::conv1d::{Conv1dShape, FilterLayout, SequenceLayout};
 
+use super::hopper;
+use crate::config::KernelConfig;
 use crate::error::Obstacle;
 
 /// A tensor of sequences in device memory; `address` is 0 for one in host memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sequence {
+    /// Its name in errors.
+    pub(crate) operand: &'static str,
     pub(crate) address: u64,
     pub(crate) layout: SequenceLayout,
     /// Elements from row to row: of positions in NCL, of channels in NLC.
@@ -77,7 +81,23 @@ pub(crate) struct ActivationGradPass {
     pub(crate) dz: Sequence,
 }
 
-/// Why `tier` cannot serve convolutions, on a device that has the tier.
-pub(crate) fn no_tensor_cores(tier: Tier) -> Option<Obstacle> {
-    (tier == Tier::Hopper).then_some(Obstacle::Operation)
+impl ForwardPass {
+    /// Why `tier` cannot serve this pass, on a device that has the tier.
+    pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
+        (tier == Tier::Hopper).then(|| hopper::forward_obstacle(self, config)).flatten()
+    }
+}
+
+impl DgradPass {
+    /// Why `tier` cannot serve this pass, on a device that has the tier.
+    pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
+        (tier == Tier::Hopper).then(|| hopper::dgrad_obstacle(self, config)).flatten()
+    }
+}
+
+impl WgradPass {
+    /// Why `tier` cannot serve this pass, on a device that has the tier.
+    pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
+        (tier == Tier::Hopper).then(|| hopper::wgrad_obstacle(self, config)).flatten()
+    }
 }

@@ -19,7 +19,7 @@ use crate::element::Element;
 use crate::error::{Error, Obstacle, Result};
 use crate::gpu::{Gpu, Launch, Stream as GpuStream};
 use crate::tensor::Tensor;
-use crate::tensor_map::TensorMapKey;
+use crate::tensor_map::{Promotion, TensorMapKey};
 
 /// What matters about a forward pass to the choice of its tier.
 #[derive(Clone, Copy, Debug)]
@@ -190,6 +190,7 @@ impl<T: Element> Forward<'_, T> {
             extents: [operand.columns, tile.parts * operand.rows],
             box_extents,
             dtype: DType::BF16,
+            promotion: Promotion::default(),
         };
         let [x_map, w_map] =
             gpu.tensor_maps(&[key(&parts.x, [BLOCK_K, tile.block_m]), key(&parts.w, w_box)])?;

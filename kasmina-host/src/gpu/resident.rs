@@ -171,7 +171,7 @@ impl Resident {
         self.launched = true;
         // SAFETY: the function takes one `PersistentParams` by value, which the driver copies; what
         // it names lives until the grid has ended: buffers here, pinned memory in the session,
-        // which drops this first.
+        // which keeps it for good if it cannot tell that the grid has ended.
         unsafe {
             driver!(cuLaunchKernelEx(
                 &raw const config,

@@ -62,8 +62,10 @@ impl StreamConfig {
     }
 
     /// Blocks of the resident grid, each of which occupies a multiprocessor with the weights it
-    /// keeps in shared memory; or worker threads on the CPU tier. By default 8 blocks, at most a
+    /// keeps in shared memory; or worker threads on the CPU tier. By default 4 blocks, at most a
     /// quarter of the GPU; on the CPU one thread for every two cores, at most four.
+    /// Fewer answer sooner while one batch is under way at a time, as fewer look for work over the
+    /// bus; more carry more rows while many are.
     pub const fn blocks(mut self, blocks: u32) -> Self {
         self.blocks = Some(blocks);
         self

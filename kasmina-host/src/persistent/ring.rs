@@ -70,12 +70,13 @@ impl<T: Element> Slot<T> {
         }
     }
 
-    pub(super) fn read(&self, values: &mut [T]) {
+    /// Takes the result of a unit that is done.
+    pub(super) fn take(&mut self, values: &mut [T]) {
         match self {
             Self::Host { index, memory } => {
                 values.copy_from_slice(&lock(&memory[usize::from(*index)]).output);
             }
-            Self::Pinned(slot) => slot.read(bytemuck::cast_slice_mut(values)),
+            Self::Pinned(slot) => slot.take(bytemuck::cast_slice_mut(values)),
         }
     }
 }
@@ -85,6 +86,10 @@ pub(super) struct Part<T> {
     pub(super) slot: Slot<T>,
     pub(super) sequence: u64,
     pub(super) rows: usize,
+    /// Bytes of a result that says itself that it is there, 0 of one that does not, and how many of
+    /// them are there.
+    awaited: usize,
+    present: usize,
 }
 
 /// What one batch needs of the ring.
@@ -96,6 +101,8 @@ pub(super) struct Request {
     pub(super) part_rows: Option<u32>,
     /// The logical stream.
     pub(super) stream: usize,
+    /// Values in a row of a result that is to lie in its slot; 0 if it is to lie elsewhere.
+    pub(super) columns: usize,
 }
 
 pub(super) struct Ring<T> {
@@ -109,12 +116,11 @@ pub(super) struct Ring<T> {
 struct State<T> {
     next_sequence: u64,
     free: Vec<Slot<T>>,
-    /// For each position the slot and sequence of its last descriptor.
-    occupants: Box<[Option<(u16, u64)>]>,
     /// Parts whose tickets were dropped before they completed.
     abandoned: Vec<(usize, Part<T>)>,
     /// For each logical stream, whether there is one and how many slots it holds.
     streams: Vec<Option<usize>>,
+    open_streams: usize,
     version: u32,
     /// The first sequence of that version.
     version_since: u64,
@@ -131,9 +137,9 @@ impl<T: Element> Ring<T> {
         words.store(COMMAND, Command::Run.encode());
         let state = State {
             next_sequence: 0,
-            occupants: vec![None; layout.positions() as usize].into(),
             abandoned: Vec::new(),
             streams: vec![None; num_streams],
+            open_streams: 0,
             version: 0,
             version_since: 0,
             fault: None,
@@ -196,35 +202,44 @@ impl<T: Element> Ring<T> {
         let fault = SessionFault::Streams { limit };
         let stream = free.ok_or(Error::Session { op, fault })?;
         state.streams[stream] = Some(0);
+        state.open_streams += 1;
         Ok(stream)
     }
 
     /// Ends a logical stream. Slots it still holds come back as those of no stream.
     pub(super) fn close_stream(&self, stream: usize) {
-        lock(&self.state).streams[stream] = None;
+        let mut state = lock(&self.state);
+        state.open_streams -= usize::from(state.streams[stream].take().is_some());
+        // Its number may be another's by the time they come back.
+        for (of, _) in state.abandoned.iter_mut().filter(|(of, _)| *of == stream) {
+            *of = usize::MAX;
+        }
     }
 
     /// Slots and sequences for a batch, and the version of the weights it is to use.
     pub(super) fn reserve(&self, request: Request) -> Result<(Vec<Part<T>>, u32)> {
-        let Request { op, rows, stream, .. } = request;
+        let Request { op, rows, stream, columns, .. } = request;
         let mut state = lock(&self.state);
         if let Some(fault) = state.fault {
             return Err(Error::Session { op, fault });
         }
         self.reap(&mut state);
         let held = self.capacity - state.free.len();
+        // As many slots for each logical stream, and no fewer than one batch may need.
+        let share = self.capacity / state.open_streams.max(1);
+        let own = state.streams[stream].unwrap_or(0);
         let part_rows = request.part_rows.unwrap_or_else(|| {
             let idle = self.layout.consumers.saturating_sub(held as u32);
+            // Not into so many parts that the share would not hold them.
+            let idle = idle.min(share.saturating_sub(own) as u32);
             kasmina_kernels::persistent::part_rows(rows as u32, idle)
         }) as usize;
         // A batch without rows is one part that asks for an answer.
         let parts = rows.div_ceil(part_rows).max(1);
-        // As many slots for each logical stream, and no fewer than one batch may need.
-        let streams = state.streams.iter().flatten().count().max(1);
-        let share = (self.capacity / streams).max(parts);
-        let own = state.streams[stream].unwrap_or(0);
+        let share = share.max(parts);
         let next = state.next_sequence;
-        let vacant = (next..next + parts as u64).all(|sequence| self.is_vacant(&state, sequence));
+        let vacant = (next..next + parts as u64)
+            .all(|sequence| protocol::is_vacant(&self.words, &self.layout, sequence));
         if own + parts > share || parts > state.free.len() || !vacant {
             return Err(Error::QueueFull { op, in_flight: own, capacity: share });
         }
@@ -232,24 +247,16 @@ impl<T: Element> Ring<T> {
         if let Some(own) = &mut state.streams[stream] {
             *own += parts;
         }
-        let first = state.free.len() - parts;
-        let slots: Vec<Slot<T>> = state.free.drain(first..).collect();
         let mut taken = Vec::with_capacity(parts);
-        for (part, slot) in slots.into_iter().enumerate() {
+        let first = state.free.len() - parts;
+        for (part, slot) in state.free.drain(first..).enumerate() {
             let sequence = next + part as u64;
-            let position = (sequence % u64::from(self.layout.positions())) as usize;
-            state.occupants[position] = Some((slot.index(), sequence));
-            taken.push(Part { slot, sequence, rows: part_rows.min(rows - part * part_rows) });
+            let rows = part_rows.min(rows - part * part_rows);
+            let pinned = matches!(slot, Slot::Pinned(_));
+            let awaited = if pinned { rows * columns * size_of::<T>() } else { 0 };
+            taken.push(Part { slot, sequence, rows, awaited, present: 0 });
         }
         Ok((taken, state.version))
-    }
-
-    /// Whether the descriptor at the position of `sequence` has been done with.
-    fn is_vacant(&self, state: &State<T>, sequence: u64) -> bool {
-        let position = (sequence % u64::from(self.layout.positions())) as usize;
-        state.occupants[position].is_none_or(|(slot, sequence)| {
-            protocol::is_complete(&self.words, &self.layout, slot, sequence)
-        })
     }
 
     /// Commits a part whose payload has been written.
@@ -267,8 +274,20 @@ impl<T: Element> Ring<T> {
         protocol::publish(&self.words, &self.layout, part.sequence, descriptor);
     }
 
-    pub(super) fn is_complete(&self, part: &Part<T>) -> bool {
-        protocol::is_complete(&self.words, &self.layout, part.slot.index(), part.sequence)
+    /// Whether a unit is done; its result may still be on its way.
+    pub(super) fn is_done(&self, sequence: u64) -> bool {
+        protocol::is_complete(&self.words, &self.layout, sequence)
+    }
+
+    /// Whether a part is done and its result is there.
+    pub(super) fn is_complete(&self, part: &mut Part<T>) -> bool {
+        match &part.slot {
+            Slot::Pinned(slot) if part.awaited > 0 => {
+                part.present = slot.present(part.present, part.awaited, size_of::<T>());
+                part.present == part.awaited
+            }
+            _ => self.is_done(part.sequence),
+        }
     }
 
     /// Takes back the slots of parts that have completed and been read.
@@ -290,9 +309,12 @@ impl<T: Element> Ring<T> {
     fn reap(&self, state: &mut State<T>) {
         let mut next = 0;
         while next < state.abandoned.len() {
-            if self.is_complete(&state.abandoned[next].1) {
-                let (stream, part) = state.abandoned.swap_remove(next);
-                if let Some(own) = &mut state.streams[stream] {
+            if self.is_complete(&mut state.abandoned[next].1) {
+                let (stream, mut part) = state.abandoned.swap_remove(next);
+                if let Slot::Pinned(slot) = &mut part.slot {
+                    slot.clear(part.awaited);
+                }
+                if let Some(Some(own)) = state.streams.get_mut(stream) {
                     *own = own.saturating_sub(1);
                 }
                 state.free.push(part.slot);
@@ -306,17 +328,20 @@ impl<T: Element> Ring<T> {
     /// next version may take the place of the one before.
     pub(super) fn may_update(&self) -> bool {
         let state = lock(&self.state);
-        state.occupants.iter().flatten().all(|&(slot, sequence)| {
-            sequence >= state.version_since
-                || protocol::is_complete(&self.words, &self.layout, slot, sequence)
-        })
+        self.are_complete(&state, state.version_since)
     }
 
     /// Whether everything that was submitted has been done.
     pub(super) fn all_complete(&self) -> bool {
-        lock(&self.state).occupants.iter().flatten().all(|&(slot, sequence)| {
-            protocol::is_complete(&self.words, &self.layout, slot, sequence)
-        })
+        let state = lock(&self.state);
+        self.are_complete(&state, state.next_sequence)
+    }
+
+    /// Whether every sequence below `end` has been done. Those more than a lap ago have, as their
+    /// positions were used again.
+    fn are_complete(&self, state: &State<T>, end: u64) -> bool {
+        let lap = u64::from(self.layout.positions());
+        (state.next_sequence.saturating_sub(lap)..end).all(|sequence| self.is_done(sequence))
     }
 
     pub(super) fn version(&self) -> u32 {

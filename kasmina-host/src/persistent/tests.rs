@@ -1,6 +1,12 @@
-//! What becomes of a session whose workers fail, which from outside they cannot be made to.
+//! What becomes of a session whose workers fail, which from outside they cannot be made to, and
+//! the queue with batches that stay in flight.
 #![forbid(unsafe_code)]
 
+use std::future::{Future, IntoFuture};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::{Context, Wake};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kasmina_kernels::persistent::protocol::{self, Command, Descriptor};
@@ -22,7 +28,7 @@ fn session() -> StreamSession<f32> {
 /// A part of three rows that was not published.
 fn reserve(session: &StreamSession<f32>) -> Vec<Part<f32>> {
     let stream = session.stream.index;
-    let request = Request { op: "test", rows: 3, part_rows: Some(8), stream };
+    let request = Request { op: "test", rows: 3, part_rows: Some(8), stream, columns: 2 };
     session.shared().ring.reserve(request).unwrap().0
 }
 
@@ -102,4 +108,56 @@ fn closing_gives_way_to_a_failure_and_not_the_other_way() {
         ring.fail(given);
         assert_eq!(ring.fault(), Some(kept));
     }
+}
+
+#[test]
+fn a_batch_is_cut_into_no_more_parts_than_its_stream_may_still_hold() {
+    let layer = LinearConfig::new(4, 2).build(&Device::cpu()).unwrap();
+    let config = StreamConfig::default().blocks(4).depth(2).max_batch(32);
+    let session: StreamSession<f32> =
+        layer.persistent(config.drain_timeout(Duration::from_millis(1))).unwrap();
+    let _other = session.new_stream().unwrap();
+    let ring = &session.shared().ring;
+    let share = session.statistics().capacity / 2;
+    let stream = session.stream.index;
+    let request = |rows, part_rows| Request { op: "test", rows, part_rows, stream, columns: 2 };
+    for _ in 1..share {
+        ring.reserve(request(1, Some(1))).unwrap();
+    }
+    assert_eq!(ring.reserve(request(24, None)).unwrap().0.len(), 1);
+}
+
+/// Wakes by panicking, or by counting.
+struct Bell {
+    panics: bool,
+    rung: AtomicU32,
+}
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        assert!(!self.panics, "this waker panics");
+        self.rung.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_waker_that_panics_leaves_the_others_theirs_and_each_task_has_one() {
+    let session = session();
+    let [bad, good] =
+        [true, false].map(|panics| Arc::new(Bell { panics, rung: AtomicU32::new(0) }));
+    let mut tasks: Vec<_> =
+        (0..2).map(|_| Box::pin(ticket(&session, reserve(&session)).into_future())).collect();
+    for (task, bell) in tasks.iter_mut().zip([&bad, &good]) {
+        let waker = Arc::clone(bell).into();
+        for _ in 0..5 {
+            assert!(task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        }
+    }
+    session.shared().ring.fail(SessionFault::WorkerPanicked);
+    let start = Instant::now();
+    while good.rung.load(Ordering::Relaxed) == 0 {
+        assert!(start.elapsed() < TIMEOUT, "it was not woken");
+        thread::yield_now();
+    }
+    assert_eq!(good.rung.load(Ordering::Relaxed), 1);
 }

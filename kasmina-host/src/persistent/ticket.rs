@@ -11,7 +11,7 @@ use super::ring::Part;
 use super::{LogicalStream, StreamSession};
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, zeroed};
 
 /// How long a waiting thread does nothing but look, and how long it only lets others run.
 const SPIN: Duration = Duration::from_micros(50);
@@ -49,7 +49,7 @@ impl<T: Element> Ticket<T> {
     pub(super) fn is_complete(&mut self) -> bool {
         let ring = &self.stream.shared.ring;
         while self.completed < self.parts.len() {
-            if !ring.is_complete(&self.parts[self.completed]) {
+            if !ring.is_complete(&mut self.parts[self.completed]) {
                 return false;
             }
             self.completed += 1;
@@ -93,14 +93,31 @@ impl<T: Element> Ticket<T> {
         }
     }
 
+    /// The result of a batch that was not taken yet, if it has been computed.
+    pub(super) fn try_take(&mut self, op: &'static str) -> Result<Option<Vec<T>>> {
+        if !self.is_complete() {
+            self.stream.shared.begin_bounded_work()?;
+            if self.submitted.elapsed() > YIELD {
+                self.stream.shared.check_health();
+            }
+            let futile = self.stream.shared.futile();
+            if !self.is_complete() {
+                return futile.map_or(Ok(None), |fault| Err(Error::Session { op, fault }));
+            }
+        }
+        let mut values = zeroed(self.rows * self.stream.shared.out_features)?;
+        self.take(&mut values);
+        Ok(Some(values))
+    }
+
     /// Copies the result of a completed batch and gives the slots back.
     pub(super) fn take(&mut self, values: &mut [T]) {
         let columns = self.stream.shared.out_features;
         let mut rest = values;
-        for part in &self.parts {
+        for part in &mut self.parts {
             let (own, after) = rest.split_at_mut((part.rows * columns).min(rest.len()));
             if !own.is_empty() {
-                part.slot.read(own);
+                part.slot.take(own);
             }
             rest = after;
         }
@@ -125,6 +142,7 @@ impl<T: Element> Drop for Ticket<T> {
         if let Some(tensors) = self.tensors.take()
             && !self.is_complete()
             && self.wait_until_complete("Ticket::drop", self.stream.shared.drain_timeout()).is_err()
+            && !matches!(self.stream.shared.has_ended(), Ok(true))
         {
             // A kernel may still write there.
             std::mem::forget(tensors);

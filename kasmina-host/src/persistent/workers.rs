@@ -101,8 +101,7 @@ impl<T: Element> Job<T> {
                 self.ring.fail(fault_of(&error));
                 return;
             }
-            let Descriptor { slot, .. } = descriptor;
-            protocol::complete(self.ring.words(), &self.ring.layout, slot, sequence);
+            protocol::complete(self.ring.words(), &self.ring.layout, sequence);
         }
     }
 

@@ -17,7 +17,8 @@
 //! window over the positions stay in registers.
 //!
 //! # wgrad
-//! A block sums over a part of batch × length for one channel (NCL) or 32 (NLC); the partial sums
+//! A block sums over a part of batch × length for one channel (NCL) or 32 (NLC), NCL by vectors as
+//! above where they are aligned; the partial sums
 //! are added up by the same kernel as those of [`portable`](super::portable). Any stride, dilation
 //! and number of taps.
 
@@ -166,6 +167,24 @@ impl DepthwiseWgradParams {
         if self.along_channels == 1 { 32 } else { 1 }
     }
 
+    /// Whether threads walk by vectors of eight elements of `size` bytes: positions are contiguous,
+    /// vectors whole and aligned to 16 bytes, and the taps few and next to each other.
+    #[must_use]
+    #[inline(always)]
+    pub const fn by_vectors(&self, size: u32) -> bool {
+        let Self { x, dz, shape, .. } = self;
+        let strides = x.batch | x.channel | dz.batch | dz.channel;
+        let addresses = x.address | dz.address | strides.wrapping_mul(size as u64);
+        self.along_channels == 0
+            && shape.stride == 1
+            && shape.dilation == 1
+            && shape.kernel_size <= MAX_TAPS
+            && x.position == 1
+            && dz.position == 1
+            && (shape.in_length | shape.out_length).is_multiple_of(RUN)
+            && addresses.is_multiple_of(16)
+    }
+
     /// Blocks of the launch.
     #[must_use]
     pub const fn blocks(&self) -> u64 {
@@ -186,7 +205,8 @@ pub const fn wgrad_splits(shape: &Conv1dShape, along_channels: bool, sm_count: u
     let mut splits = if wanted < most { wanted } else { most };
     splits = if splits > 256 { 256 } else { splits };
     splits = if splits == 0 { 1 } else { splits };
-    let per_split = positions.div_ceil(splits);
+    // Whole vectors.
+    let per_split = positions.div_ceil(splits).next_multiple_of(RUN as u64);
     let splits = if per_split == 0 { 1 } else { positions.div_ceil(per_split) };
     [splits as u32, per_split as u32]
 }

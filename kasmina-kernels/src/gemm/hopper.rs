@@ -37,7 +37,7 @@ pub mod telemetry;
 pub mod weight_gradient;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
-mod device;
+pub(crate) mod device;
 
 /// Depth of one pipeline stage: 128 bytes of a 16-bit type, the span of the widest swizzle.
 pub const BLOCK_K: u32 = 64;
@@ -66,7 +66,7 @@ pub struct Tile {
 }
 
 impl Tile {
-    const fn num_consumers(self) -> u32 {
+    pub(crate) const fn num_consumers(self) -> u32 {
         self.block_m / CONSUMER_M
     }
 
@@ -80,15 +80,15 @@ impl Tile {
         self.split_k * self.cluster_m
     }
 
-    const fn block_dim(self) -> u32 {
+    pub(crate) const fn block_dim(self) -> u32 {
         WARPGROUP * (1 + self.num_consumers())
     }
 
-    const fn x_stage_bytes(self) -> u32 {
+    pub(crate) const fn x_stage_bytes(self) -> u32 {
         self.block_m * BLOCK_K * 2
     }
 
-    const fn w_stage_bytes(self) -> u32 {
+    pub(crate) const fn w_stage_bytes(self) -> u32 {
         self.block_n * BLOCK_K * 2
     }
 
@@ -119,7 +119,7 @@ impl Tile {
         self.exchange_offset() + 2 * (self.split_k - 1) * self.exchange_bytes()
     }
 
-    const fn smem_bytes(self) -> u32 {
+    pub(crate) const fn smem_bytes(self) -> u32 {
         // Two barriers of the exchange follow those of the ring.
         self.barrier_offset()
             + RingBarriers::bytes(self.num_stages)
@@ -154,10 +154,17 @@ impl Tile {
         CONSUMER_M / self.split_k
     }
 
+    /// Multiprocessors that clusters of this size fill: one runs within a group of up to 18, not all
+    /// of whose multiprocessors work. An H200 with 132 had room for 66 pairs, but for no more than
+    /// 30 clusters of four or 15 of eight.
+    const fn usable(self, multiprocessors: u32) -> u32 {
+        if self.cluster() > 2 { multiprocessors - multiprocessors / 11 } else { multiprocessors }
+    }
+
     /// Blocks to launch for so many tiles on a GPU of so many multiprocessors.
     #[must_use]
     pub const fn num_blocks(self, tiles: u32, multiprocessors: u32) -> u32 {
-        let groups = multiprocessors / self.cluster();
+        let groups = self.usable(multiprocessors) / self.cluster();
         let groups = if groups == 0 { 1 } else { groups };
         self.cluster() * if tiles < groups { tiles } else { groups }
     }
@@ -206,8 +213,9 @@ impl Tile {
         let TileScheduler { tiles_m, tiles_n, .. } = self.scheduler(m, n);
         // Not `num_tiles`, which wraps: whether the product fits is checked later.
         let blocks = tiles_m as u64 * tiles_n as u64 * self.cluster() as u64;
-        let waves = blocks.div_ceil(multiprocessors as u64);
-        let at_once = if waves > 1 { multiprocessors } else { blocks as u32 };
+        let usable = self.usable(multiprocessors);
+        let waves = blocks.div_ceil(usable as u64);
+        let at_once = if waves > 1 { usable } else { blocks as u32 };
         let x_rows = self.x_rows(m);
         let columns = self.block_n / self.cluster_m;
         let lines = (x_rows << x_straddles as u32) + (columns << w_straddles as u32);
@@ -395,32 +403,32 @@ kernels! {
     gemm_bf16_kn_64x64x64: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_bf16_kn_64x128x64_c2: BF16 "bf16", InOut MN, 64 x 128, 8 stages, 1 split, 2 share;
     gemm_bf16_kn_64x64x64_k2: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 2 split, 1 share;
-    gemm_bf16_kn_64x64x64_k4: BF16 "bf16", InOut MN, 64 x 64, 4 stages, 4 split, 1 share;
-    gemm_bf16_kn_64x64x64_k8: BF16 "bf16", InOut MN, 64 x 64, 4 stages, 8 split, 1 share;
+    gemm_bf16_kn_64x64x64_k4: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 4 split, 1 share;
+    gemm_bf16_kn_64x64x64_k8: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 8 split, 1 share;
     gemm_bf16_nk_128x256x64: BF16 "bf16", OutIn K, 128 x 256, 4 stages, 1 split, 1 share;
     gemm_bf16_nk_128x128x64: BF16 "bf16", OutIn K, 128 x 128, 6 stages, 1 split, 1 share;
     gemm_bf16_nk_64x128x64: BF16 "bf16", OutIn K, 64 x 128, 8 stages, 1 split, 1 share;
     gemm_bf16_nk_64x64x64: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_bf16_nk_64x128x64_c2: BF16 "bf16", OutIn K, 64 x 128, 8 stages, 1 split, 2 share;
     gemm_bf16_nk_64x64x64_k2: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 2 split, 1 share;
-    gemm_bf16_nk_64x64x64_k4: BF16 "bf16", OutIn K, 64 x 64, 4 stages, 4 split, 1 share;
-    gemm_bf16_nk_64x64x64_k8: BF16 "bf16", OutIn K, 64 x 64, 4 stages, 8 split, 1 share;
+    gemm_bf16_nk_64x64x64_k4: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 4 split, 1 share;
+    gemm_bf16_nk_64x64x64_k8: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 8 split, 1 share;
     gemm_f16_kn_128x256x64: F16 "f16", InOut MN, 128 x 256, 4 stages, 1 split, 1 share;
     gemm_f16_kn_128x128x64: F16 "f16", InOut MN, 128 x 128, 6 stages, 1 split, 1 share;
     gemm_f16_kn_64x128x64: F16 "f16", InOut MN, 64 x 128, 8 stages, 1 split, 1 share;
     gemm_f16_kn_64x64x64: F16 "f16", InOut MN, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_f16_kn_64x128x64_c2: F16 "f16", InOut MN, 64 x 128, 8 stages, 1 split, 2 share;
     gemm_f16_kn_64x64x64_k2: F16 "f16", InOut MN, 64 x 64, 8 stages, 2 split, 1 share;
-    gemm_f16_kn_64x64x64_k4: F16 "f16", InOut MN, 64 x 64, 4 stages, 4 split, 1 share;
-    gemm_f16_kn_64x64x64_k8: F16 "f16", InOut MN, 64 x 64, 4 stages, 8 split, 1 share;
+    gemm_f16_kn_64x64x64_k4: F16 "f16", InOut MN, 64 x 64, 8 stages, 4 split, 1 share;
+    gemm_f16_kn_64x64x64_k8: F16 "f16", InOut MN, 64 x 64, 8 stages, 8 split, 1 share;
     gemm_f16_nk_128x256x64: F16 "f16", OutIn K, 128 x 256, 4 stages, 1 split, 1 share;
     gemm_f16_nk_128x128x64: F16 "f16", OutIn K, 128 x 128, 6 stages, 1 split, 1 share;
     gemm_f16_nk_64x128x64: F16 "f16", OutIn K, 64 x 128, 8 stages, 1 split, 1 share;
     gemm_f16_nk_64x64x64: F16 "f16", OutIn K, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_f16_nk_64x128x64_c2: F16 "f16", OutIn K, 64 x 128, 8 stages, 1 split, 2 share;
     gemm_f16_nk_64x64x64_k2: F16 "f16", OutIn K, 64 x 64, 8 stages, 2 split, 1 share;
-    gemm_f16_nk_64x64x64_k4: F16 "f16", OutIn K, 64 x 64, 4 stages, 4 split, 1 share;
-    gemm_f16_nk_64x64x64_k8: F16 "f16", OutIn K, 64 x 64, 4 stages, 8 split, 1 share;
+    gemm_f16_nk_64x64x64_k4: F16 "f16", OutIn K, 64 x 64, 8 stages, 4 split, 1 share;
+    gemm_f16_nk_64x64x64_k8: F16 "f16", OutIn K, 64 x 64, 8 stages, 8 split, 1 share;
 }
 
 #[cfg(test)]
@@ -455,6 +463,9 @@ mod tests {
     fn blocks_share_a_tile_where_tiles_are_few_and_k_is_long() {
         assert_eq!(selected(Problem::aligned(32, 4096, 4096)), (64, 64, 2));
         assert_eq!(selected(Problem::aligned(64, 4096, 4096)), (64, 64, 2));
+        assert_eq!(selected(Problem::aligned(512, 512, 4096)), (64, 64, 2));
+        assert_eq!(selected(Problem::aligned(32, 1024, 4096)), (64, 64, 4));
+        assert_eq!(selected(Problem::aligned(128, 512, 8192)), (64, 64, 4));
         assert_eq!(selected(Problem::aligned(128, 256, 8192)), (64, 64, 8));
         assert_eq!(selected(Problem::aligned(32, 64, 64)), (64, 64, 1));
     }
@@ -498,6 +509,16 @@ mod tests {
         assert_eq!((tile.num_blocks(3, 132), tile.num_blocks(100, 132)), (6, 132));
         assert_eq!((tile.num_blocks(100, 131), tile.num_blocks(100, 1)), (130, 2));
         assert_eq!((tile.w_rows(), tile.stage_bytes(64)), (64, 192 * 128));
+    }
+
+    #[test]
+    fn no_more_large_clusters_are_launched_than_run_at_once() {
+        for (split_k, clusters) in [(1, 132), (2, 66), (4, 30), (8, 15)] {
+            let tile = Tile { block_m: 64, block_n: 64, num_stages: 8, split_k, cluster_m: 1 };
+            assert_eq!(tile.num_blocks(1000, 132), clusters * split_k);
+            assert_eq!(tile.num_blocks(1, 132), split_k);
+            assert_eq!(tile.num_blocks(1000, 1), split_k);
+        }
     }
 
     #[test]
@@ -568,11 +589,7 @@ mod tests {
                 row.tile.block_m,
                 row.tile.block_n,
                 if split_k > 1 { std::format!("_k{split_k}") } else { std::string::String::new() },
-                if cluster_m > 1 {
-                    std::format!("_c{cluster_m}")
-                } else {
-                    std::string::String::new()
-                },
+                if cluster_m > 1 { "_c2" } else { "" },
             );
             assert_eq!(row.kernel.entry, expected);
             assert_eq!(row.kernel.module.entries, [row.kernel.entry]);

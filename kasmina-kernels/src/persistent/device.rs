@@ -15,12 +15,15 @@ pub(super) use tensor::{BF16, F16, Stack};
 use super::EchoParams;
 #[cfg(kasmina_tier = "portable")]
 use super::protocol::LINE;
-use super::protocol::{self, COMMAND, Command, HEARTBEAT, Layout, Lease, Status, Words};
+use super::protocol::{
+    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Lease, Status, Words,
+};
 use super::{LayerPlan, MAILBOX_BYTES, MAX_LAYERS, PersistentParams, THREADS};
 use crate::ptx;
 
-/// Polls between two looks at the control line, about 0.1 ms apart.
-const POLLS: u32 = 64;
+/// Polls between two looks at the control line, about a millisecond apart: a descriptor that comes
+/// while the block looks there is seen a trip over the bus late.
+const POLLS: u32 = 1024;
 /// Bytes of a plan.
 const PLAN_BYTES: u32 = size_of::<LayerPlan>() as u32;
 /// In the mailbox in place of rows: the block is to exit.
@@ -71,6 +74,16 @@ pub(in crate::persistent) struct Grid<'a> {
     smem: u32,
 }
 
+/// What thread 0 alone knows of the grid's work.
+struct Waiting {
+    words: Mapped,
+    status: u32,
+    /// The sequence it waits for or computes.
+    sequence: u64,
+    lease: Lease,
+    by_address: bool,
+}
+
 /// Answers units until told to exit.
 ///
 /// # Safety
@@ -79,8 +92,13 @@ pub(in crate::persistent) struct Grid<'a> {
 #[inline(always)]
 pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
     let grid = Grid { params, thread: ptx::thread_index(), smem: ptx::dynamic_smem() };
-    let words = Mapped(params.words);
-    let status = params.layout.status(ptx::block_index());
+    let mut waiting = Waiting {
+        words: Mapped(params.words),
+        status: params.layout.status(ptx::block_index()),
+        sequence: 0,
+        lease: Lease::new(0, ptx::globaltimer(), params.lease_ns),
+        by_address: false,
+    };
     // SAFETY: this contract; all threads take the same way through the loop, by what thread 0 puts
     // into the mailbox, and meet at each barrier.
     unsafe {
@@ -88,99 +106,123 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
         grid.load_weights(0);
         let mut version = 0;
         ptx::bar_sync_all();
-        let mut sequence = 0;
-        let mut lease = Lease::new(0, ptx::globaltimer(), params.lease_ns);
         if grid.thread == 0 {
-            words.store(status, Status::Running as u64);
-            sequence = ptx::atom_add_relaxed_gpu_u64(params.counter, 1);
+            waiting.words.store(waiting.status, Status::Running as u64);
+            waiting.sequence = grid.take_sequence();
         }
         loop {
             ptx::nounroll();
-            let mut slot = 0;
+            let mut ahead = E::ahead(&grid);
             if grid.thread == 0 {
-                slot = grid.await_unit(&words, sequence, &mut lease, status);
+                grid.await_unit(&mut waiting);
             }
             ptx::bar_sync_all();
             let unit = grid.read_mailbox();
             if unit.rows == EXIT {
                 return;
             }
-            if unit.rows > 0 {
-                if unit.version != version {
-                    // The barrier above: nobody reads the old weights any more.
-                    grid.load_weights(unit.version & 1);
-                    version = unit.version;
-                }
-                E::compute(&grid, unit);
+            if unit.version != version {
+                // The barrier above: nobody reads the old weights any more.
+                grid.load_weights(unit.version & 1);
+                version = unit.version;
+                ahead = E::ahead(&grid);
             }
+            E::compute(&grid, unit, &ahead);
+            // Taken ahead of the barrier, which hides some of the time.
+            let next = if grid.thread == 0 { grid.take_sequence() } else { 0 };
             ptx::bar_sync_all();
-            if grid.thread == 0 {
-                if unit.rows > 0 {
-                    protocol::complete(&words, &params.layout, slot as u16, sequence);
+            // The compiler, which does not know barriers, would take the branches on both sides of
+            // this one together and give thread 0 a barrier of its own, at which the others of its
+            // warp are not.
+            if ptx::opaque_u32(grid.thread) == 0 {
+                let Waiting { words, sequence, by_address, .. } = &waiting;
+                if *by_address {
+                    protocol::complete(words, &params.layout, *sequence);
                 } else {
-                    protocol::acknowledge(&words, &params.layout, slot as u16, sequence);
+                    protocol::acknowledge(words, &params.layout, *sequence);
                 }
-                sequence = ptx::atom_add_relaxed_gpu_u64(params.counter, 1);
+                waiting.sequence = next;
             }
         }
     }
 }
 
 impl Grid<'_> {
-    /// Waits for the unit of `sequence` and puts it into the mailbox, or that the block is to exit.
-    /// Gives the unit's slot.
+    /// The next sequence that nobody has.
+    ///
+    /// # Safety
+    /// Thread 0 alone.
+    #[inline(always)]
+    unsafe fn take_sequence(&self) -> u64 {
+        // SAFETY: the counter is the grid's.
+        unsafe { ptx::atom_add_relaxed_gpu_u64(self.params.counter, 1) }
+    }
+
+    /// Waits for the unit of the sequence and puts it into the mailbox, or that the block is to
+    /// exit. Units without rows are answered on the way.
     ///
     /// # Safety
     /// Thread 0 alone, between two barriers of the block.
     #[inline(always)]
-    unsafe fn await_unit(
-        &self,
-        words: &Mapped,
-        sequence: u64,
-        lease: &mut Lease,
-        status: u32,
-    ) -> u32 {
+    unsafe fn await_unit(&self, waiting: &mut Waiting) {
         let params = self.params;
-        let mut end = (sequence >= params.limit).then_some(Status::Ended);
         let mut polls = 0;
-        while end.is_none() {
+        let end = loop {
             ptx::nounroll();
-            if let Some(descriptor) = protocol::poll(words, &params.layout, sequence) {
-                let slot = u32::from(descriptor.slot);
-                let [input, output] = if descriptor.by_address {
-                    protocol::load_addresses(words, &params.layout, descriptor.slot)
-                } else {
-                    [
-                        params.inputs + u64::from(slot) * u64::from(params.input_slot_bytes),
-                        params.outputs + u64::from(slot) * u64::from(params.output_slot_bytes),
-                    ]
-                };
-                // SAFETY: this contract; the mailbox is the first 64 bytes of shared memory.
-                unsafe {
-                    let rows = u32::from(descriptor.rows);
-                    let head = [rows, descriptor.version, 0, 0];
-                    ptx::st_shared_v4_u32(self.smem, head);
-                    let addresses =
-                        [input as u32, (input >> 32) as u32, output as u32, (output >> 32) as u32];
-                    ptx::st_shared_v4_u32(self.smem + 16, addresses);
+            if waiting.sequence >= params.limit {
+                break Status::Ended;
+            }
+            if let Some(descriptor) =
+                protocol::poll(&waiting.words, &params.layout, waiting.sequence)
+            {
+                if descriptor.rows > 0 {
+                    // SAFETY: this contract.
+                    unsafe { self.write_mailbox(waiting, descriptor) }
+                    return;
                 }
-                return slot;
+                protocol::acknowledge(&waiting.words, &params.layout, waiting.sequence);
+                // SAFETY: this contract.
+                waiting.sequence = unsafe { self.take_sequence() };
             }
             polls += 1;
             if polls == POLLS {
                 polls = 0;
-                let [command, heartbeat] = words.load_pair(COMMAND);
-                if Command::decode(command).ends(sequence) {
-                    end = Some(Status::Ended);
-                } else if lease.is_over(heartbeat, ptx::globaltimer()) {
-                    end = Some(Status::LeaseExpired);
+                let [command, heartbeat] = waiting.words.load_pair(COMMAND);
+                if Command::decode(command).ends(waiting.sequence) {
+                    break Status::Ended;
+                }
+                if waiting.lease.is_over(heartbeat, ptx::globaltimer()) {
+                    break Status::LeaseExpired;
                 }
             }
-        }
-        words.store(status, end.unwrap_or(Status::Ended) as u64);
-        // SAFETY: as above.
+        };
+        waiting.words.store(waiting.status, end as u64);
+        // SAFETY: the mailbox is the first 64 bytes of shared memory.
         unsafe { ptx::st_shared_v4_u32(self.smem, [EXIT, 0, 0, 0]) }
-        0
+    }
+
+    /// # Safety
+    /// As [`await_unit`](Self::await_unit).
+    #[inline(always)]
+    unsafe fn write_mailbox(&self, waiting: &mut Waiting, descriptor: Descriptor) {
+        let params = self.params;
+        let slot = u32::from(descriptor.slot);
+        waiting.by_address = descriptor.by_address;
+        let [input, output] = if descriptor.by_address {
+            protocol::load_addresses(&waiting.words, &params.layout, descriptor.slot)
+        } else {
+            [
+                params.inputs + u64::from(slot) * u64::from(params.input_slot_bytes),
+                params.outputs + u64::from(slot) * u64::from(params.output_slot_bytes),
+            ]
+        };
+        let head = [u32::from(descriptor.rows), descriptor.version, 0, 0];
+        let addresses = [input as u32, (input >> 32) as u32, output as u32, (output >> 32) as u32];
+        // SAFETY: this contract; the mailbox is the first 64 bytes of shared memory.
+        unsafe {
+            ptx::st_shared_v4_u32(self.smem, head);
+            ptx::st_shared_v4_u32(self.smem + 16, addresses);
+        }
     }
 
     /// # Safety

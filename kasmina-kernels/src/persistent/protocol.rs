@@ -7,9 +7,11 @@
 //! ```text
 //! line 0              command, heartbeat                        host → device
 //! lines 1 ..          status, one line per block                device → host
-//! descriptors         two words per position of the ring        host → device
-//! slots               two lines each: the sequence that         device → host
-//!                     completed, plus 1; two addresses          host → device
+//! descriptors         one line per position of the ring,        host → device
+//!                     two words of which are used
+//! completions         one line per position: the last sequence  device → host
+//!                     that was done there, plus 1
+//! addresses           one line per slot, two words of it        host → device
 //! ```
 //!
 //! A descriptor is committed by its tags: each of its two words carries the lap of the ring in
@@ -17,12 +19,26 @@
 //! nothing is ever cleared. Payloads lie in *slots*, which are numbered apart from positions: a
 //! result that nobody fetches holds its slot and not the ring.
 //!
+//! # Results say themselves that they are there
+//! Where a kernel writes results to pinned memory, a release after them costs as much as a trip over
+//! the bus: the fence waits until the bus has taken what was written. So each element of such a
+//! result is stored on its own account, in no order, and tells that it is there by not being
+//! [`ABSENT`] any more, which the host has made it before it submitted, and which no kernel stores.
+//! What the kernel has read of the input it has read before it can store what it computed from it,
+//! so with its result complete a slot is the host's again. The completion word of such a unit comes
+//! without a release; it says that the position is vacant and the unit's weights are no longer used.
+//! Of other units, those without rows and those whose payload lies elsewhere, it is the answer.
+//!
 //! Consumers take sequences from a counter of their own, each once, and wait for the descriptor at
 //! that position. So several may wait at a time, each for another position, and work is taken in
 //! the order of submission by whoever is free.
 
 /// Words in a line of 64 bytes: what different writers write lies on different lines.
 pub const LINE: u32 = 8;
+
+/// Each byte of a result's element that is not there yet: as a number, a NaN with its sign set,
+/// which arithmetic on a GPU never gives.
+pub const ABSENT: u8 = 0xFF;
 
 /// Memory that both sides see, as words of 64 bits.
 pub trait Words {
@@ -63,7 +79,7 @@ impl Layout {
     /// Words in all.
     #[must_use]
     pub const fn words(&self) -> u32 {
-        self.completion(self.slots)
+        self.addresses(self.slots)
     }
 
     /// Positions of the ring.
@@ -84,22 +100,21 @@ impl Layout {
     #[must_use]
     #[inline(always)]
     pub const fn descriptor(&self, sequence: u64) -> u32 {
-        (1 + self.consumers) * LINE + (sequence as u32 & (self.positions() - 1)) * 2
+        (1 + self.consumers + (sequence as u32 & (self.positions() - 1))) * LINE
     }
 
-    /// The completion word of a slot.
+    /// The completion word of the position of a sequence.
     #[must_use]
     #[inline(always)]
-    pub const fn completion(&self, slot: u32) -> u32 {
-        let descriptors = (self.positions() * 2).next_multiple_of(LINE);
-        (1 + self.consumers) * LINE + descriptors + slot * 2 * LINE
+    pub const fn completion(&self, sequence: u64) -> u32 {
+        self.descriptor(sequence) + self.positions() * LINE
     }
 
     /// The first of the two address words of a slot.
     #[must_use]
     #[inline(always)]
     pub const fn addresses(&self, slot: u32) -> u32 {
-        self.completion(slot) + LINE
+        (1 + self.consumers + self.positions() * 2 + slot) * LINE
     }
 
     /// The lap's number as a tag. Memory that was never written holds none of the first lap's.
@@ -243,23 +258,33 @@ pub fn poll(words: &impl Words, layout: &Layout, sequence: u64) -> Option<Descri
 
 /// Says that the unit is done. Its result has been written.
 #[inline(always)]
-pub fn complete(words: &impl Words, layout: &Layout, slot: u16, sequence: u64) {
-    words.store(layout.completion(slot as u32), sequence + 1);
+pub fn complete(words: &impl Words, layout: &Layout, sequence: u64) {
+    words.store(layout.completion(sequence), sequence + 1);
 }
 
-/// As [`complete`], for a unit without a result.
+/// As [`complete`], for a unit without a result, or with one that says itself that it is there.
 #[inline(always)]
-pub fn acknowledge(words: &impl Words, layout: &Layout, slot: u16, sequence: u64) {
-    words.store_alone(layout.completion(slot as u32), sequence + 1);
+pub fn acknowledge(words: &impl Words, layout: &Layout, sequence: u64) {
+    words.store_alone(layout.completion(sequence), sequence + 1);
 }
 
-/// Whether the unit is done, or a later one of the same slot.
+/// Whether the unit is done.
 #[inline(always)]
-pub fn is_complete(words: &impl Words, layout: &Layout, slot: u16, sequence: u64) -> bool {
-    words.load(layout.completion(slot as u32)) > sequence
+pub fn is_complete(words: &impl Words, layout: &Layout, sequence: u64) -> bool {
+    words.load(layout.completion(sequence)) > sequence
 }
 
-/// Puts the payload's addresses where a descriptor with `by_address` says they are: in the slot's second line.
+/// Whether the descriptor of a sequence may be published: the one before it at its position, one
+/// lap ago, is done.
+#[inline(always)]
+pub fn is_vacant(words: &impl Words, layout: &Layout, sequence: u64) -> bool {
+    match sequence.checked_sub(layout.positions() as u64) {
+        Some(before) => is_complete(words, layout, before),
+        None => true,
+    }
+}
+
+/// Puts the payload's addresses where a descriptor with `by_address` says they are: in the slot's line.
 #[inline(always)]
 pub fn store_addresses(words: &impl Words, layout: &Layout, slot: u16, addresses: [u64; 2]) {
     let word = layout.addresses(slot as u32);
@@ -350,9 +375,9 @@ mod tests {
                 assert_eq!(word % 2, 0, "a pair is aligned to 16 bytes");
                 claim(word, 1);
                 claim(word + 1, 1);
+                claim(layout.completion(position), 3);
             }
             for slot in 0..layout.slots {
-                claim(layout.completion(slot), 3);
                 claim(layout.addresses(slot), 1);
                 claim(layout.addresses(slot) + 1, 1);
             }
@@ -403,16 +428,28 @@ mod tests {
     }
 
     #[test]
-    fn completion_is_of_a_sequence() {
+    fn completion_is_of_a_sequence_and_makes_its_position_vacant() {
         let layout = Layout::new(1, 2);
         let words = Plain::of(&layout);
-        assert!(!is_complete(&words, &layout, 1, 0));
-        complete(&words, &layout, 1, 0);
-        assert!(is_complete(&words, &layout, 1, 0));
-        assert!(!is_complete(&words, &layout, 1, 7) && !is_complete(&words, &layout, 0, 0));
+        assert!(is_vacant(&words, &layout, 0) && is_vacant(&words, &layout, 1));
+        assert!(!is_vacant(&words, &layout, 2));
+        assert!(!is_complete(&words, &layout, 0));
+        complete(&words, &layout, 0);
+        assert!(is_complete(&words, &layout, 0) && is_vacant(&words, &layout, 2));
+        assert!(!is_complete(&words, &layout, 1) && !is_vacant(&words, &layout, 3));
+        assert!(!is_complete(&words, &layout, 2) && !is_vacant(&words, &layout, 4));
+        acknowledge(&words, &layout, 2);
+        assert!(is_complete(&words, &layout, 2) && is_vacant(&words, &layout, 4));
+    }
+
+    #[test]
+    fn addresses_are_of_a_slot() {
+        let layout = Layout::new(1, 2);
+        let words = Plain::of(&layout);
         store_addresses(&words, &layout, 1, [10, 20]);
+        store_addresses(&words, &layout, 0, [30, 40]);
         assert_eq!(load_addresses(&words, &layout, 1), [10, 20]);
-        assert!(is_complete(&words, &layout, 1, 0));
+        assert_eq!(load_addresses(&words, &layout, 0), [30, 40]);
     }
 
     #[test]

@@ -14,10 +14,11 @@ pub unsafe fn barrier_cluster() {
     }
 }
 
-/// Waits until every thread of the cluster has arrived, and orders nothing.
+/// Waits until every thread of the cluster has arrived. Orders nothing but the initialisation of
+/// mbarriers before a `fence_mbarrier_init`.
 ///
 /// # Safety
-/// Every thread of the cluster executes it equally often.
+/// As [`barrier_cluster`].
 #[inline(always)]
 pub unsafe fn barrier_cluster_relaxed() {
     // SAFETY: the caller's contract.

@@ -78,35 +78,36 @@ pub unsafe fn stmatrix_x4(address: u32, r0: u32, r1: u32, r2: u32, r3: u32) {
     }
 }
 
-/// Stores 32 bits; whoever loads them with [`ld_acquire_cta_shared_u32`] sees what this thread did
-/// or saw before.
+/// Loads four 8×8 matrices of 16-bit elements, transposed: one 16-byte row from the address of each
+/// lane, lanes 0–7 giving the rows of the first matrix, 8–15 of the second, and so on. What
+/// [`stmatrix_x4`] then stores as rows are their columns.
 ///
 /// # Safety
-/// `address` is 4-aligned and inside the block's shared memory; other threads only load it, so.
-#[cfg(kasmina_tier = "hopper")]
-#[inline(always)]
-pub unsafe fn st_release_cta_shared_u32(address: u32, value: u32) {
-    // SAFETY: the caller's contract. The memory clobber keeps accesses before it.
-    unsafe {
-        asm!("st.release.cta.shared.u32 [{}], {};", in(reg32) address, in(reg32) value,
-             options(nostack));
-    }
-}
-
-/// Loads 32 bits that another thread of the block may be storing with
-/// [`st_release_cta_shared_u32`].
-///
-/// # Safety
-/// `address` is 4-aligned and inside the block's shared memory; other threads access it only so.
-#[cfg(kasmina_tier = "hopper")]
+/// The whole warp executes it; each `address` is 16-aligned and inside the block's shared memory;
+/// nothing writes those rows without a barrier between.
 #[must_use]
 #[inline(always)]
-pub unsafe fn ld_acquire_cta_shared_u32(address: u32) -> u32 {
-    let value: u32;
-    // SAFETY: the caller's contract. The memory clobber keeps accesses behind it.
+pub unsafe fn ldmatrix_x4_trans(address: u32) -> [u32; 4] {
+    let (a, b, c, d): (u32, u32, u32, u32);
+    // SAFETY: the caller's contract. The memory clobber keeps it behind the barrier.
     unsafe {
-        asm!("ld.acquire.cta.shared.u32 {}, [{}];", out(reg32) value, in(reg32) address,
+        asm!("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{{}, {}, {}, {}}}, [{}];",
+             out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) address,
              options(nostack));
     }
-    value
+    [a, b, c, d]
+}
+
+/// As [`stmatrix_x4`], transposed: a lane's address is where a column of its matrix goes.
+///
+/// # Safety
+/// As [`stmatrix_x4`].
+#[inline(always)]
+pub unsafe fn stmatrix_x4_trans(address: u32, r0: u32, r1: u32, r2: u32, r3: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{}], {{{}, {}, {}, {}}};",
+             in(reg32) address, in(reg32) r0, in(reg32) r1, in(reg32) r2, in(reg32) r3,
+             options(nostack));
+    }
 }

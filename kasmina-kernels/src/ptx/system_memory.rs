@@ -113,6 +113,46 @@ pub unsafe fn ld_relaxed_sys_u16(address: u64) -> u16 {
     value
 }
 
+/// Stores 16 bytes for others to find, each of the four words as one, in no order with other memory.
+///
+/// # Safety
+/// `address` is a global address of 16 writable bytes, 16-aligned.
+#[inline(always)]
+pub unsafe fn st_relaxed_sys_v4_u32(address: u64, values: [u32; 4]) {
+    let [a, b, c, d] = values;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.relaxed.sys.global.v4.u32 [{}], {{{}, {}, {}, {}}};", in(reg64) address,
+             in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
+    }
+}
+
+/// Stores 32 bits, as [`st_relaxed_sys_v4_u32`].
+///
+/// # Safety
+/// `address` is a global address of 4 writable bytes, 4-aligned.
+#[inline(always)]
+pub unsafe fn st_relaxed_sys_u32(address: u64, value: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.relaxed.sys.global.u32 [{}], {};", in(reg64) address, in(reg32) value,
+             options(nostack));
+    }
+}
+
+/// Stores 16 bits, as [`st_relaxed_sys_v4_u32`].
+///
+/// # Safety
+/// `address` is a global address of 2 writable bytes, 2-aligned.
+#[inline(always)]
+pub unsafe fn st_relaxed_sys_u16(address: u64, value: u16) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.relaxed.sys.global.u16 [{}], {};", in(reg64) address, in(reg16) value,
+             options(nostack));
+    }
+}
+
 /// Adds to a counter of the grid and returns what it was, in no order with other memory.
 ///
 /// # Safety

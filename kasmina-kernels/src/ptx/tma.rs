@@ -98,6 +98,37 @@ pub unsafe fn cp_reduce_async_bulk_tensor_2d_add(map: u64, x: u32, y: u32, src: 
     }
 }
 
+/// [`cp_async_bulk_tensor_2d_load`] for a rank-4 map. Coordinates are signed: they travel as
+/// their bits.
+///
+/// # Safety
+/// As there, with a valid rank-4 map.
+#[inline(always)]
+pub unsafe fn cp_async_bulk_tensor_4d_load(dst: u32, map: u64, at: [u32; 4], barrier: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes \
+              [{}], [{}, {{{}, {}, {}, {}}}], [{}];",
+             in(reg32) dst, in(reg64) map, in(reg32) at[0], in(reg32) at[1], in(reg32) at[2],
+             in(reg32) at[3], in(reg32) barrier, options(nostack));
+    }
+}
+
+/// [`cp_async_bulk_tensor_2d_store`] for a rank-4 map.
+///
+/// # Safety
+/// As there, with a valid rank-4 map.
+#[inline(always)]
+pub unsafe fn cp_async_bulk_tensor_4d_store(map: u64, at: [u32; 4], src: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group \
+              [{}, {{{}, {}, {}, {}}}], [{}];",
+             in(reg64) map, in(reg32) at[0], in(reg32) at[1], in(reg32) at[2], in(reg32) at[3],
+             in(reg32) src, options(nostack));
+    }
+}
+
 /// Closes this thread's current group of bulk stores.
 #[inline(always)]
 pub fn cp_async_bulk_commit_group() {

@@ -4,7 +4,7 @@
 //! serialises the pipeline (C7511). One macro numbers the registers.
 
 /// Calls a macro with its arguments followed by the names of the accumulators of an m64 tile of 64,
-/// 128 or 256 columns, grouped by the eight that cover 16 columns.
+/// 128, 192 or 256 columns, grouped by the eight that cover 16 columns.
 macro_rules! with_accumulators {
     (64, $($callback:ident)::+ ! { $($arguments:tt)* }) => {
         $($callback)::+! {
@@ -26,6 +26,23 @@ macro_rules! with_accumulators {
             [c40 c41 c42 c43 c44 c45 c46 c47]
             [c48 c49 c50 c51 c52 c53 c54 c55]
             [c56 c57 c58 c59 c60 c61 c62 c63]
+        }
+    };
+    (192, $($callback:ident)::+ ! { $($arguments:tt)* }) => {
+        $($callback)::+! {
+            $($arguments)*
+            [c0 c1 c2 c3 c4 c5 c6 c7]
+            [c8 c9 c10 c11 c12 c13 c14 c15]
+            [c16 c17 c18 c19 c20 c21 c22 c23]
+            [c24 c25 c26 c27 c28 c29 c30 c31]
+            [c32 c33 c34 c35 c36 c37 c38 c39]
+            [c40 c41 c42 c43 c44 c45 c46 c47]
+            [c48 c49 c50 c51 c52 c53 c54 c55]
+            [c56 c57 c58 c59 c60 c61 c62 c63]
+            [c64 c65 c66 c67 c68 c69 c70 c71]
+            [c72 c73 c74 c75 c76 c77 c78 c79]
+            [c80 c81 c82 c83 c84 c85 c86 c87]
+            [c88 c89 c90 c91 c92 c93 c94 c95]
         }
     };
     (256, $($callback:ident)::+ ! { $($arguments:tt)* }) => {
@@ -51,7 +68,7 @@ macro_rules! with_accumulators {
     };
 }
 
-/// The accumulators of an m64 tile of 64, 128 or 256 columns as asm operands, the first ones.
+/// The accumulators of an m64 tile of 64, 128, 192 or 256 columns as asm operands, the first ones.
 macro_rules! accumulator_operands {
     (64) => {
         "{{{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, \
@@ -64,6 +81,15 @@ macro_rules! accumulator_operands {
              {29}, {30}, {31}, {32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, \
              {43}, {44}, {45}, {46}, {47}, {48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, \
              {57}, {58}, {59}, {60}, {61}, {62}, {63}}}"
+    };
+    (192) => {
+        "{{{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, \
+             {16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, \
+             {30}, {31}, {32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, \
+             {44}, {45}, {46}, {47}, {48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, {57}, \
+             {58}, {59}, {60}, {61}, {62}, {63}, {64}, {65}, {66}, {67}, {68}, {69}, {70}, {71}, \
+             {72}, {73}, {74}, {75}, {76}, {77}, {78}, {79}, {80}, {81}, {82}, {83}, {84}, {85}, \
+             {86}, {87}, {88}, {89}, {90}, {91}, {92}, {93}, {94}, {95}}}"
     };
     (256) => {
         "{{{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, \

@@ -7,21 +7,27 @@ use crate::abi::DType;
 const ROW_BYTES: u64 = THREADS as u64 * 16;
 const BATCH_BYTES: u64 = ROW_BYTES * VECTORS as u64;
 /// Number of chunks at which they grow beyond a row.
-const FEW: u64 = 256;
+const FEW: u64 = 128;
 /// Number of chunks that a GPU takes on at once: three for each of the 132 multiprocessors of an
 /// H100 or H200, but for the block that merges. A constant, so that the result does not depend on
 /// the GPU.
 const WAVE: u64 = 395;
-/// Batches of a chunk, at most, in a run that one wave takes, and in a longer one.
+/// Batches of a chunk, at least, once there are more than [`FEW`]: fewer slots to merge take less
+/// time than twice as many blocks save.
+const LEAST_BATCHES: u64 = 2;
+/// Batches of a chunk, at most, in a run that one wave takes.
 const MOST_BATCHES: u64 = 16;
-const LARGE_BATCHES: u64 = 16;
+/// Batches of a large chunk in a longer run, and in one of more batches than that.
+const LARGE_BATCHES: u64 = 4;
+const LONG_BATCHES: u64 = 8;
+const LONG: u64 = 1 << 14;
 /// Number of chunks beyond which they grow further.
 const MANY: u64 = 1 << 15;
 /// log2 of the most elements in a chunk, whose counts a [`Partial`] keeps in 21 bits each.
 pub(super) const LOG2_MOST_ELEMENTS: u32 = 20;
 /// Bytes at the end of a run of several waves that are cut into chunks of a batch, so that all
 /// blocks finish at about the same time.
-const TAIL_BYTES: u64 = 16 << 20;
+const TAIL_BYTES: u64 = 4 << 20;
 
 /// Chunks that one cluster takes, and bytes: two batches for each.
 const CLUSTER_CHUNKS: u64 = CLUSTER_BLOCKS as u64 * CLUSTER_TEAMS as u64;
@@ -46,9 +52,10 @@ pub struct Chunks {
 impl Chunks {
     /// The chunks of `len` elements of this type, fewer than 2⁵⁰.
     ///
-    /// One up to 16 KiB, then chunks of 4 KiB and more, at most 256 of them up to 4 MiB, then of as
-    /// many batches as makes 395. Beyond 99 MiB they are of 256 KiB, followed by 16 MiB in chunks
-    /// of a batch, and larger, up to 2²⁰ elements, once there are more than 32768.
+    /// One up to 16 KiB, then chunks of 4 KiB and more, at most 128 of them up to 2 MiB, then of
+    /// 32 KiB, and of as many rows of 4 KiB as makes 395 chunks. Beyond 99 MiB they are of 64 KiB,
+    /// beyond 256 MiB of 128 KiB, followed by 4 MiB in chunks of a batch, and larger, up to 2²⁰
+    /// elements, once there are more than 32768.
     #[must_use]
     pub const fn of(len: u64, dtype: DType) -> Self {
         let size = dtype.size() as u64;
@@ -62,10 +69,13 @@ impl Chunks {
         }
         let batches = len.div_ceil(batch);
         if batches <= WAVE * MOST_BATCHES {
-            return Self::equal(len, batch * batches.div_ceil(WAVE));
+            let rows = len.div_ceil(row).div_ceil(WAVE);
+            let least = LEAST_BATCHES * VECTORS as u64;
+            return Self::equal(len, row * if rows > least { rows } else { least });
         }
         let many = batches.div_ceil(MANY).next_power_of_two();
-        let large_len = batch * if many < LARGE_BATCHES { LARGE_BATCHES } else { many };
+        let large = if batches <= LONG { LARGE_BATCHES } else { LONG_BATCHES };
+        let large_len = batch * if many < large { large } else { many };
         let most = 1 << LOG2_MOST_ELEMENTS;
         let large_len = if large_len < most { large_len } else { most };
         let large = (len - TAIL_BYTES / size) / large_len;
@@ -275,10 +285,10 @@ mod tests {
         let count = |log2: u32, dtype| Chunks::of(1 << log2, dtype).count;
         assert_eq!(
             [10, 12, 13, 14, 16, 18].map(|log2| count(log2, DType::F32)),
-            [1, 1, 8, 16, 64, 256]
+            [1, 1, 8, 16, 64, 128]
         );
-        assert_eq!([20, 22, 24, 26].map(|log2| count(log2, DType::F32)), [256, 342, 373, 1984]);
-        assert_eq!([13, 14, 25].map(|log2| count(log2, DType::BF16)), [1, 8, 373]);
+        assert_eq!([20, 22, 24, 26].map(|log2| count(log2, DType::F32)), [128, 373, 391, 4288]);
+        assert_eq!([13, 14, 25].map(|log2| count(log2, DType::BF16)), [1, 8, 391]);
         for len in (10..37).flat_map(|log2| [(1 << log2) - 1, 1 << log2, (1 << log2) + 1]) {
             let chunks = Chunks::of(len, DType::F32);
             assert!(chunks.count <= (1 << 17) + (1 << 11), "{len}");

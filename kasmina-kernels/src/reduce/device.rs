@@ -317,13 +317,6 @@ pub(super) unsafe fn reduce<E: Element, S: Statistic>(params: &ReduceParams) {
 /// As [`reduce`]; the block's number is below that of the `workers`.
 #[inline(always)]
 unsafe fn work<E: Element, S: Statistic>(params: &ReduceParams, workers: u32) -> Option<u32> {
-    #[cfg(kasmina_tier = "hopper")]
-    // SAFETY: the caller's contract.
-    unsafe {
-        if is_first_thread() {
-            prefetch::<E>(params, ptx::block_index());
-        }
-    }
     wait_for_predecessors();
     let (chunks, rule) = (params.chunks, params.rule());
     let smem = ptx::dynamic_smem();

@@ -27,8 +27,9 @@ pub(super) const SEGMENT_THREADS: u32 = 128;
 #[cfg(target_arch = "nvptx64")]
 pub(super) const SEGMENT_BLOCKS_PER_MULTIPROCESSOR: u32 = 5;
 
-/// About how many strips there are, so that all multiprocessors have enough.
-const STRIPS: u64 = 4096;
+/// About how many strips there are: as many as the 132 multiprocessors of an H100 or H200 have warps
+/// for at once, so that the last of them do not run almost alone.
+const STRIPS: u64 = 2600;
 /// Bytes below which a strip is not worth a warp.
 const LEAST_STRIP_BYTES: u64 = 4096;
 

@@ -2,11 +2,68 @@
 
 use super::*;
 use crate::activation::Activation;
-use crate::conv1d::portable::gather::{finish, store_channels};
-use crate::gemm::element::Element;
+use crate::gemm::element::{BF16, Element, F16, F32};
+use crate::gemm::portable::bf16_from_f32;
 use crate::ptx;
 use crate::tile_scheduler::div;
 use crate::unroll::unroll;
+
+mod wgrad;
+pub(in crate::conv1d) use wgrad::wgrad;
+
+/// Rounds two results at once, as that is cheaper than one after the other.
+pub(in crate::conv1d) trait Pack: Element {
+    /// The two, of which 16-bit types share the first word.
+    fn pack(a: f32, b: f32) -> [u32; 2];
+}
+
+impl Pack for F32 {
+    #[inline(always)]
+    fn pack(a: f32, b: f32) -> [u32; 2] {
+        [a.to_bits(), b.to_bits()]
+    }
+}
+
+impl Pack for F16 {
+    #[inline(always)]
+    fn pack(a: f32, b: f32) -> [u32; 2] {
+        [Self::round(a) | (Self::round(b) << 16), 0]
+    }
+}
+
+impl Pack for BF16 {
+    #[inline(always)]
+    fn pack(a: f32, b: f32) -> [u32; 2] {
+        // One test for both and no selection: NaN is rare, and rounding is most of what these
+        // kernels compute.
+        if a.is_nan() || b.is_nan() {
+            return [u32::from(bf16_from_f32(a)) | (u32::from(bf16_from_f32(b)) << 16), 0];
+        }
+        // To nearest, ties to even; no finite value overflows (`bf16_from_f32`).
+        let nearest = |value: f32| {
+            let bits = value.to_bits();
+            bits.wrapping_add(0x7FFF + ((bits >> 16) & 1))
+        };
+        [(nearest(a) >> 16) | (nearest(b) & 0xFFFF_0000), 0]
+    }
+}
+
+/// Applies the activation, chosen once for all eight, in place.
+#[inline(always)]
+fn activate(activation: Activation, values: &mut [f32; 8]) {
+    macro_rules! each {
+        ($($variant:ident)+) => {
+            match activation {
+                $(Activation::$variant => {
+                    unroll!(i: usize in [0 1 2 3 4 5 6 7] {
+                        values[i] = Activation::$variant.apply(values[i]);
+                    });
+                })+
+            }
+        };
+    }
+    each!(None Relu Gelu GeluTanh Silu);
+}
 
 /// Eight elements, of which 16-bit types use the first half.
 type Raw = [u32; 8];
@@ -104,11 +161,10 @@ fn convolve<E: Element, const SHIFT: usize>(
 /// # Safety
 /// As [`ncl`]; `input` and `output` are the row's addresses.
 #[inline(always)]
-unsafe fn row<E: Element>(
+unsafe fn row<E: Pack>(
     params: &DepthwiseParams,
     [input, output]: [u64; 2],
-    taps: &[f32; 8],
-    bias: f32,
+    channel: u32,
     first: u32,
 ) {
     let (in_vectors, out_vectors) = (params.in_length / RUN, params.out_length / RUN);
@@ -125,6 +181,9 @@ unsafe fn row<E: Element>(
         // SAFETY: the caller's contract.
         coming[v as usize] = unsafe { load_vector::<E>(input, vector, in_vectors) };
     });
+    // After these, so as not to wait for the taps first.
+    // SAFETY: the channel exists.
+    let (taps, bias) = unsafe { load_taps::<E>(params, channel) };
     let mut vector = first;
     while vector < out_vectors {
         ptx::nounroll();
@@ -145,16 +204,26 @@ unsafe fn row<E: Element>(
         macro_rules! by_shift {
             ($($shift:literal)+) => {
                 match shift {
-                    $($shift => convolve::<E, $shift>(params, window, taps, bias),)+
-                    _ => convolve::<E, 0>(params, window, taps, bias),
+                    $($shift => convolve::<E, $shift>(params, window, &taps, bias),)+
+                    _ => convolve::<E, 0>(params, window, &taps, bias),
                 }
             };
         }
-        let sums = by_shift!(1 2 3 4 5 6 7);
-        let bits = finish::<E>(activation, sums);
+        let mut sums = by_shift!(1 2 3 4 5 6 7);
+        activate(activation, &mut sums);
+        let [a, b, c, d, e, f, g, h] = sums;
+        let pairs = [E::pack(a, b), E::pack(c, d), E::pack(e, f), E::pack(g, h)];
         let at = output + u64::from(vector) * u64::from(RUN * E::SIZE);
-        // SAFETY: an existing vector, of this thread's own.
-        unsafe { store_channels::<E>(at, u64::from(E::SIZE), bits, 8) };
+        // SAFETY: an existing vector, 16-aligned, of this thread's own.
+        unsafe {
+            let [[a, b], [c, d], [e, f], [g, h]] = pairs;
+            if E::SIZE == 4 {
+                ptx::st_global_v4_u32(at, [a, b, c, d]);
+                ptx::st_global_v4_u32(at + 16, [e, f, g, h]);
+            } else {
+                ptx::st_global_v4_u32(at, [a, c, e, g]);
+            }
+        }
         vector += threads;
     }
 }
@@ -165,7 +234,7 @@ unsafe fn row<E: Element>(
 /// As the entries': [`serves_ncl`] holds, the tensors are as the strides say, and nothing else
 /// writes them while the kernel runs.
 #[inline(always)]
-pub(in crate::conv1d) unsafe fn ncl<E: Element>(params: &DepthwiseParams) {
+pub(in crate::conv1d) unsafe fn ncl<E: Pack>(params: &DepthwiseParams) {
     // SAFETY: comments for `cargo xtask ptx`.
     unsafe {
         core::arch::asm!(
@@ -191,10 +260,7 @@ pub(in crate::conv1d) unsafe fn ncl<E: Element>(params: &DepthwiseParams) {
     let input = from.address + (batch * from.batch + channel * from.channel) * size;
     let output = to.address + (batch * to.batch + channel * to.channel) * size;
     // SAFETY: the channel exists; rows as the strides say.
-    unsafe {
-        let (taps, bias) = load_taps::<E>(params, channel as u32);
-        row::<E>(params, [input, output], &taps, bias, thread);
-    }
+    unsafe { row::<E>(params, [input, output], channel as u32, thread) };
 }
 
 /// Two neighbouring channels of one position, of which 16-bit types use the first word.
@@ -233,7 +299,7 @@ fn widened_pair<E: Element>([a, b]: Pair) -> [f32; 2] {
 /// As the entries': [`serves_nlc`] holds, the tensors are as the strides say, and nothing else
 /// writes them while the kernel runs.
 #[inline(always)]
-pub(in crate::conv1d) unsafe fn nlc<E: Element>(params: &DepthwiseParams) {
+pub(in crate::conv1d) unsafe fn nlc<E: Pack>(params: &DepthwiseParams) {
     // SAFETY: comments for `cargo xtask ptx`.
     unsafe {
         core::arch::asm!(
@@ -315,131 +381,25 @@ pub(in crate::conv1d) unsafe fn nlc<E: Element>(params: &DepthwiseParams) {
                         });
                     }
                 });
-                finish::<E>(activation, sums)
+                activate(activation, &mut sums);
+                sums
             }};
         }
         let (a, b) = (channel!(0, taps_a, bias_a), channel!(1, taps_b, bias_b));
         unroll!(i: u32 in [0 1 2 3 4 5 6 7] {
             if position + i < end {
                 let to = output + u64::from(position + i) * out_stride;
-                let (a, b) = (a[i as usize], b[i as usize]);
+                let [first, second] = E::pack(a[i as usize], b[i as usize]);
                 // SAFETY: an existing position, aligned pairs, of this thread's own.
                 unsafe {
                     if E::SIZE == 4 {
-                        ptx::st_global_v2_u32(to, [a, b]);
+                        ptx::st_global_v2_u32(to, [first, second]);
                     } else {
-                        ptx::st_global_u32(to, a | (b << 16));
+                        ptx::st_global_u32(to, first);
                     }
                 }
             }
         });
         position += 8;
-    }
-}
-
-/// Partial sums of the filter's and the bias's gradient.
-///
-/// # Safety
-/// As the entries': the tensors are as the strides say, nothing writes them while the kernel runs,
-/// and the partial sums have room.
-#[inline(always)]
-pub(in crate::conv1d) unsafe fn wgrad<E: Element>(params: &DepthwiseWgradParams) {
-    // SAFETY: a comment for `cargo xtask ptx`.
-    unsafe {
-        core::arch::asm!(
-            "// kasmina: .maxntid {threads}, 1, 1",
-            threads = const THREADS,
-            options(nomem, nostack, preserves_flags),
-        );
-    }
-    let shape = &params.shape;
-    let smem = ptx::dynamic_smem();
-    let thread = ptx::thread_index();
-    let split = div(ptx::block_index(), shape.in_channels.div_ceil(params.channels_per_block()));
-    let tile = ptx::block_index() - split * shape.in_channels.div_ceil(params.channels_per_block());
-    // Threads along the positions, and how many there are.
-    let (channel, walker, walkers) = if params.along_channels == 1 {
-        (tile * 32 + thread % 32, thread / 32, THREADS / 32)
-    } else {
-        (tile, thread, THREADS)
-    };
-    let size = u64::from(E::SIZE);
-    let total = shape.batch * shape.out_length;
-    let first = split * params.positions_per_split;
-    let left = total - first;
-    let last =
-        first + if left < params.positions_per_split { left } else { params.positions_per_split };
-    let last = if channel < shape.in_channels { last } else { first };
-    let split_at = u64::from(split) * (shape.filter_elements() + u64::from(shape.out_channels));
-    let partials = params.partials + split_at * 4;
-    let mut first_tap = 0;
-    while first_tap < shape.kernel_size {
-        ptx::nounroll();
-        let mut sums = [0.0; WGRAD_TAPS as usize];
-        let mut bias = 0.0;
-        let mut at = first + walker;
-        while at < last {
-            let batch = div(at, shape.out_length);
-            let position = at - batch * shape.out_length;
-            let dz_at = u64::from(batch) * params.dz.batch
-                + u64::from(channel) * params.dz.channel
-                + u64::from(position) * params.dz.position;
-            let x_row = u64::from(batch) * params.x.batch + u64::from(channel) * params.x.channel;
-            // SAFETY: an existing element.
-            let dz = E::widen(unsafe { E::load(params.dz.address + dz_at * size) });
-            let from = (position * shape.stride + first_tap * shape.dilation)
-                .wrapping_sub(shape.padding_left);
-            unroll!(t: u32 in [0 1 2 3 4 5 6 7] {
-                let from = from.wrapping_add(t * shape.dilation);
-                // As unsigned, a position before the first is beyond the last.
-                if first_tap + t < shape.kernel_size && from < shape.in_length {
-                    let element = x_row + u64::from(from) * params.x.position;
-                    // SAFETY: an existing element.
-                    let x = E::widen(unsafe { E::load(params.x.address + element * size) });
-                    sums[t as usize] = ptx::fma_rn_f32(dz, x, sums[t as usize]);
-                }
-            });
-            bias += dz;
-            at += walkers;
-        }
-        // Every walker's sums, then their total in the order of the walkers, by halves.
-        // SAFETY: places of the thread's own, and barriers between writes and reads. The loops
-        // depend on the parameters alone, so all threads meet at each barrier.
-        unsafe {
-            unroll!(t: u32 in [0 1 2 3 4 5 6 7] {
-                ptx::st_shared_f32(smem + (t * THREADS + thread) * 4, sums[t as usize]);
-            });
-            ptx::st_shared_f32(smem + (WGRAD_TAPS * THREADS + thread) * 4, bias);
-            let lanes = THREADS / walkers;
-            let mut half = walkers / 2;
-            while half > 0 {
-                ptx::nounroll();
-                ptx::bar_sync::<0, THREADS>();
-                if walker < half {
-                    unroll!(t: u32 in [0 1 2 3 4 5 6 7 8] {
-                        let at = smem + (t * THREADS + thread) * 4;
-                        let sum = ptx::ld_shared_f32(at) + ptx::ld_shared_f32(at + half * lanes * 4);
-                        ptx::st_shared_f32(at, sum);
-                    });
-                }
-                half /= 2;
-            }
-            if walker == 0 && channel < shape.in_channels {
-                let row = partials + u64::from(channel * shape.kernel_size + first_tap) * 4;
-                unroll!(t: u32 in [0 1 2 3 4 5 6 7] {
-                    if first_tap + t < shape.kernel_size {
-                        let sum = ptx::ld_shared_f32(smem + (t * THREADS + thread) * 4);
-                        ptx::st_global_u32(row + u64::from(t) * 4, sum.to_bits());
-                    }
-                });
-                if first_tap == 0 {
-                    let sum = ptx::ld_shared_f32(smem + (WGRAD_TAPS * THREADS + thread) * 4);
-                    let at = partials + (shape.filter_elements() + u64::from(channel)) * 4;
-                    ptx::st_global_u32(at, sum.to_bits());
-                }
-            }
-            ptx::bar_sync::<0, THREADS>();
-        }
-        first_tap += WGRAD_TAPS;
     }
 }

@@ -1,33 +1,36 @@
 //! Device side of the Hopper forward kernels.
 
 use super::*;
-use crate::pipeline::RingPosition;
-use crate::ptx;
 use crate::smem_layout::{SWIZZLE_ROW_BYTES, stmatrix_offset};
+use crate::{pipeline::RingPosition, ptx};
 
 mod exchange;
+mod multiply;
 mod operands;
 mod share;
 pub(super) use exchange::Exchange;
-pub(super) use operands::{Matrices, Operands, Stage};
+pub(crate) use multiply::multiply_tile;
+pub(crate) use operands::{Matrices, Operands, Stage};
 pub(super) use share::Shared;
 
 // Three warpgroups start with 168 registers a thread each, 504 together: 40 + 2 · 232.
-pub(super) const PRODUCER_REGISTERS: u32 = 40;
-pub(super) const CONSUMER_REGISTERS: u32 = 232;
+pub(crate) const PRODUCER_REGISTERS: u32 = 40;
+pub(crate) const CONSUMER_REGISTERS: u32 = 232;
 
 /// Whether consumers need more registers than the block starts with.
-pub(super) const fn needs_registers(tile: Tile) -> bool {
+pub(crate) const fn needs_registers(tile: Tile) -> bool {
     tile.block_n == 256
 }
 
 /// A 16-bit element type: how it leaves and enters f32.
-pub(super) trait Element {
+pub(crate) trait Element {
     fn pack(high: f32, low: f32) -> u32;
     fn widen(bits: u16) -> f32;
+    /// The two elements of a pair, the one in the lower half first.
+    fn widen_pair(bits: u32) -> (f32, f32);
 }
 
-pub(super) struct BF16;
+pub(crate) struct BF16;
 impl Element for BF16 {
     #[inline(always)]
     fn pack(high: f32, low: f32) -> u32 {
@@ -37,9 +40,13 @@ impl Element for BF16 {
     fn widen(bits: u16) -> f32 {
         ptx::cvt_f32_bf16(bits)
     }
+    #[inline(always)]
+    fn widen_pair(bits: u32) -> (f32, f32) {
+        (f32::from_bits(bits << 16), f32::from_bits(bits & 0xFFFF_0000))
+    }
 }
 
-pub(super) struct F16;
+pub(crate) struct F16;
 impl Element for F16 {
     #[inline(always)]
     fn pack(high: f32, low: f32) -> u32 {
@@ -49,14 +56,18 @@ impl Element for F16 {
     fn widen(bits: u16) -> f32 {
         ptx::cvt_f32_f16(bits)
     }
+    #[inline(always)]
+    fn widen_pair(bits: u32) -> (f32, f32) {
+        (Self::widen(bits as u16), Self::widen((bits >> 16) as u16))
+    }
 }
 
 /// Where the block's shared memory and its ring lie.
 #[derive(Clone, Copy)]
-pub(super) struct Block {
+pub(crate) struct Block {
     tile: Tile,
     smem: u32,
-    pub(super) ring: RingBarriers,
+    pub(crate) ring: RingBarriers,
     /// Of the cluster: which part of k this block has, or which of the tiles below each other.
     rank: u32,
 }
@@ -69,7 +80,7 @@ impl Block {
     /// Every thread of the block calls it once, first; `tile.smem_bytes()` of dynamic shared
     /// memory (`Kernel::smem_bytes`, which `launch` on the host passes).
     #[inline(always)]
-    pub(super) unsafe fn start(tile: Tile) -> Self {
+    pub(crate) unsafe fn start(tile: Tile) -> Self {
         // SAFETY: the caller's contract.
         unsafe { Self::start_with(tile, 1, tile.num_consumers() * tile.cluster_m) }
     }
@@ -80,7 +91,7 @@ impl Block {
     /// # Safety
     /// As [`start`](Self::start).
     #[inline(always)]
-    pub(super) unsafe fn start_with(tile: Tile, arrivals: u32, releases: u32) -> Self {
+    pub(crate) unsafe fn start_with(tile: Tile, arrivals: u32, releases: u32) -> Self {
         let smem = ptx::dynamic_smem();
         let ring = RingBarriers { base: smem + tile.barrier_offset(), num_stages: tile.num_stages };
         if ptx::thread_index() == 0 {
@@ -105,36 +116,36 @@ impl Block {
 
     /// The first tile of this block and of those it shares tiles with.
     #[inline(always)]
-    pub(super) fn first_tile(self) -> u32 {
+    pub(crate) fn first_tile(self) -> u32 {
         ptx::block_index() / self.tile.cluster()
     }
 
     /// From a tile of this block to its next.
     #[inline(always)]
-    pub(super) fn tile_step(self) -> u32 {
+    pub(crate) fn tile_step(self) -> u32 {
         ptx::grid_size() / self.tile.cluster()
     }
 
     /// How many of `k_blocks` steps are this block's.
     #[inline(always)]
-    pub(super) fn steps(self, k_blocks: u32) -> u32 {
+    pub(crate) fn steps(self, k_blocks: u32) -> u32 {
         let (begin, end) = self.tile.steps(self.rank_of_k(), k_blocks);
         end - begin
     }
 
     #[inline(always)]
-    pub(super) fn x_stage(self, stage: u32) -> u32 {
+    pub(crate) fn x_stage(self, stage: u32) -> u32 {
         self.smem + stage * self.tile.x_stage_bytes()
     }
 
     #[inline(always)]
-    pub(super) fn w_stage(self, stage: u32) -> u32 {
+    pub(crate) fn w_stage(self, stage: u32) -> u32 {
         self.smem + self.tile.w_offset() + stage * self.tile.w_stage_bytes()
     }
 
     /// Where the consumers' slabs lie.
     #[inline(always)]
-    pub(super) fn epilogue(self) -> u32 {
+    pub(crate) fn epilogue(self) -> u32 {
         self.smem + self.tile.y_offset()
     }
 }
@@ -143,7 +154,7 @@ impl Block {
 /// grid start. That order makes everything before the predecessor complete, too, when a grid
 /// starts.
 #[inline(always)]
-pub(super) fn wait_for_predecessors() {
+pub(crate) fn wait_for_predecessors() {
     ptx::griddepcontrol_wait();
     ptx::griddepcontrol_launch_dependents();
 }
@@ -221,9 +232,22 @@ pub(super) unsafe fn produce(block: Block, operands: impl Operands, work: Work) 
     }
 }
 
+/// Applies the activation.
+#[inline(always)]
+pub(crate) fn activate(activation: EpilogueActivation, c: [f32; 8]) -> [f32; 8] {
+    if activation.smooth == 0 {
+        c.map(|value| ptx::max_nan_f32(value, activation.lower))
+    } else {
+        c.map(|value| {
+            let power = ptx::ex2_approx_f32(activation.sigmoid_exponent(value));
+            value * ptx::rcp_approx_f32(1.0 + power)
+        })
+    }
+}
+
 /// One consumer warpgroup's side of the epilogue.
 #[derive(Clone, Copy)]
-pub(super) struct Epilogue {
+pub(crate) struct Epilogue {
     tile: Tile,
     /// 0 or 1.
     consumer: u32,
@@ -244,7 +268,7 @@ pub(super) struct Epilogue {
 
 impl Epilogue {
     #[inline(always)]
-    pub(super) fn new(
+    pub(crate) fn new(
         block: Block,
         consumer: u32,
         y_map: u64,
@@ -290,7 +314,7 @@ impl Epilogue {
     /// This thread's two bias elements of the tile at column `n`, as bits; 0 beyond the edge.
     /// Loaded before the main loop so that their latency hides behind it.
     #[inline(always)]
-    pub(super) fn load_bias(self, n: u32) -> (u16, u16) {
+    pub(crate) fn load_bias(self, n: u32) -> (u16, u16) {
         let column = n + 2 * self.thread;
         let (mut low, mut high) = (0, 0);
         if self.bias != 0 && 2 * self.thread < self.tile.block_n {
@@ -311,7 +335,7 @@ impl Epilogue {
     /// Puts the bias where the warpgroup's other threads read it. The first barrier of the first
     /// slab orders it; the last barrier of the tile before ended its readers.
     #[inline(always)]
-    pub(super) fn publish_bias<E: Element>(self, (low, high): (u16, u16)) {
+    pub(crate) fn publish_bias<E: Element>(self, (low, high): (u16, u16)) {
         if 2 * self.thread < self.tile.block_n {
             let address = self.bias_smem + 8 * self.thread;
             // SAFETY: this thread's own 8 bytes.
@@ -327,7 +351,7 @@ impl Epilogue {
     /// # Safety
     /// The whole warpgroup calls it.
     #[inline(always)]
-    pub(super) unsafe fn begin_slab(self) {
+    pub(crate) unsafe fn begin_slab(self) {
         if self.thread == 0 {
             // The store that last read this buffer, one or two stores ago, has finished reading.
             if self.tile.slab_buffers() == 2 {
@@ -346,7 +370,7 @@ impl Epilogue {
     /// # Safety
     /// The whole warpgroup calls it, between `begin_slab` and `end_slab`.
     #[inline(always)]
-    pub(super) unsafe fn columns<E: Element>(self, group: u32, mut c: [f32; 8]) {
+    pub(crate) unsafe fn columns<E: Element>(self, group: u32, mut c: [f32; 8]) {
         let bias = self.bias_smem + (16 * group + 2 * (self.thread % 4)) * 4;
         // SAFETY: columns 16·group to 16·group + 15 are below block_n.
         let ((b0, b1), (b2, b3)) =
@@ -361,14 +385,17 @@ impl Epilogue {
             c[6] + b2,
             c[7] + b3,
         ];
-        c = if self.activation.smooth == 0 {
-            c.map(|value| ptx::max_nan_f32(value, self.activation.lower))
-        } else {
-            c.map(|value| {
-                let power = ptx::ex2_approx_f32(self.activation.sigmoid_exponent(value));
-                value * ptx::rcp_approx_f32(1.0 + power)
-            })
-        };
+        // SAFETY: by the caller's contract.
+        unsafe { self.biased_columns::<E>(group, c) }
+    }
+
+    /// The same for sums to which the bias has been added.
+    ///
+    /// # Safety
+    /// As [`columns`](Self::columns).
+    #[inline(always)]
+    pub(crate) unsafe fn biased_columns<E: Element>(self, group: u32, mut c: [f32; 8]) {
+        c = activate(self.activation, c);
         let slab = group / 4;
         let address = self.slab(slab) + stmatrix_offset(self.thread, group % 4);
         // SAFETY: inside this warpgroup's buffer; `begin_slab` has freed it.
@@ -388,27 +415,38 @@ impl Epilogue {
     /// # Safety
     /// The whole warpgroup calls it, after the slab's four `columns`.
     #[inline(always)]
-    pub(super) unsafe fn end_slab(self, slab: u32, m: u32, n: u32) {
+    pub(crate) unsafe fn end_slab(self, slab: u32, m: u32, n: u32) {
+        let first = self.rank * self.tile.store_rows();
+        let row = m + self.consumer * CONSUMER_M + first;
+        // SAFETY: by the caller's contract; `end_slab_with` calls back when the buffer is complete.
+        unsafe {
+            self.end_slab_with(slab, |map, buffer| {
+                let buffer = buffer + first * SWIZZLE_ROW_BYTES;
+                ptx::cp_async_bulk_tensor_2d_store(map, n + slab * SLAB_N, row, buffer);
+            });
+        }
+    }
+
+    /// Stores slab `slab` as `store` says, which gets Y's map and the buffer's address in one
+    /// thread, after every writer has fenced; the buffer is not written again before `begin_slab`
+    /// has waited for the store.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it, after the slab's four `columns`.
+    #[inline(always)]
+    pub(crate) unsafe fn end_slab_with(self, slab: u32, store: impl FnOnce(u64, u32)) {
         ptx::fence_proxy_async_shared();
         // SAFETY: the whole warpgroup, by the caller's contract.
         unsafe { self.sync() };
         if self.thread == 0 {
-            let buffer = self.slab(slab);
-            let first = self.rank * self.tile.store_rows();
-            let (row, buffer) =
-                (m + self.consumer * CONSUMER_M + first, buffer + first * SWIZZLE_ROW_BYTES);
-            // SAFETY: every writer has fenced and the barrier is behind us; the buffer is not
-            // written again before `begin_slab` has waited for this store.
-            unsafe {
-                ptx::cp_async_bulk_tensor_2d_store(self.y_map, n + slab * SLAB_N, row, buffer);
-            }
+            store(self.y_map, self.slab(slab));
             ptx::cp_async_bulk_commit_group();
         }
     }
 
     /// Waits for the stores: shared memory must outlive their reads.
     #[inline(always)]
-    pub(super) fn finish(self) {
+    pub(crate) fn finish(self) {
         if self.thread == 0 {
             ptx::cp_async_bulk_wait_group_read::<0>();
         }
@@ -461,7 +499,7 @@ macro_rules! entry {
         /// `gemm.rs` has checked against the shape contract.
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $entry(params: HopperGemmParams) {
-            use crate::smem_layout::{Major, descriptor_step_k16, wgmma_descriptor};
+            use crate::smem_layout::Major;
             use crate::{pipeline::RingPosition, ptx};
             use device::*;
 
@@ -528,38 +566,9 @@ macro_rules! entry {
                 while tile < tiles.num_tiles() {
                     let (m, n) = block.corner(tiles, tile);
                     let bias = epilogue.load_bias(n);
-                    let mut previous = position.stage;
-                    let mut k_block = 0u32;
-                    while k_block < k_steps {
-                        let stage = position.stage;
-                        let x = block.x_stage(stage) + consumer * (CONSUMER_M * BLOCK_K * 2);
-                        let a = wgmma_descriptor(x, X_MAJOR);
-                        let b = wgmma_descriptor(block.w_stage(stage), W_MAJOR);
-                        // SAFETY: the stage has landed; the whole warpgroup executes it.
-                        unsafe {
-                            block.ring.wait_full(position);
-                            ptx::wgmma::wgmma_k64!(
-                                $ptx_type, $block_n,
-                                (X_MAJOR as u32), (W_MAJOR as u32),
-                                (descriptor_step_k16(X_MAJOR)),
-                                (descriptor_step_k16(W_MAJOR)),
-                                a, b, k_block, $($($c)+)+
-                            );
-                            // The batch before is complete: its stage may be overwritten.
-                            if elected && k_block > 0 {
-                                block.release(previous);
-                            }
-                        }
-                        previous = stage;
-                        position = position.next(TILE.num_stages);
-                        k_block += 1;
-                    }
-                    // SAFETY: the whole warpgroup; the last batch's stage is released after it.
-                    unsafe {
-                        ptx::wgmma::wgmma_wait_all!($block_n, $($($c)+)+);
-                        if elected {
-                            block.release(previous);
-                        }
+                    multiply_tile! {
+                        $ptx_type, $block_n, TILE, X_MAJOR, W_MAJOR, block, consumer, elected,
+                        position, k_steps, $($($c)+)+
                     }
                     tile += block.tile_step();
                     if TILE.split_k > 1 {

@@ -10,16 +10,26 @@ const ROWS: usize = PORTABLE_ROWS as usize;
 
 /// An element type of the kernels.
 pub(in crate::persistent) trait Stack {
+    /// What a thread keeps in registers while it waits for a unit.
+    type Ahead;
+    /// Loads that, of the weights in shared memory.
+    ///
+    /// # Safety
+    /// Every thread of the block calls it, after a barrier that follows the loading of the weights.
+    unsafe fn ahead(grid: &Grid<'_>) -> Self::Ahead;
     /// Computes a unit.
     ///
     /// # Safety
-    /// Every thread of the block calls it, between two barriers, with a unit of this grid.
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit);
+    /// Every thread of the block calls it, between two barriers, with a unit of this grid and what
+    /// `ahead` gave for the unit's weights.
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead);
 }
 
 /// What differs between the element types. Bits travel in the lower end of a `u32`.
 trait Element {
     const SIZE: u32;
+    /// All bits one, which says that a result is not there yet.
+    const ABSENT: u32 = u32::MAX >> (32 - Self::SIZE * 8);
     fn widen(bits: u32) -> f32;
     fn round(value: f32) -> u32;
     /// # Safety
@@ -29,7 +39,7 @@ trait Element {
     /// As [`ptx::ld_shared_u32`], for `SIZE` bytes.
     unsafe fn load_shared(address: u32) -> u32;
     /// # Safety
-    /// As [`ptx::st_global_u32`], for `SIZE` bytes.
+    /// As [`ptx::st_relaxed_sys_u32`], for `SIZE` bytes.
     unsafe fn store(address: u64, bits: u32);
 }
 
@@ -60,7 +70,7 @@ impl Element for F32 {
     #[inline(always)]
     unsafe fn store(address: u64, bits: u32) {
         // SAFETY: the caller's contract.
-        unsafe { ptx::st_global_u32(address, bits) }
+        unsafe { ptx::st_relaxed_sys_u32(address, bits) }
     }
 }
 
@@ -89,7 +99,7 @@ macro_rules! sixteen_bit_element {
             #[inline(always)]
             unsafe fn store(address: u64, bits: u32) {
                 // SAFETY: the caller's contract.
-                unsafe { ptx::st_global_u16(address, bits as u16) }
+                unsafe { ptx::st_relaxed_sys_u16(address, bits as u16) }
             }
         }
     };
@@ -98,8 +108,13 @@ sixteen_bit_element!(F16, |bits: u32| ptx::cvt_f32_f16(bits as u16), ptx::cvt_rn
 sixteen_bit_element!(BF16, |bits: u32| f32::from_bits(bits << 16), bf16_from_f32);
 
 impl<E: Element> Stack for E {
+    type Ahead = ();
+
     #[inline(always)]
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit) {
+    unsafe fn ahead(_: &Grid<'_>) {}
+
+    #[inline(always)]
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, (): &()) {
         let mut first = 0;
         while first < unit.rows {
             ptx::nounroll();
@@ -167,7 +182,9 @@ unsafe fn run<E: Element>(grid: &Grid<'_>, unit: Unit, first: u32, rows: u32) {
                 let value = ptx::ld_shared_u32(source + row * row_bytes + column * 4);
                 let element = u64::from((first + row) * width + column);
                 let address = unit.output + element * u64::from(E::SIZE);
-                E::store(address, E::round(f32::from_bits(value)));
+                let bits = E::round(f32::from_bits(value));
+                // Arithmetic gives positive NaNs; should one be negative, it is the same NaN.
+                E::store(address, if bits == E::ABSENT { bits >> 1 } else { bits });
                 column += THREADS;
             }
             row += 1;

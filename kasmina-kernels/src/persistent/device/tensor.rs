@@ -14,14 +14,27 @@ const FRAGMENT_BYTES: u32 = 512;
 const STEP_BYTES: u32 = 4 * FRAGMENT_BYTES;
 /// Steps of 32 inputs whose weights are on their way at a time when they come from the L2 cache.
 const STREAM_STEPS: u32 = 4;
+/// The same when they come from shared memory, whose bandwidth is then what a layer takes.
+const RESIDENT_STEPS: u32 = 8;
+/// A lane's part of the four fragments of a step, and of so many steps.
+type Weights = [[u32; 4]; 4];
+type Group = [Weights; RESIDENT_STEPS as usize];
 
 /// An element type of the kernels.
 pub(in crate::persistent) trait Stack {
+    /// What a thread keeps in registers while it waits for a unit.
+    type Ahead;
+    /// Loads that, of the weights in shared memory.
+    ///
+    /// # Safety
+    /// Every thread of the block calls it, after a barrier that follows the loading of the weights.
+    unsafe fn ahead(grid: &Grid<'_>) -> Self::Ahead;
     /// Computes a unit.
     ///
     /// # Safety
-    /// Every thread of the block calls it, between two barriers, with a unit of this grid.
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit);
+    /// Every thread of the block calls it, between two barriers, with a unit of this grid and what
+    /// `ahead` gave for the unit's weights.
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead);
 }
 
 /// Sums of two times 16 outputs by up to four times 8 rows, as `mma` holds them in a lane.
@@ -78,16 +91,24 @@ impl Element for BF16 {
 }
 
 impl<E: Element> Stack for E {
+    type Ahead = Group;
+
     #[inline(always)]
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit) {
+    unsafe fn ahead(grid: &Grid<'_>) -> Group {
+        // SAFETY: this contract; every stack has a first layer.
+        unsafe { Product::of(grid, 0, 0, 0, 0).ahead() }
+    }
+
+    #[inline(always)]
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Group) {
         // SAFETY: this contract; the branch is the same in every thread.
         unsafe {
             if unit.rows <= 8 {
-                run::<E, 1>(grid, unit);
+                run::<E, 1>(grid, unit, ahead);
             } else if unit.rows <= 16 {
-                run::<E, 2>(grid, unit);
+                run::<E, 2>(grid, unit, ahead);
             } else {
-                run::<E, 4>(grid, unit);
+                run::<E, 4>(grid, unit, ahead);
             }
         }
     }
@@ -98,27 +119,33 @@ impl<E: Element> Stack for E {
 /// # Safety
 /// As [`Stack::compute`].
 #[inline(always)]
-unsafe fn run<E: Element, const N: u32>(grid: &Grid<'_>, unit: Unit) {
+unsafe fn run<E: Element, const N: u32>(grid: &Grid<'_>, unit: Unit, ahead: &Group) {
     let mut source = grid.smem + SCRATCH_BYTES;
     let mut target = source + PART_ROWS * grid.params.row_bytes;
     // SAFETY: this contract; both buffers have `PART_ROWS` rows as wide as the widest layer.
     unsafe {
         load_rows(grid, unit, source, grid.plan(0, 0));
         ptx::bar_sync_all();
+        let mut weights = *ahead;
         let mut layer = 0;
-        while layer < grid.params.layers {
+        loop {
             ptx::nounroll();
             let product = Product::of(grid, layer, unit.version, source, target);
-            if grid.plan(layer, 6) == LayerPlan::STREAMED {
-                product.run::<E, N, true>();
+            if product.streamed {
+                product.run::<E, N, true>(&weights);
             } else {
-                product.run::<E, N, false>();
+                product.run::<E, N, false>(&weights);
             }
+            layer += 1;
+            if layer == grid.params.layers {
+                break;
+            }
+            weights = Product::of(grid, layer, unit.version, source, target).ahead();
             ptx::bar_sync_all();
             (source, target) = (target, source);
-            layer += 1;
         }
-        store_rows(grid, unit, source, grid.plan(layer - 1, 1));
+        ptx::bar_sync_all();
+        store_rows(grid, unit, target, grid.plan(layer - 1, 1));
     }
 }
 
@@ -228,7 +255,7 @@ unsafe fn store_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) {
             let mut at = Vectors::new(grid.thread, width / 8);
             while at.row < unit.rows {
                 let values = ptx::ld_shared_v4_u32(buffer + at.row * row_bytes + at.column * 16);
-                ptx::st_global_v4_u32(unit.output + u64::from(at.index) * 16, values);
+                ptx::st_relaxed_sys_v4_u32(unit.output + u64::from(at.index) * 16, values);
                 at.advance();
             }
         } else {
@@ -240,7 +267,7 @@ unsafe fn store_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) {
                     ptx::nounroll();
                     let value = ptx::ld_shared_u16(buffer + row * row_bytes + column * 2);
                     let element = u64::from(row * width + column);
-                    ptx::st_global_u16(unit.output + element * 2, value);
+                    ptx::st_relaxed_sys_u16(unit.output + element * 2, value);
                     column += THREADS;
                 }
                 row += 1;
@@ -251,9 +278,10 @@ unsafe fn store_rows(grid: &Grid<'_>, unit: Unit, buffer: u32, width: u32) {
 
 /// One layer of one unit.
 struct Product {
-    /// The packed matrix in shared memory, if it stays there, and in global memory.
+    /// The packed matrix in shared memory, unless it is streamed, and in global memory.
     smem: u32,
     packed: u64,
+    streamed: bool,
     bias: u32,
     source: u32,
     target: u32,
@@ -277,6 +305,7 @@ impl Product {
             Self {
                 smem: grid.smem.wrapping_add(grid.plan(layer, 6)),
                 packed: grid.packed(version) + u64::from(grid.plan(layer, 2)),
+                streamed: grid.plan(layer, 6) == LayerPlan::STREAMED,
                 bias: grid.smem + grid.plan(layer, 7),
                 source,
                 target,
@@ -295,10 +324,26 @@ impl Product {
         }
     }
 
+    /// The first steps of this warp's first outputs, if the matrix stays in shared memory and has
+    /// as many; they may be loaded before the layer's input is there.
+    ///
     /// # Safety
-    /// Every thread of the block calls it, between two barriers.
+    /// After a barrier that follows the loading of the weights.
     #[inline(always)]
-    unsafe fn run<E: Element, const N: u32, const STREAMED: bool>(&self) {
+    unsafe fn ahead(&self) -> Group {
+        if !self.streamed && self.warp < self.pairs && RESIDENT_STEPS <= self.steps {
+            // SAFETY: this contract.
+            unsafe { self.group(self.warp, 0) }
+        } else {
+            [[[0; 4]; 4]; RESIDENT_STEPS as usize]
+        }
+    }
+
+    /// # Safety
+    /// Every thread of the block calls it, between two barriers, with what `ahead` gave.
+    #[inline(always)]
+    unsafe fn run<E: Element, const N: u32, const STREAMED: bool>(&self, ahead: &Group) {
+        let mut weights = *ahead;
         let mut pair = self.warp;
         while pair < self.pairs {
             ptx::nounroll();
@@ -318,7 +363,27 @@ impl Product {
                         step += 1;
                     }
                 } else {
+                    while step + RESIDENT_STEPS <= self.steps {
+                        ptx::nounroll();
+                        if pair != self.warp || step > 0 {
+                            weights = self.group(pair, step);
+                            // All of them under way before the first is used: the assembler would
+                            // put loads off to save registers.
+                            ptx::bar_warp_sync();
+                        }
+                        let [w0, w1, w2, w3, w4, w5, w6, w7] = weights;
+                        self.step::<E, N>(&mut sums, step, w0);
+                        self.step::<E, N>(&mut sums, step + 1, w1);
+                        self.step::<E, N>(&mut sums, step + 2, w2);
+                        self.step::<E, N>(&mut sums, step + 3, w3);
+                        self.step::<E, N>(&mut sums, step + 4, w4);
+                        self.step::<E, N>(&mut sums, step + 5, w5);
+                        self.step::<E, N>(&mut sums, step + 6, w6);
+                        self.step::<E, N>(&mut sums, step + 7, w7);
+                        step += RESIDENT_STEPS;
+                    }
                     while step < self.steps {
+                        ptx::nounroll();
                         self.step::<E, N>(&mut sums, step, self.resident(pair, step));
                         step += 1;
                     }
@@ -350,12 +415,22 @@ impl Product {
         }
     }
 
+    /// The fragments of several steps, from shared memory.
+    ///
+    /// # Safety
+    /// The matrix stays in shared memory and has `RESIDENT_STEPS` steps from `step` on.
+    #[inline(always)]
+    unsafe fn group(&self, pair: u32, step: u32) -> Group {
+        // SAFETY: this contract.
+        [0, 1, 2, 3, 4, 5, 6, 7].map(|ahead| unsafe { self.resident(pair, step + ahead) })
+    }
+
     /// The four fragments of a step, from shared memory.
     ///
     /// # Safety
     /// The matrix stays in shared memory and has the step.
     #[inline(always)]
-    unsafe fn resident(&self, pair: u32, step: u32) -> [[u32; 4]; 4] {
+    unsafe fn resident(&self, pair: u32, step: u32) -> Weights {
         let at = self.smem + (pair * self.steps + step) * STEP_BYTES + self.lane * 16;
         // SAFETY: this contract.
         [0, 1, 2, 3]
@@ -368,7 +443,7 @@ impl Product {
     /// # Safety
     /// The matrix has the step.
     #[inline(always)]
-    unsafe fn streamed(&self, pair: u32, step: u32) -> [[u32; 4]; 4] {
+    unsafe fn streamed(&self, pair: u32, step: u32) -> Weights {
         let offset = (pair * self.steps + step) * STEP_BYTES + self.lane * 16;
         let at = self.packed + u64::from(offset);
         [0, 1, 2, 3].map(|fragment: u32| {
@@ -382,12 +457,7 @@ impl Product {
     /// # Safety
     /// As [`run`](Self::run).
     #[inline(always)]
-    unsafe fn step<E: Element, const N: u32>(
-        &self,
-        sums: &mut Sums,
-        step: u32,
-        weights: [[u32; 4]; 4],
-    ) {
+    unsafe fn step<E: Element, const N: u32>(&self, sums: &mut Sums, step: u32, weights: Weights) {
         // Lane l gives row l % 8 of the matrix of the inputs 8·(l / 8) and the next seven.
         let at = self.source + self.lane % 8 * self.row_bytes + self.lane / 8 * 16 + step * 64;
         for_each_below!(N, ROWS => {
