@@ -92,11 +92,15 @@ struct Case {
     activation: Activation,
 }
 
-/// Every shape with every tile; layout and activation go round.
+/// Every shape with every tile that serves it; layout and activation go round.
 fn cases(shapes: impl IntoIterator<Item = ([usize; 3], usize)>) -> Vec<Case> {
     let mut cases = Vec::new();
     for (shape, chunks) in shapes {
         for tile in TILES {
+            // Whole halves of tiles.
+            if chunks > 1 && !(shape[1] / chunks).is_multiple_of(tile[1] as usize / 2) {
+                continue;
+            }
             let number = cases.len();
             let layout = WeightLayout::ALL[number % 2];
             let activation = Activation::ALL[number % Activation::ALL.len()];

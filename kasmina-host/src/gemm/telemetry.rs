@@ -4,6 +4,7 @@
 use std::num::NonZeroU32;
 
 use kasmina_kernels::abi::Tier;
+use kasmina_kernels::gemm::hopper::Tile;
 use kasmina_kernels::gemm::hopper::telemetry::{self, TelemetryKernel, TelemetryParams};
 use kasmina_kernels::reduce::Segments as Cut;
 
@@ -137,9 +138,12 @@ impl<T: Element> Forward<'_, T> {
     ) -> Option<Plan> {
         let problem = self.problem(extents);
         let forced = config.forced_hopper();
-        let row = telemetry::select(T::DTYPE, self.layout, problem, multiprocessors, forced)?;
         let chunks = NonZeroU32::new(u32::try_from(chunks).ok()?)?;
-        let cut = row.tile.cut(extents.m, extents.n, chunks)?;
+        let cut = |tile: Tile| tile.cut(extents.m, extents.n, chunks);
+        let serves = |tile: Tile| cut(tile).is_some();
+        let row =
+            telemetry::select(T::DTYPE, self.layout, problem, multiprocessors, forced, serves)?;
+        let cut = cut(row.tile)?;
         Some(Plan { row, cut })
     }
 }

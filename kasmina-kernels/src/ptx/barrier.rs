@@ -18,6 +18,20 @@ pub unsafe fn bar_sync<const ID: u32, const THREADS: u32>() {
     }
 }
 
+/// `bar.arrive`: arrives at a named barrier without waiting; what this thread did before is visible
+/// to the threads that wait there.
+///
+/// # Safety
+/// As [`bar_sync`]; `THREADS` counts those that arrive and those that wait.
+#[inline(always)]
+pub unsafe fn bar_arrive<const ID: u32, const THREADS: u32>() {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("bar.arrive {id}, {threads};", id = const ID, threads = const THREADS,
+             options(nostack));
+    }
+}
+
 /// `bar.sync 0`: waits for the whole block, and orders its shared-memory accesses.
 ///
 /// # Safety

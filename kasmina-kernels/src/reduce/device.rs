@@ -13,6 +13,8 @@ mod blocks;
 mod chunk;
 #[cfg(kasmina_tier = "hopper")]
 mod cluster;
+#[cfg(kasmina_tier = "hopper")]
+mod held;
 mod element;
 mod load;
 mod naive;
@@ -21,11 +23,13 @@ mod segments;
 mod slots;
 
 #[cfg(kasmina_tier = "hopper")]
-pub(crate) use blocks::{Source, put_record, summary_of_block, write_slot};
+pub(crate) use blocks::{EMPTY, Source, add_to_record, put_record, summary_of_block, write_slot};
 use chunk::At;
 #[cfg(kasmina_tier = "hopper")]
 pub(super) use cluster::few;
 pub(crate) use element::{BF16, Element, F16};
+#[cfg(kasmina_tier = "hopper")]
+pub(crate) use held::Held;
 pub(super) use element::{F32, Max, Min, Pairs, Statistic, Sum, Summary};
 use load::*;
 pub(super) use naive::naive;

@@ -256,9 +256,6 @@ pub(crate) struct Epilogue {
     /// Of the warpgroup, 0 to 127.
     thread: u32,
     slabs: u32,
-    /// Which bits of a slab's number say its buffer, and bytes from one buffer to the next.
-    slab_mask: u32,
-    slab_stride: u32,
     bias_smem: u32,
     y_map: u64,
     bias: u64,
@@ -283,8 +280,6 @@ impl Epilogue {
             rank: block.rank_of_k(),
             thread: ptx::thread_index() % WARPGROUP,
             slabs: block.smem + tile.y_offset() + consumer * (tile.slab_buffers() * SLAB_BYTES),
-            slab_mask: tile.slab_buffers() - 1,
-            slab_stride: SLAB_BYTES,
             bias_smem: block.smem + tile.bias_offset() + consumer * (tile.block_n * 4),
             y_map,
             bias,
@@ -293,22 +288,10 @@ impl Epilogue {
         }
     }
 
-    /// The same for the last tile, with a slab for each of its own in a stage of the ring: where
-    /// this consumer's rows of X were, once it has multiplied all of them.
-    #[inline(always)]
-    pub(super) fn with_slabs_in_stages(self, block: Block) -> Self {
-        Self {
-            slabs: block.x_stage(0) + self.consumer * SLAB_BYTES,
-            slab_mask: u32::MAX,
-            slab_stride: self.tile.x_stage_bytes(),
-            ..self
-        }
-    }
-
     /// Where slab `slab` of a tile lies until it is stored.
     #[inline(always)]
-    pub(super) fn slab(self, slab: u32) -> u32 {
-        self.slabs + (slab & self.slab_mask) * self.slab_stride
+    fn slab(self, slab: u32) -> u32 {
+        self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES
     }
 
     /// This thread's two bias elements of the tile at column `n`, as bits; 0 beyond the edge.
@@ -365,12 +348,12 @@ impl Epilogue {
     }
 
     /// Finishes 16 columns: registers `8·group ..` of the tile, as
-    /// `smem_layout::accumulator_position` places them.
+    /// `smem_layout::accumulator_position` places them. Gives back what it has put there, in pairs.
     ///
     /// # Safety
     /// The whole warpgroup calls it, between `begin_slab` and `end_slab`.
     #[inline(always)]
-    pub(crate) unsafe fn columns<E: Element>(self, group: u32, mut c: [f32; 8]) {
+    pub(crate) unsafe fn columns<E: Element>(self, group: u32, mut c: [f32; 8]) -> [u32; 4] {
         let bias = self.bias_smem + (16 * group + 2 * (self.thread % 4)) * 4;
         // SAFETY: columns 16·group to 16·group + 15 are below block_n.
         let ((b0, b1), (b2, b3)) =
@@ -394,20 +377,15 @@ impl Epilogue {
     /// # Safety
     /// As [`columns`](Self::columns).
     #[inline(always)]
-    pub(crate) unsafe fn biased_columns<E: Element>(self, group: u32, mut c: [f32; 8]) {
+    pub(crate) unsafe fn biased_columns<E: Element>(self, group: u32, mut c: [f32; 8]) -> [u32; 4] {
         c = activate(self.activation, c);
         let slab = group / 4;
         let address = self.slab(slab) + stmatrix_offset(self.thread, group % 4);
+        let pairs =
+            [E::pack(c[1], c[0]), E::pack(c[3], c[2]), E::pack(c[5], c[4]), E::pack(c[7], c[6])];
         // SAFETY: inside this warpgroup's buffer; `begin_slab` has freed it.
-        unsafe {
-            ptx::stmatrix_x4(
-                address,
-                E::pack(c[1], c[0]),
-                E::pack(c[3], c[2]),
-                E::pack(c[5], c[4]),
-                E::pack(c[7], c[6]),
-            );
-        }
+        unsafe { ptx::stmatrix_x4(address, pairs[0], pairs[1], pairs[2], pairs[3]) };
+        pairs
     }
 
     /// Stores slab `slab` of the tile whose first row and column are `m` and `n`.
@@ -455,7 +433,7 @@ impl Epilogue {
     /// # Safety
     /// The whole warpgroup calls it.
     #[inline(always)]
-    unsafe fn sync(self) {
+    pub(super) unsafe fn sync(self) {
         // SAFETY: barrier ids are immediates; each consumer has its own.
         unsafe {
             if self.consumer == 0 {

@@ -1,28 +1,27 @@
 //! Forward kernels that summarise what they write: for each chunk of the output's columns its
 //! statistics over all rows, without another pass over memory.
 //!
-//! A forward kernel's epilogue has nothing to spare: the tensor cores wait for it. Three warps of
-//! the producer's warpgroup do have, since one thread feeds the ring. They summarise a tile while
-//! the next one is multiplied:
+//! Consumers add up what they store, as it passes through their registers, slab by slab. Warps
+//! leave their summaries in shared memory; a warp of the producer's warpgroup, which is idle
+//! otherwise, merges them while the next tile is multiplied:
 //!
 //! ```text
-//! consumers       k … k │ epilogue, TMA stores │ 8 steps of k, stores are complete ─ say so │ k …
-//! three warps           wait until it is said ─ read the tile back from L2 ─ summarise it
-//! last tile             epilogue into free stages of the ring ─ the consumers summarise it there
+//! consumers   k … k │ epilogue: slab ─ TMA store ─ add it up │ summary of each warp ─ say so │ k …
+//! one warp                                                     merge them to slots, and those
 //! ```
-//! A warp summarises 64×64 elements (`reduce/device/blocks.rs`); of these *units* a tile has one
-//! for each consumer and slab. Units of neighbouring slabs that lie in one chunk are merged to a
-//! slot of the workspace, and who writes the last slot of a chunk merges all of them by number. So
-//! the bits of a result depend on elements, shape and tile alone: not on the grid, nor on the order
-//! in which tiles are done. Elements are those of Y, rounded to its type. Arithmetic, error bounds
-//! and layout of the results are those of the segmented reduction of Y (`reduce.rs`).
+//! A warp summarises 16 rows of the columns of a tile that lie in one chunk (a *unit*). The units
+//! of a chunk in a tile are merged to a slot of the workspace, and who writes the last slot of a
+//! chunk merges all of them by number. So the bits of a result depend on elements, shape and tile
+//! alone: not on the grid, nor on the order in which tiles are done. Elements are those of Y,
+//! rounded to its type. Arithmetic, error bounds and layout of the results are those of the
+//! segmented reduction of Y (`reduce.rs`).
 //!
 //! # Shape contract
-//! - As `hopper.rs`, and chunks of columns that are whole slabs of 64, or one chunk.
+//! - As `hopper.rs`, and chunks of columns that are whole halves of a tile or more, or one chunk.
 
 use core::num::NonZeroU32;
 
-use super::{CONSUMER_M, Forced, HopperGemmParams, Problem, SLAB_N, Tile};
+use super::{Forced, HopperGemmParams, Problem, Tile};
 use crate::abi::{DType, Kernel, KernelParams, Module, module};
 use crate::gemm::WeightLayout;
 use crate::reduce::{SegmentParams, Segments};
@@ -33,73 +32,51 @@ mod device;
 
 /// Bytes of a unit's record in shared memory.
 const RECORD_BYTES: u32 = 32;
-/// Steps of k after which the stores of the tile before are taken to be complete, so that nobody
-/// waits for them.
-#[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
-const STEPS_BEFORE_STORED: u32 = 8;
+/// Rows of a unit: a consumer's warp has as many.
+const UNIT_ROWS: u32 = 16;
 
-/// A piece of a tile that one warp summarises.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Unit {
-    /// Its first row and column in Y.
-    pub row: u32,
-    /// Its first column.
-    pub column: u32,
-    /// Rows that exist, up to 64.
-    pub rows: u32,
-    /// Columns that exist, up to 64.
-    pub columns: u32,
-}
-
-/// Slabs of a tile that go to one slot.
+/// Columns of a tile that go to one slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
     /// The chunk.
     pub segment: u32,
     /// Number of the slot within the chunk.
     pub index: u32,
-    /// Its first slab in the tile.
-    pub first_slab: u32,
-    /// Number of slabs.
-    pub slabs: u32,
+    /// Columns of it that exist.
+    pub columns: u32,
 }
 
 impl Tile {
-    const fn slabs(self) -> u32 {
-        self.block_n / SLAB_N
-    }
-
+    /// Warps that have a unit of each run.
     const fn units(self) -> u32 {
-        self.num_consumers() * self.slabs()
+        self.block_m / UNIT_ROWS
     }
 
-    /// Where the records of the three warps lie, those of two tiles in turn, and then those of the
-    /// consumers.
+    /// Where the records of the units lie: those of the first run, then those of the second.
     const fn records_offset(self) -> u32 {
-        self.smem_bytes()
+        self.smem_bytes().next_multiple_of(16)
     }
 
-    /// Where each consumer says how many of its tiles are stored.
-    const fn stored_offset(self) -> u32 {
-        self.records_offset() + 3 * self.units() * RECORD_BYTES
+    /// Where the units say which of their runs they leave to the merging warp.
+    const fn left_offset(self) -> u32 {
+        self.records_offset() + 2 * self.units() * RECORD_BYTES
     }
 
     const fn telemetry_smem_bytes(self) -> u32 {
-        self.stored_offset() + 16
+        self.left_offset() + 4 * self.units()
     }
 
     /// How the chunks of an `[m, n]` output are put together from tiles; `None` where chunks are
-    /// not whole slabs. There are at least as many columns as chunks, and at least one row.
+    /// not whole halves of tiles. There are at least as many columns as chunks, and at least one row.
     #[must_use]
     pub fn cut(self, m: u32, n: u32, chunks: NonZeroU32) -> Option<Segments> {
         let width = n / chunks;
-        if chunks.get() > 1 && (n % chunks != 0 || !width.is_multiple_of(SLAB_N)) {
+        let half = self.block_n / 2;
+        if chunks.get() > 1 && (n % chunks != 0 || !width.is_multiple_of(half)) {
             return None;
         }
-        let mut piece = self.block_n;
-        while chunks.get() > 1 && !width.is_multiple_of(piece) {
-            piece /= 2;
-        }
+        let whole = chunks.get() == 1 || width.is_multiple_of(self.block_n);
+        let piece = if whole { self.block_n } else { half };
         let pieces = NonZeroU32::new(width.div_ceil(piece))?;
         Some(Segments {
             rows: m,
@@ -117,25 +94,15 @@ impl Tile {
         })
     }
 
-    /// Unit `index` of the tile at `(tile_m, tile_n)` of an `[m, n]` output: those of the first
-    /// consumer by slabs, then those of the second.
+    /// Rows of unit `unit` of a tile in row `tile_m` of tiles that exist, of `m`.
     #[must_use]
     #[inline(always)]
-    pub const fn unit(self, m: u32, n: u32, (tile_m, tile_n): (u32, u32), index: u32) -> Unit {
-        let (consumer, slab) = (index / self.slabs(), index % self.slabs());
-        let row = tile_m * self.block_m + consumer * CONSUMER_M;
-        let column = tile_n * self.block_n + slab * SLAB_N;
-        let (rows, columns) = (m.saturating_sub(row), n.saturating_sub(column));
-        Unit {
-            row,
-            column,
-            rows: if rows < CONSUMER_M { rows } else { CONSUMER_M },
-            columns: if columns < SLAB_N { columns } else { SLAB_N },
-        }
+    pub const fn unit_rows(self, m: u32, tile_m: u32, unit: u32) -> u32 {
+        let rows = m.saturating_sub(tile_m * self.block_m + unit * UNIT_ROWS);
+        if rows < UNIT_ROWS { rows } else { UNIT_ROWS }
     }
 
-    /// The run of the tile at `(tile_m, tile_n)` that starts at slab `first_slab`, a multiple of
-    /// the slabs of a piece; `None` where that is beyond the last column.
+    /// Run `run` of the tile at `(tile_m, tile_n)`; `None` where that is beyond the last column.
     #[must_use]
     #[inline(always)]
     pub fn run(
@@ -143,16 +110,18 @@ impl Tile {
         cut: &Segments,
         n: u32,
         (tile_m, tile_n): (u32, u32),
-        first_slab: u32,
+        run: u32,
     ) -> Option<Run> {
-        let column = tile_n * self.block_n + first_slab * SLAB_N;
+        let column = tile_n * self.block_n + run * cut.piece;
         if column >= n {
             return None;
         }
         let segment = div(column, cut.width);
         let piece = div(column - segment * cut.width, cut.piece);
         let index = tile_m * cut.pieces.get() + piece;
-        Some(Run { segment, index, first_slab, slabs: cut.piece / SLAB_N })
+        let columns = n - column;
+        let columns = if columns < cut.piece { columns } else { cut.piece };
+        Some(Run { segment, index, columns })
     }
 }
 
@@ -185,7 +154,7 @@ pub struct TelemetryKernel {
     pub kernel: Kernel<TelemetryParams>,
 }
 
-/// As [`super::select`], of the kernels with telemetry.
+/// As [`super::select`], of the kernels with telemetry whose tile `serves`.
 #[must_use]
 pub fn select(
     dtype: DType,
@@ -193,11 +162,12 @@ pub fn select(
     problem: Problem,
     multiprocessors: u32,
     forced: Forced,
+    serves: impl Fn(Tile) -> bool,
 ) -> Option<&'static TelemetryKernel> {
     KERNELS
         .iter()
         .filter(|row| (row.dtype, row.layout) == (dtype, layout))
-        .filter(|row| forced.admits(row.tile, problem.k))
+        .filter(|row| forced.admits(row.tile, problem.k) && serves(row.tile))
         .min_by_key(|row| row.tile.cost(problem, multiprocessors))
 }
 
@@ -275,27 +245,24 @@ mod tests {
                 (7, 576, 3),
                 (300, 640, 10),
             ] {
-                let cut = tile.cut(m, n, chunks(parts)).expect("whole slabs");
+                let Some(cut) = tile.cut(m, n, chunks(parts)) else { continue };
                 let mut owner = vec![u32::MAX; (m * n) as usize];
                 let mut slots = HashMap::new();
                 let scheduler = tile.scheduler(m, n);
-                for index in 0..scheduler.num_tiles() {
-                    let at = scheduler.tile(index);
-                    let mut slab = 0;
-                    while slab < tile.slabs() {
-                        let run = tile.run(&cut, n, at, slab);
-                        slab += cut.piece / SLAB_N;
-                        let Some(run) = run else { continue };
+                for number in 0..scheduler.num_tiles() {
+                    let at = scheduler.tile(number);
+                    for number in 0..tile.block_n / cut.piece {
+                        let Some(run) = tile.run(&cut, n, at, number) else { continue };
+                        let first = at.1 * tile.block_n + number * cut.piece;
                         let mut elements = 0;
-                        for consumer in 0..tile.num_consumers() {
-                            for slab in run.first_slab..run.first_slab + run.slabs {
-                                let unit = tile.unit(m, n, at, consumer * tile.slabs() + slab);
-                                elements += unit.rows * unit.columns;
-                                for row in unit.row..unit.row + unit.rows {
-                                    for column in unit.column..unit.column + unit.columns {
-                                        let owner = &mut owner[(row * n + column) as usize];
-                                        assert_eq!(std::mem::replace(owner, run.segment), u32::MAX);
-                                    }
+                        for unit in 0..tile.units() {
+                            let rows = tile.unit_rows(m, at.0, unit);
+                            elements += rows * run.columns;
+                            let top = at.0 * tile.block_m + unit * UNIT_ROWS;
+                            for row in top..top + rows {
+                                for column in first..first + run.columns {
+                                    let owner = &mut owner[(row * n + column) as usize];
+                                    assert_eq!(std::mem::replace(owner, run.segment), u32::MAX);
                                 }
                             }
                         }
@@ -313,20 +280,18 @@ mod tests {
     }
 
     #[test]
-    fn chunks_that_are_not_whole_slabs_are_not_served() {
-        let tile = TILES[0];
-        assert!(tile.cut(10, 96, chunks(1)).is_some());
-        assert!(tile.cut(10, 96, chunks(2)).is_none());
-        assert!(tile.cut(10, 192, chunks(2)).is_none());
-        assert!(tile.cut(10, 200, chunks(3)).is_none());
-        assert!(tile.cut(10, 192, chunks(3)).is_some());
+    fn chunks_that_are_not_whole_halves_of_tiles_are_not_served() {
+        let served = |tile: Tile, n, parts| tile.cut(10, n, chunks(parts)).is_some();
+        assert_eq!([served(TILES[0], 96, 1), served(TILES[0], 96, 2)], [true, false]);
+        assert_eq!([served(TILES[0], 192, 3), served(TILES[1], 192, 3)], [false, true]);
+        assert_eq!([served(TILES[0], 768, 2), served(TILES[1], 200, 3)], [true, false]);
     }
 
     #[test]
-    fn slabs_of_a_chunk_share_a_slot_as_far_as_chunks_allow() {
-        let piece = |n, parts| TILES[0].cut(128, n, chunks(parts)).expect("whole slabs").piece;
+    fn a_tile_that_lies_in_one_chunk_is_one_run() {
+        let piece = |n, parts| TILES[0].cut(128, n, chunks(parts)).expect("halves").piece;
         assert_eq!([piece(4096, 8), piece(4096, 16), piece(4096, 32)], [256, 256, 128]);
-        assert_eq!([piece(4096, 64), piece(576, 3), piece(100, 1)], [64, 64, 256]);
+        assert_eq!(piece(100, 1), 256);
     }
 
     #[test]
@@ -337,8 +302,6 @@ mod tests {
             let expected = std::format!("gemm_{dtype}_{layout}_{block_m}x{block_n}x64_telemetry");
             assert_eq!(row.kernel.entry, expected);
             assert_eq!(row.kernel.module.entries, [row.kernel.entry]);
-            // A stage for each slab of the last tile.
-            assert!(row.tile.num_stages >= row.tile.slabs());
         }
     }
 

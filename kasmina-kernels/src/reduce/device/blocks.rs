@@ -1,7 +1,5 @@
-//! Summaries of blocks of 64×64 elements by a warp each, for kernels that have just computed them.
-//!
-//! A block's lanes lie as those of a strip do: eight side by side, of eight elements each, and four
-//! below each other. The same elements give the same bits wherever they are read from.
+//! Summaries of blocks of 16×64 elements by a warp each, for kernels that have just computed them,
+//! and how those of a tile become slots and results.
 
 use super::segments::partial_of_team;
 use super::*;
@@ -9,8 +7,8 @@ use crate::reduce::{SegmentParams, Segments};
 use crate::tile_scheduler::div;
 
 /// Vectors of 16 bytes that a lane has below each other in a block.
-const STEPS: u32 = 16;
-const _: () = assert!(STEPS.is_multiple_of(VECTORS));
+const STEPS: u32 = 4;
+const _: () = assert!(STEPS == VECTORS);
 
 /// Where the elements of a block are read.
 pub(crate) trait Source: Copy {
@@ -21,10 +19,11 @@ pub(crate) trait Source: Copy {
     unsafe fn load(self, row: u32, x: u32, exists: bool) -> [u32; 4];
 }
 
-/// The summary of a block's first rows and columns, in every lane.
+/// The summary of a block's first rows and columns, in every lane: eight lanes side by side, of eight
+/// elements each, and four below each other, as in a strip.
 ///
 /// # Safety
-/// The whole warp executes it. That many rows, at most 64, and columns, a multiple of 8 and at most
+/// The whole warp executes it. That many rows, at most 16, and columns, a multiple of 8 and at most
 /// 64, are readable, and nothing writes them meanwhile.
 #[inline(always)]
 pub(crate) unsafe fn summary_of_block<E: Element>(
@@ -39,55 +38,39 @@ pub(crate) unsafe fn summary_of_block<E: Element>(
     let exists = |step: u32| y + 4 * step < rows;
     // SAFETY: the caller's contract.
     let load = |step: u32| unsafe { source.load(y + 4 * step, x, exists(step)) };
+    let steps = (rows + 3).saturating_sub(y) / 4;
+    let count = (if steps < STEPS { steps } else { STEPS }) * E::WIDTH;
     let mut vectors = [load(0), load(1), load(2), load(3)];
-    // How many of the steps from `step` on, of a batch, have elements.
-    let elements = |step: u32| {
-        let steps = (rows + 3).saturating_sub(y + 4 * step) / 4;
-        (if steps < VECTORS { steps } else { VECTORS }) * E::WIDTH
-    };
     let measure = Measure {
-        pivot: pivot_of_existing::<E>(&mut vectors, exists, elements(0)),
+        pivot: pivot_of_existing::<E>(&mut vectors, exists, count),
         epsilon: rule.epsilon,
         bounds: E::pair_of_bounds(rule.epsilon),
     };
     let mut accumulator = Accumulator::new(measure.pivot);
-    let mut count = 0;
-    let mut step = 0;
-    while step < STEPS {
-        ptx::nounroll();
-        let (mut sums, mut pairs) = (Batch::EMPTY, E::NO_PAIRS);
-        let here = elements(step);
-        unroll!(v: u32 in [0 1 2 3] {
-            if exists(step + v) {
-                add_whole::<E, Summary>(&mut sums, &mut pairs, vectors[v as usize], measure);
-            }
-            let next = step + VECTORS + v;
-            // SAFETY: the caller's contract.
-            vectors[v as usize] = unsafe {
-                source.load((y + 4 * next) % (4 * STEPS), x, next < STEPS && exists(next))
-            };
-        });
-        E::add_pairs(pairs, &mut sums);
-        count += here;
-        if here > 0 && !accumulator.take(&sums) {
-            let mut again = step;
-            while again < step + VECTORS && exists(again) {
-                ptx::nounroll();
-                // SAFETY: the caller's contract.
-                let mut vector = unsafe { source.load(y + 4 * again, x, true) };
-                let mut pair = 0;
-                while pair < VECTORS {
-                    ptx::nounroll();
-                    let [both, b, c, d] = vector;
-                    accumulator.add_exactly(E::widen(both & 0xFFFF), rule.skip_nan);
-                    accumulator.add_exactly(E::widen(both >> 16), rule.skip_nan);
-                    vector = [b, c, d, both];
-                    pair += 1;
-                }
-                again += 1;
-            }
+    let (mut sums, mut pairs) = (Batch::EMPTY, E::NO_PAIRS);
+    unroll!(v: u32 in [0 1 2 3] {
+        if exists(v) {
+            add_whole::<E, Summary>(&mut sums, &mut pairs, vectors[v as usize], measure);
         }
-        step += VECTORS;
+    });
+    E::add_pairs(pairs, &mut sums);
+    if count > 0 && !accumulator.take(&sums) {
+        let mut again = 0;
+        while again < STEPS && exists(again) {
+            ptx::nounroll();
+            // SAFETY: the caller's contract.
+            let mut vector = unsafe { source.load(y + 4 * again, x, true) };
+            let mut pair = 0;
+            while pair < VECTORS {
+                ptx::nounroll();
+                let [both, b, c, d] = vector;
+                accumulator.add_exactly(E::widen(both & 0xFFFF), rule.skip_nan);
+                accumulator.add_exactly(E::widen(both >> 16), rule.skip_nan);
+                vector = [b, c, d, both];
+                pair += 1;
+            }
+            again += 1;
+        }
     }
     // SAFETY: the whole warp.
     unsafe {
@@ -113,6 +96,9 @@ fn pivot_of_existing<E: Element>(
     pivot::<E>(vectors, count)
 }
 
+/// The record of nothing.
+pub(crate) const EMPTY: Partial = Partial::EMPTY;
+
 /// Puts a summary where the warp that merges a tile's finds it.
 ///
 /// # Safety
@@ -127,6 +113,27 @@ pub(crate) unsafe fn put_record(address: u32, partial: &Partial) {
     unsafe {
         ptx::st_shared_v4_u32(address, [a, e, b, f]);
         ptx::st_shared_v4_u32(address + 16, [c, g, d, h]);
+    }
+}
+
+/// Adds the summary of `len` elements to a record of `so_far`; both with those that were skipped.
+///
+/// # Safety
+/// The whole warp executes it, with the same partial in every lane; nobody else accesses the record.
+#[inline(always)]
+pub(crate) unsafe fn add_to_record(address: u32, so_far: u32, partial: &Partial, len: u32) {
+    // SAFETY: the caller's contract. Every lane has read the record before one writes it.
+    unsafe {
+        let record = get_record(address);
+        ptx::bar_warp_sync();
+        let (pivot, usual) = (mean(&record, so_far), Usual::new(len));
+        let mut total = Total::EMPTY;
+        total.add::<Summary>(&record, so_far, pivot, usual);
+        total.add::<Summary>(partial, len, pivot, usual);
+        if ptx::opaque_u32(ptx::lane_index()) == 0 {
+            put_record(address, &total.partial(so_far + len));
+        }
+        ptx::bar_warp_sync();
     }
 }
 
@@ -234,14 +241,14 @@ unsafe fn merge_slots(params: &SegmentParams, segment: u32, slots: u64, each: u3
             // Several under way at once.
             let at = |step: u32| index + 32 * step;
             let slot = |step: u32| if at(step) < each { get(slots, at(step)) } else { None };
-            let found = [slot(0), slot(1), slot(2), slot(3)];
-            unroll!(i: usize in [0 1 2 3] {
+            let found = [slot(0), slot(1)];
+            unroll!(i: usize in [0 1] {
                 if let Some(partial) = found[i] {
                     let count = elements_of_slot(cut, at(i as u32));
                     total.add::<Summary>(&partial, count, pivot, usual);
                 }
             });
-            index += 128;
+            index += 64;
         }
         total = total.over::<Summary, 32>();
         if ptx::opaque_u32(lane) == 0 {

@@ -25,6 +25,21 @@ pub(crate) trait Element {
     }
     /// Adds two elements.
     fn add_pair(_: &mut Pairs, _: u32, _: u32) {}
+    /// What was found in both.
+    #[cfg(kasmina_tier = "hopper")]
+    fn joined(a: Pairs, _: Pairs) -> Pairs {
+        a
+    }
+    /// Whether no element is other than zero.
+    #[cfg(kasmina_tier = "hopper")]
+    fn are_zero(_: Pairs) -> bool {
+        false
+    }
+    /// Extremes and number of dead elements.
+    #[cfg(kasmina_tier = "hopper")]
+    fn of_pairs(_: Pairs) -> (f32, f32, f32) {
+        (f32::INFINITY, f32::NEG_INFINITY, 0.0)
+    }
     /// Adds what was found in pairs to what was found in f32.
     fn add_pairs(_: Pairs, _: &mut Batch) {}
 }
@@ -35,9 +50,9 @@ pub(crate) trait Element {
 #[derive(Clone, Copy)]
 #[cfg_attr(not(kasmina_tier = "hopper"), expect(dead_code, reason = "other tiers have no pairs"))]
 pub(crate) struct Pairs {
-    min: u32,
-    max: u32,
-    dead: u32,
+    pub(super) min: u32,
+    pub(super) max: u32,
+    pub(super) dead: u32,
 }
 
 pub(in crate::reduce) struct F32;
@@ -63,7 +78,7 @@ impl Element for F32 {
 
 macro_rules! sixteen_bit_element {
     ($name:ident, $low:expr, $high:expr, $infinity:literal, $bound:expr,
-     $min:ident $max:ident $count_if_below:ident) => {
+     $min:ident $max:ident $add:ident $count_if_below:ident) => {
         impl Element for $name {
             const LOG2_SIZE: u32 = 1;
             #[inline(always)]
@@ -103,6 +118,29 @@ macro_rules! sixteen_bit_element {
             }
             #[cfg(kasmina_tier = "hopper")]
             #[inline(always)]
+            fn joined(a: Pairs, b: Pairs) -> Pairs {
+                Pairs {
+                    min: ptx::$min(a.min, b.min),
+                    max: ptx::$max(a.max, b.max),
+                    dead: ptx::$add(a.dead, b.dead),
+                }
+            }
+            #[cfg(kasmina_tier = "hopper")]
+            #[inline(always)]
+            fn are_zero(pairs: Pairs) -> bool {
+                (pairs.min | pairs.max) & 0x7FFF_7FFF == 0
+            }
+            #[cfg(kasmina_tier = "hopper")]
+            #[inline(always)]
+            fn of_pairs(pairs: Pairs) -> (f32, f32, f32) {
+                (
+                    $low(pairs.min).min($high(pairs.min)),
+                    $low(pairs.max).max($high(pairs.max)),
+                    $low(pairs.dead) + $high(pairs.dead),
+                )
+            }
+            #[cfg(kasmina_tier = "hopper")]
+            #[inline(always)]
             fn add_pairs(pairs: Pairs, batch: &mut Batch) {
                 batch.min = batch.min.min($low(pairs.min)).min($high(pairs.min));
                 batch.max = batch.max.max($low(pairs.max)).max($high(pairs.max));
@@ -117,7 +155,7 @@ sixteen_bit_element!(
     |pair: u32| ptx::cvt_f32_f16((pair >> 16) as u16),
     0x7C00,
     |epsilon: f32| u32::from(ptx::cvt_rp_f16_f32(epsilon)),
-    min_f16x2 max_f16x2 count_if_below_f16x2
+    min_f16x2 max_f16x2 add_f16x2 count_if_below_f16x2
 );
 sixteen_bit_element!(
     BF16,
@@ -126,7 +164,7 @@ sixteen_bit_element!(
     0x7F80,
     // Rounded away from zero; a negative bound holds no element either way.
     |epsilon: f32| (epsilon.to_bits() + 0xFFFF) >> 16,
-    min_bf16x2 max_bf16x2 count_if_below_bf16x2
+    min_bf16x2 max_bf16x2 add_bf16x2 count_if_below_bf16x2
 );
 
 /// What is computed; the fields that are not are left out of every loop and exchange.

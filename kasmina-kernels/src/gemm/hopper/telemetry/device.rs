@@ -1,215 +1,197 @@
 //! Device side of the forward kernels with telemetry.
 
 use super::*;
-use crate::gemm::hopper::WARPGROUP;
+use crate::gemm::hopper::device::Epilogue;
+use crate::gemm::hopper::{CONSUMER_M, SLAB_N, WARPGROUP};
 use crate::ptx;
 use crate::reduce::device as reduce;
-use crate::smem_layout::swizzle_128b;
 
-/// The warps of the producer's warpgroup that do not produce.
-const HELPERS: u32 = 3;
+// Three warpgroups start with 168 registers a thread each, 504 together: 104 + 2 · 200. Merging
+// takes more than producing alone.
+pub(super) const PRODUCER_REGISTERS: u32 = 104;
+pub(super) const CONSUMER_REGISTERS: u32 = 200;
 
-/// What a kernel summarises its tiles by.
-#[derive(Clone, Copy)]
-pub(super) struct Telemetry {
-    tile: Tile,
-    smem: u32,
-    n: u32,
+#[inline(always)]
+fn record(tile: Tile, run: u32, unit: u32) -> u32 {
+    ptx::dynamic_smem() + tile.records_offset() + (run * tile.units() + unit) * RECORD_BYTES
 }
 
-impl Telemetry {
-    /// Clears what the consumers say.
+/// Where a unit says which of its runs are left to the merging warp: bit `run`.
+#[inline(always)]
+fn left(tile: Tile, unit: u32) -> u32 {
+    ptx::dynamic_smem() + tile.left_offset() + 4 * unit
+}
+
+/// Summaries of what a consumer's warp stores.
+#[derive(Clone, Copy)]
+pub(super) struct Summaries {
+    tile: Tile,
+    consumer: u32,
+    /// Of the tile, from 0 on.
+    unit: u32,
+    /// Whether all rows and columns of the unit exist.
+    whole: bool,
+    /// Whether the halves of the tile go to different slots.
+    split: bool,
+}
+
+impl Summaries {
+    /// Of the tile at `(tile_m, tile_n)` by a thread of consumer `consumer`.
+    #[inline(always)]
+    pub(super) fn new(
+        tile: Tile,
+        params: &TelemetryParams,
+        consumer: u32,
+        (tile_m, tile_n): (u32, u32),
+    ) -> Self {
+        let unit = consumer * (CONSUMER_M / UNIT_ROWS) + ptx::thread_index() % WARPGROUP / 32;
+        let (m, n) = (params.segments.segments.rows, params.gemm.n);
+        let whole = tile.unit_rows(m, tile_m, unit) == UNIT_ROWS
+            && (tile_n + 1) * tile.block_n <= n;
+        let split = params.segments.segments.piece < tile.block_n;
+        Self { tile, consumer, unit, whole, split }
+    }
+
+    /// Waits until the records of the tile before have been read.
     ///
     /// # Safety
-    /// Every thread of the block calls it, first, and the block's first barrier follows;
-    /// `tile.telemetry_smem_bytes()` of dynamic shared memory.
+    /// The whole consumer calls it, once for every tile but the first.
     #[inline(always)]
-    pub(super) unsafe fn start(tile: Tile, n: u32) -> Self {
-        let this = Self { tile, smem: ptx::dynamic_smem(), n };
-        if ptx::thread_index() == 0 {
-            // SAFETY: nobody else accesses them before the barrier.
-            unsafe {
-                ptx::st_shared_u32(this.stored(0), 0);
-                ptx::st_shared_u32(this.stored(1), 0);
+    pub(super) unsafe fn wait_read(self) {
+        // SAFETY: the caller's contract; each consumer has its own barrier.
+        unsafe {
+            if self.consumer == 0 {
+                ptx::bar_sync::<3, { WARPGROUP + 32 }>();
+            } else {
+                ptx::bar_sync::<4, { WARPGROUP + 32 }>();
             }
         }
-        this
     }
 
-    #[inline(always)]
-    fn stored(self, consumer: u32) -> u32 {
-        self.smem + self.tile.stored_offset() + 4 * consumer
-    }
-
-    #[inline(always)]
-    fn records(self, set: u32) -> u32 {
-        self.smem + self.tile.records_offset() + set * (self.tile.units() * RECORD_BYTES)
-    }
-
-    /// Says that this consumer's part of its first `tiles` tiles is stored.
+    /// Leaves the warp's summaries of the tile's halves, of which each lane has `len` elements.
     ///
     /// # Safety
-    /// The thread that has stored them calls it.
+    /// The whole consumer calls it, after [`wait_read`](Self::wait_read); its thread `elected` has
+    /// stored its slabs.
     #[inline(always)]
-    pub(super) unsafe fn say_stored(self, consumer: u32, tiles: u32) {
-        ptx::cp_async_bulk_wait_group_all();
-        // SAFETY: this consumer's own word.
-        unsafe { ptx::st_release_cta_shared_u32(self.stored(consumer), tiles) };
-    }
-
-    /// Waits until both consumers' parts of the first `tiles` tiles are stored.
-    ///
-    /// # Safety
-    /// The whole warp calls it.
-    #[inline(always)]
-    unsafe fn wait_stored(self, tiles: u32) {
-        // SAFETY: words that consumers store to; the whole warp goes on together.
+    pub(super) unsafe fn put<E: reduce::Element, const CONSUMERS: u32>(
+        self,
+        halves: [reduce::Held; 2],
+        len: f32,
+        epilogue: Epilogue,
+        elected: bool,
+    ) {
+        let [first, mut last] = halves;
+        let mut len_of_last = len;
+        let mut left_to_merger = 0;
+        // SAFETY: the unit's own records and word; the whole consumer.
         unsafe {
+            if self.split {
+                left_to_merger = self.put_run::<E>(0, first, len);
+            } else {
+                last = first.with::<E>(last, len);
+                len_of_last = 2.0 * len;
+            }
+            left_to_merger |= self.put_run::<E>(1, last, len_of_last);
             if ptx::opaque_u32(ptx::lane_index()) == 0 {
-                let mut consumer = 0;
-                while consumer < self.tile.num_consumers() {
-                    while ptx::ld_acquire_cta_shared_u32(self.stored(consumer)) < tiles {
-                        ptx::nanosleep(200);
-                    }
-                    consumer += 1;
+                ptx::st_shared_u32(left(self.tile, self.unit), left_to_merger);
+            }
+            epilogue.sync();
+            if elected {
+                let units = self.consumer * (CONSUMER_M / UNIT_ROWS);
+                let [a, b, c, d] = ptx::ld_shared_v4_u32(left(self.tile, units));
+                if a | b | c | d != 0 {
+                    // What the merging warp will read.
+                    ptx::cp_async_bulk_wait_group_all();
                 }
             }
             ptx::bar_warp_sync();
-        }
-    }
-
-    /// Summarises every tile of this block but the last, as warp `warp` of three.
-    ///
-    /// # Safety
-    /// The three warps call it, whole, with the block's tiles: from `first` on every `step`th.
-    #[inline(always)]
-    pub(super) unsafe fn help<E: reduce::Element>(
-        self,
-        params: &TelemetryParams,
-        warp: u32,
-        first: u32,
-        step: u32,
-    ) {
-        let tiles = params.gemm.tiles;
-        let (mut tile, mut done) = (first, 0);
-        while tile + step < tiles.num_tiles() {
-            ptx::nounroll();
-            done += 1;
-            let at = tiles.tile(tile);
-            // SAFETY: Y is readable where the tile has been stored; two sets of records in turn, so
-            // that one barrier is enough: the first warp has read a set before it comes to the
-            // barrier after which the others write to it again.
-            unsafe {
-                self.wait_stored(done);
-                let records = self.records(done % 2);
-                let mut index = warp;
-                while index < self.tile.units() {
-                    ptx::nounroll();
-                    let unit = self.tile.unit(params.segments.segments.rows, self.n, at, index);
-                    let row_stride = params.segments.row_stride;
-                    let source = Global {
-                        address: params.segments.data
-                            + u64::from(unit.row) * row_stride
-                            + u64::from(unit.column) * 2,
-                        row_stride,
-                    };
-                    self.summarise::<E>(params, source, unit, records + index * RECORD_BYTES);
-                    index += HELPERS;
-                }
-                ptx::bar_sync::<3, { HELPERS * 32 }>();
-                if warp == 0 {
-                    self.merge(params, at, records);
-                }
-            }
-            tile += step;
-        }
-    }
-
-    /// Summarises the last tile of this block, whose slabs lie in the stages, as warp `warp` of
-    /// consumer `consumer`.
-    ///
-    /// # Safety
-    /// All consumer warps call it, whole, behind the barrier after their last slab; `stage(i)` is
-    /// where slab i of the consumer lies.
-    #[inline(always)]
-    pub(super) unsafe fn finish<E: reduce::Element, const CONSUMERS: u32>(
-        self,
-        params: &TelemetryParams,
-        at: (u32, u32),
-        (consumer, warp): (u32, u32),
-        slab: impl Fn(u32) -> u32,
-    ) {
-        let records = self.records(2);
-        // SAFETY: slabs of this consumer's, which it has written, by the caller's contract.
-        unsafe {
-            if warp < self.tile.slabs() {
-                let index = consumer * self.tile.slabs() + warp;
-                let unit = self.tile.unit(params.segments.segments.rows, self.n, at, index);
-                let source = Shared { address: slab(warp) };
-                self.summarise::<E>(params, source, unit, records + index * RECORD_BYTES);
-            }
             if CONSUMERS == 2 {
-                ptx::bar_sync::<4, { 2 * WARPGROUP }>();
+                ptx::bar_arrive::<5, { 2 * WARPGROUP + 32 }>();
             } else {
-                ptx::bar_sync::<4, WARPGROUP>();
-            }
-            if consumer == 0 && warp == 0 {
-                self.merge(params, at, records);
+                ptx::bar_arrive::<5, { WARPGROUP + 32 }>();
             }
         }
     }
 
+    /// Leaves a record of a run, or gives its bit and an empty one.
+    ///
     /// # Safety
-    /// The whole warp calls it; the unit is readable, `record` nobody else's before the next
-    /// barrier.
+    /// As [`put`](Self::put), for a warp.
     #[inline(always)]
-    unsafe fn summarise<E: reduce::Element>(
-        self,
-        params: &TelemetryParams,
-        source: impl reduce::Source,
-        unit: Unit,
-        record: u32,
-    ) {
+    unsafe fn put_run<E: reduce::Element>(self, run: u32, held: reduce::Held, len: f32) -> u32 {
         // SAFETY: the caller's contract.
         unsafe {
-            let rule = params.segments.rule();
-            let partial = reduce::summary_of_block::<E>(source, unit.rows, unit.columns, rule);
+            let partial = held.of_warp::<E>(len);
+            let partial = if self.whole { partial } else { None };
             if ptx::opaque_u32(ptx::lane_index()) == 0 {
-                reduce::put_record(record, &partial);
+                let partial = partial.unwrap_or(reduce::EMPTY);
+                reduce::put_record(record(self.tile, run, self.unit), &partial);
             }
-        }
-    }
-
-    /// Merges the records of a tile to slots.
-    ///
-    /// # Safety
-    /// The whole warp calls it, behind the barrier after all records.
-    #[inline(always)]
-    unsafe fn merge(self, params: &TelemetryParams, at: (u32, u32), records: u32) {
-        let cut = params.segments.segments;
-        let consumers = self.tile.num_consumers();
-        let mut slab = 0;
-        while slab < self.tile.slabs() {
-            ptx::nounroll();
-            if let Some(run) = self.tile.run(&cut, self.n, at, slab) {
-                let record = |record: u32| {
-                    let slab = run.first_slab + record / consumers;
-                    let index = record % consumers * self.tile.slabs() + slab;
-                    let unit = self.tile.unit(cut.rows, self.n, at, index);
-                    (records + index * RECORD_BYTES, unit.rows * unit.columns)
-                };
-                let slot = (run.segment, run.index);
-                // SAFETY: the caller's contract; the host makes a slot for every run.
-                unsafe {
-                    reduce::write_slot(&params.segments, slot, run.slabs * consumers, record);
-                }
-            }
-            slab += cut.piece / SLAB_N;
+            if partial.is_none() { 1 << run } else { 0 }
         }
     }
 }
 
-/// A unit in Y, which another block's stores may share cache lines with: it is read past L1.
+/// What a lane holds of both halves of a tile, from its slabs, and how many elements that is each.
+#[inline(always)]
+pub(super) fn halves<E: reduce::Element>(slabs: &[Option<reduce::Held>]) -> ([reduce::Held; 2], f32) {
+    const SLAB: f32 = 32.0;
+    match *slabs {
+        [Some(a), Some(b), Some(c), Some(d)] => {
+            ([a.with::<E>(b, SLAB), c.with::<E>(d, SLAB)], 2.0 * SLAB)
+        }
+        [Some(a), Some(b)] => ([a, b], SLAB),
+        _ => ([reduce::Held::NONE; 2], SLAB),
+    }
+}
+
+/// Adds what consumers have left of a run to their records, from Y, which they have stored.
+///
+/// # Safety
+/// The merging warp calls it, whole, behind the consumers' barrier.
+#[inline(always)]
+unsafe fn add_left<E: reduce::Element>(
+    tile: Tile,
+    params: &TelemetryParams,
+    (tile_m, tile_n): (u32, u32),
+    (half, run): (u32, Run),
+) {
+    let (cut, row_stride) = (params.segments.segments, params.segments.row_stride);
+    let only = cut.piece == tile.block_n;
+    let first = tile_n * tile.block_n + if only { 0 } else { half * cut.piece };
+    let mut unit = 0;
+    while unit < tile.units() {
+        ptx::nounroll();
+        // SAFETY: the caller's contract; rows and columns that exist.
+        unsafe {
+            let rows = tile.unit_rows(cut.rows, tile_m, unit);
+            if rows > 0 && ptx::ld_shared_u32(left(tile, unit)) >> half & 1 != 0 {
+                let row = tile_m * tile.block_m + unit * UNIT_ROWS;
+                let mut column = 0;
+                while column < run.columns {
+                    ptx::nounroll();
+                    let columns = run.columns - column;
+                    let columns = if columns < SLAB_N { columns } else { SLAB_N };
+                    let source = Global {
+                        address: params.segments.data
+                            + u64::from(row) * row_stride
+                            + u64::from(first + column) * 2,
+                        row_stride,
+                    };
+                    let rule = params.segments.rule();
+                    let partial = reduce::summary_of_block::<E>(source, rows, columns, rule);
+                    let address = record(tile, half, unit);
+                    reduce::add_to_record(address, rows * column, &partial, rows * columns);
+                    column += SLAB_N;
+                }
+            }
+        }
+        unit += 1;
+    }
+}
+
+/// A block of Y, which another block's stores may share cache lines with: it is read past L1.
 #[derive(Clone, Copy)]
 struct Global {
     address: u64,
@@ -226,17 +208,59 @@ impl reduce::Source for Global {
     }
 }
 
-/// A unit in a slab in shared memory, with its swizzle.
-#[derive(Clone, Copy)]
-struct Shared {
-    address: u32,
-}
-
-impl reduce::Source for Shared {
-    #[inline(always)]
-    unsafe fn load(self, row: u32, x: u32, _: bool) -> [u32; 4] {
-        // SAFETY: inside the slab, whether or not the element exists in Y.
-        unsafe { ptx::ld_shared_v4_u32(self.address + swizzle_128b(row, 16 * x)) }
+/// Merges the records of every tile of this block: from `first` on every `step`th.
+///
+/// # Safety
+/// One whole warp calls it, that is no consumer's.
+#[inline(always)]
+pub(super) unsafe fn merge<E: reduce::Element, const CONSUMERS: u32>(
+    tile: Tile,
+    params: &TelemetryParams,
+    first: u32,
+    step: u32,
+) {
+    let tiles = params.gemm.tiles;
+    let cut = params.segments.segments;
+    let mut number = first;
+    while number < tiles.num_tiles() {
+        ptx::nounroll();
+        let at = tiles.tile(number);
+        number += step;
+        // SAFETY: the caller's contract; as many arrivals as the consumers wait for and make.
+        unsafe {
+            if CONSUMERS == 2 {
+                ptx::bar_sync::<5, { 2 * WARPGROUP + 32 }>();
+            } else {
+                ptx::bar_sync::<5, { WARPGROUP + 32 }>();
+            }
+            let mut half = 0;
+            while half < 2 {
+                ptx::nounroll();
+                // A tile in one run has its records where those of the second are.
+                let only = cut.piece == tile.block_n;
+                let number = if only { 0 } else { half };
+                if let Some(run) = tile.run(&cut, params.gemm.n, at, number)
+                    && !(only && half == 0)
+                {
+                    add_left::<E>(tile, params, at, (half, run));
+                    let unit = |unit: u32| {
+                        let elements = tile.unit_rows(cut.rows, at.0, unit) * run.columns;
+                        (record(tile, half, unit), elements)
+                    };
+                    let slot = (run.segment, run.index);
+                    reduce::write_slot(&params.segments, slot, tile.units(), unit);
+                }
+                half += 1;
+            }
+            // Nobody waits after the last tile.
+            if number < tiles.num_tiles() {
+                ptx::bar_warp_sync();
+                ptx::bar_arrive::<3, { WARPGROUP + 32 }>();
+                if CONSUMERS == 2 {
+                    ptx::bar_arrive::<4, { WARPGROUP + 32 }>();
+                }
+            }
+        }
     }
 }
 
@@ -255,11 +279,12 @@ macro_rules! entry {
         /// `gemm/telemetry.rs` has checked against the shape contract.
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $entry(params: TelemetryParams) {
+            use crate::gemm::hopper::{SLAB_N, WARPGROUP};
             use crate::gemm::hopper::device::{
-                self as forward, Block, Epilogue, Matrices, Work, produce, wait_for_predecessors,
+                self as forward, Block, Epilogue, Matrices, Work, multiply_tile, produce,
+                wait_for_predecessors,
             };
-            use crate::gemm::hopper::{BLOCK_K, WARPGROUP};
-            use crate::smem_layout::{Major, descriptor_step_k16, wgmma_descriptor};
+            use crate::smem_layout::Major;
             use crate::{pipeline::RingPosition, ptx, reduce::device as reduce};
 
             const TILE: Tile = Tile {
@@ -288,120 +313,84 @@ macro_rules! entry {
 
             let operands = Matrices { x_map, w_map, x_major: X_MAJOR, w_major: W_MAJOR };
             // SAFETY: the whole block is here.
-            let (block, telemetry, warp) = unsafe {
-                let telemetry = device::Telemetry::start(TILE, params.gemm.n);
-                let block = Block::start(TILE);
-                (block, telemetry, ptx::shfl_sync_idx_first(ptx::thread_index() / 32))
+            let (block, warp) = unsafe {
+                (Block::start(TILE), ptx::shfl_sync_idx_first(ptx::thread_index() / 32))
             };
             if warp < WARPGROUP / 32 {
-                // SAFETY: one thread of the producer warpgroup produces, with the maps of the
-                // parameters, and its other warps help. They need about as many registers as
-                // consumers do, so none change hands.
+                // SAFETY: the whole producer warpgroup drops registers that it does not use; one
+                // of its threads produces, with the maps of the parameters, and another of its
+                // warps merges.
                 unsafe {
-                    if warp > 0 {
+                    if forward::needs_registers(TILE) {
+                        ptx::setmaxnreg_dec::<{ device::PRODUCER_REGISTERS }>();
+                    }
+                    if warp == 1 {
                         wait_for_predecessors();
                         let (first, step) = (block.first_tile(), block.tile_step());
-                        telemetry.help::<reduce::$element>(&params, warp - 1, first, step);
+                        device::merge::<reduce::$element, { TILE.num_consumers() }>(TILE, &params, first, step);
                     } else if ptx::thread_index() == 0 {
                         let stage_bytes = params.gemm.stage_bytes;
                         produce(block, operands, Work { tiles, k_blocks, stage_bytes });
                     }
                 }
             } else {
+                if forward::needs_registers(TILE) {
+                    // SAFETY: whole consumer warpgroups; the producer frees what they take.
+                    unsafe { ptx::setmaxnreg_inc::<{ device::CONSUMER_REGISTERS }>() };
+                }
                 let consumer = warp / (WARPGROUP / 32) - 1;
-                let mut epilogue = Epilogue::new(
+                let epilogue = Epilogue::new(
                     block, consumer, y_map, params.gemm.bias, params.gemm.n,
                     params.gemm.activation,
                 );
-                let elected = ptx::thread_index() % WARPGROUP == 0;
+                let elected = block.releases();
                 wait_for_predecessors();
                 let mut position = RingPosition::START;
-                let (mut tile, mut done) = (block.first_tile(), 0);
-                let mut at = (0, 0);
+                let mut tile = block.first_tile();
+                let rule = params.segments.rule();
                 $($(let mut $c = 0.0f32;)+)+
                 while tile < tiles.num_tiles() {
-                    at = tiles.tile(tile);
+                    let at = tiles.tile(tile);
                     let (m, n) = (at.0 * TILE.block_m, at.1 * TILE.block_n);
                     let bias = epilogue.load_bias(n);
-                    let mut previous = position.stage;
-                    let mut k_block = 0u32;
-                    let mut until =
-                        if k_blocks < STEPS_BEFORE_STORED { k_blocks } else { STEPS_BEFORE_STORED };
-                    loop {
-                        while k_block < until {
-                            let stage = position.stage;
-                            let x = block.x_stage(stage) + consumer * (CONSUMER_M * BLOCK_K * 2);
-                            let a = wgmma_descriptor(x, X_MAJOR);
-                            let b = wgmma_descriptor(block.w_stage(stage), W_MAJOR);
-                            // SAFETY: the stage has landed; the whole warpgroup executes it.
-                            unsafe {
-                                block.ring.wait_full(position);
-                                ptx::wgmma::wgmma_k64!(
-                                    $ptx_type, $block_n,
-                                    (X_MAJOR as u32), (W_MAJOR as u32),
-                                    (descriptor_step_k16(X_MAJOR)),
-                                    (descriptor_step_k16(W_MAJOR)),
-                                    a, b, k_block, $($($c)+)+
-                                );
-                                // The batch before is complete: its stage may be overwritten.
-                                if elected && k_block > 0 {
-                                    ptx::mbarrier_arrive(block.ring.empty(previous));
-                                }
-                            }
-                            previous = stage;
-                            position = position.next(TILE.num_stages);
-                            k_block += 1;
-                        }
-                        if elected {
-                            // SAFETY: this thread has stored the tiles before. The second time it
-                            // says the same: that costs nothing, a condition would.
-                            unsafe { telemetry.say_stored(consumer, done) };
-                        }
-                        if until == k_blocks {
-                            break;
-                        }
-                        until = k_blocks;
-                    }
-                    // SAFETY: the whole warpgroup; the last batch's stage is released after it.
-                    unsafe {
-                        ptx::wgmma::wgmma_wait_all!($block_n, $($($c)+)+);
-                        if elected {
-                            ptx::mbarrier_arrive(block.ring.empty(previous));
-                        }
-                    }
-                    tile += block.tile_step();
-                    done += 1;
-                    if tile >= tiles.num_tiles() {
-                        // Nothing is loaded any more, and only this consumer has read its rows of
-                        // X: its slabs stay there.
-                        epilogue = epilogue.with_slabs_in_stages(block);
+                    multiply_tile! {
+                        $ptx_type, $block_n, TILE, X_MAJOR, W_MAJOR, block, consumer, elected,
+                        position, k_blocks, $($($c)+)+
                     }
                     epilogue.publish_bias::<forward::$element>(bias);
+                    let summaries = device::Summaries::new(TILE, &params, consumer, at);
                     let mut group = 0;
+                    let mut pairs = [[0; 4]; 4];
+                    let mut held = [None; (TILE.block_n / SLAB_N) as usize];
                     $(
                         // SAFETY: the whole warpgroup goes through the slabs in order.
                         unsafe {
                             if group % 4 == 0 {
                                 epilogue.begin_slab();
                             }
-                            epilogue.columns::<forward::$element>(group, [$($c),+]);
+                            pairs[group as usize % 4] =
+                                epilogue.columns::<forward::$element>(group, [$($c),+]);
                             if group % 4 == 3 {
-                                epilogue.end_slab(group / 4, m, n);
+                                let slab = group / 4;
+                                epilogue.end_slab(slab, m, n);
+                                let of_slab = reduce::Held::of::<reduce::$element>(pairs, rule);
+                                held[slab as usize] = Some(of_slab);
                             }
                         }
                         group += 1;
                     )+
                     let _ = group;
-                }
-                // SAFETY: all consumers, behind the last slab's barrier. No grid has more blocks
-                // than tiles.
-                unsafe {
-                    telemetry.finish::<reduce::$element, { TILE.num_consumers() }>(
-                        &params,
-                        at,
-                        (consumer, warp % (WARPGROUP / 32)),
-                        |slab| epilogue.slab(slab),
-                    );
+                    // SAFETY: the whole consumer, once for this tile.
+                    unsafe {
+                        if tile != block.first_tile() {
+                            summaries.wait_read();
+                        }
+                        let (halves, len) = device::halves::<reduce::$element>(&held);
+                        summaries.put::<reduce::$element, { TILE.num_consumers() }>(
+                            halves, len, epilogue, elected,
+                        );
+                    }
+                    tile += block.tile_step();
                 }
                 epilogue.finish();
             }
