@@ -13,9 +13,9 @@ mod blocks;
 mod chunk;
 #[cfg(kasmina_tier = "hopper")]
 mod cluster;
+mod element;
 #[cfg(kasmina_tier = "hopper")]
 mod held;
-mod element;
 mod load;
 mod naive;
 mod node;
@@ -28,9 +28,9 @@ use chunk::At;
 #[cfg(kasmina_tier = "hopper")]
 pub(super) use cluster::few;
 pub(crate) use element::{BF16, Element, F16};
+pub(super) use element::{F32, Max, Min, Pairs, Statistic, Sum, Summary};
 #[cfg(kasmina_tier = "hopper")]
 pub(crate) use held::Held;
-pub(super) use element::{F32, Max, Min, Pairs, Statistic, Sum, Summary};
 use load::*;
 pub(super) use naive::naive;
 use node::{Node, Total};

@@ -16,6 +16,10 @@
 //! rounded to its type. Arithmetic, error bounds and layout of the results are those of the
 //! segmented reduction of Y (`reduce.rs`).
 //!
+//! Consumers add up in f32 (`reduce/device/held.rs`). What f32 is too narrow for (NaN, infinities,
+//! sums beyond 2⁵⁰, squared distances below 2⁻¹²⁰) and units that Y's edge cuts they leave to the
+//! merging warp, which reads them back once they are stored and adds them up in f64.
+//!
 //! # Shape contract
 //! - As `hopper.rs`, and chunks of columns that are whole halves of a tile or more, or one chunk.
 

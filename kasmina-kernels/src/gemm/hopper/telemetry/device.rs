@@ -46,8 +46,8 @@ impl Summaries {
     ) -> Self {
         let unit = consumer * (CONSUMER_M / UNIT_ROWS) + ptx::thread_index() % WARPGROUP / 32;
         let (m, n) = (params.segments.segments.rows, params.gemm.n);
-        let whole = tile.unit_rows(m, tile_m, unit) == UNIT_ROWS
-            && (tile_n + 1) * tile.block_n <= n;
+        let whole =
+            tile.unit_rows(m, tile_m, unit) == UNIT_ROWS && (tile_n + 1) * tile.block_n <= n;
         let split = params.segments.segments.piece < tile.block_n;
         Self { tile, consumer, unit, whole, split }
     }
@@ -135,7 +135,9 @@ impl Summaries {
 
 /// What a lane holds of both halves of a tile, from its slabs, and how many elements that is each.
 #[inline(always)]
-pub(super) fn halves<E: reduce::Element>(slabs: &[Option<reduce::Held>]) -> ([reduce::Held; 2], f32) {
+pub(super) fn halves<E: reduce::Element>(
+    slabs: &[Option<reduce::Held>],
+) -> ([reduce::Held; 2], f32) {
     const SLAB: f32 = 32.0;
     match *slabs {
         [Some(a), Some(b), Some(c), Some(d)] => {
