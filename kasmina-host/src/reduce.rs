@@ -28,6 +28,7 @@ use crate::gpu::{Buffer, Launch, Stream as GpuStream};
 use crate::stream::Operation;
 use crate::tensor::Tensor;
 use pending::PendingMoments;
+pub(crate) use fused::PendingParts;
 pub use pending::{PendingReduction, PendingSummaries, PendingSummary};
 pub use segmented::Segments;
 pub use summary::Summary;

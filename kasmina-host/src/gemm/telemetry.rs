@@ -1,6 +1,7 @@
 //! A forward pass that also tells the statistics of what it computes.
 #![forbid(unsafe_code)]
 
+use std::fmt;
 use std::num::NonZeroU32;
 
 use kasmina_kernels::abi::Tier;
@@ -13,7 +14,7 @@ use crate::config::KernelConfig;
 use crate::element::Element;
 use crate::error::Result;
 use crate::gpu::Launch;
-use crate::reduce::{PendingSummaries, Segments, Summary, TelemetryReducer};
+use crate::reduce::{PendingParts, PendingSummaries, Segments, Summary, TelemetryReducer};
 use crate::stream::Operation;
 use crate::tensor::Tensor;
 
@@ -21,30 +22,47 @@ use crate::tensor::Tensor;
 #[derive(Debug)]
 #[must_use = "telemetry is worth nothing until it is read"]
 pub struct LayerTelemetry {
-    summaries: PendingSummaries,
-    fused: bool,
+    statistics: Statistics,
     tier: Tier,
+}
+
+/// Who makes the statistics.
+enum Statistics {
+    /// The forward kernel, of parts.
+    OfParts(PendingParts),
+    /// A reduction of the output.
+    OfChunks(PendingSummaries),
+}
+
+impl fmt::Debug for Statistics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::OfParts(_) => "OfParts",
+            Self::OfChunks(_) => "OfChunks",
+        })
+    }
 }
 
 impl LayerTelemetry {
     /// Waits for the summaries, in the order of the chunks.
     ///
+    /// The forward kernel leaves those of 16 rows by up to 256 columns, 32 bytes for each (128 KiB for
+    /// an output of 4096×4096), which are copied and merged here.
+    ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if the pass or an operation before it failed.
     pub fn read(&self) -> Result<Vec<Summary>> {
-        self.summaries.read()
-    }
-
-    /// The summaries as they lie on the device.
-    pub const fn summaries(&self) -> &PendingSummaries {
-        &self.summaries
+        match &self.statistics {
+            Statistics::OfParts(parts) => parts.read(),
+            Statistics::OfChunks(summaries) => summaries.read(),
+        }
     }
 
     /// Whether the forward kernel itself made the summaries. Otherwise a reduction of its output
     /// did, enqueued after it.
     #[must_use]
     pub const fn is_fused(&self) -> bool {
-        self.fused
+        matches!(self.statistics, Statistics::OfParts(_))
     }
 
     /// The tier that runs the forward pass.
@@ -86,12 +104,12 @@ impl<T: Element> Forward<'_, T> {
         let extents = self.check(y)?;
         reducer.check_chunks(y, chunks)?;
         let tier = self.choose_tier(extents, y, config)?;
-        if let Some(summaries) = self.run_fused(extents, y, config, reducer, (tier, chunks))? {
-            return Ok(LayerTelemetry { summaries, fused: true, tier });
+        if let Some(parts) = self.run_fused(extents, y, config, reducer, (tier, chunks))? {
+            return Ok(LayerTelemetry { statistics: Statistics::OfParts(parts), tier });
         }
         let tier = self.run(y, config)?;
         let summaries = reducer.segmented_async(y, Segments::Chunks(chunks))?;
-        Ok(LayerTelemetry { summaries, fused: false, tier })
+        Ok(LayerTelemetry { statistics: Statistics::OfChunks(summaries), tier })
     }
 
     /// Enqueues the fused pass, if a kernel serves it.
@@ -102,7 +120,7 @@ impl<T: Element> Forward<'_, T> {
         config: &KernelConfig,
         reducer: &TelemetryReducer,
         (tier, chunks): (Tier, usize),
-    ) -> Result<Option<PendingSummaries>> {
+    ) -> Result<Option<PendingParts>> {
         let device = self.w.device();
         let Some(stream) = device.stream().gpu() else {
             return Ok(None);

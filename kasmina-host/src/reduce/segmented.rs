@@ -49,31 +49,6 @@ impl Workspace {
         Ok(Self { arrived, segments, partials, strips })
     }
 
-    /// One with room for so many, in place of what is kept if that has less.
-    pub(super) fn sufficient<'a>(
-        kept: &'a mut Option<Self>,
-        stream: &Arc<GpuStream>,
-        segments: u64,
-        strips: u64,
-    ) -> Result<&'a Self> {
-        let before = kept.take();
-        Ok(kept.insert(match before {
-            Some(kept) if kept.segments >= segments && kept.strips >= strips => kept,
-            Some(kept) => Self::new(stream, segments.max(kept.segments), strips.max(kept.strips))?,
-            None => Self::new(stream, segments, strips)?,
-        }))
-    }
-
-    /// Device address of the counters.
-    pub(super) fn arrived(&self) -> u64 {
-        self.arrived.address()
-    }
-
-    /// Device address of the slots.
-    pub(super) fn partials(&self) -> u64 {
-        self.partials.address()
-    }
-
     pub(super) fn bytes(&self) -> u64 {
         self.segments * size_of::<u32>() as u64 + self.strips * size_of::<Partial>() as u64
     }
@@ -196,13 +171,20 @@ impl TelemetryReducer {
         };
         // Held while launching, as for whole tensors.
         let mut kept = lock(&self.segment_workspace);
-        let workspace = Workspace::sufficient(&mut kept, stream, segments, strips)?;
+        let before = kept.take();
+        let workspace = kept.insert(match before {
+            Some(kept) if kept.segments >= segments && kept.strips >= strips => kept,
+            Some(kept) => {
+                Workspace::new(stream, segments.max(kept.segments), strips.max(kept.strips))?
+            }
+            None => Workspace::new(stream, segments, strips)?,
+        });
         let params = SegmentParams {
             data: tensor.as_device_ptr(),
             row_stride: (tensor.row_stride() * size_of::<T>()) as u64,
             segments: cut,
-            partials: workspace.partials(),
-            arrived: workspace.arrived(),
+            partials: workspace.partials.address(),
+            arrived: workspace.arrived.address(),
             results: results.address(),
             epsilon: self.config.epsilon,
             skip_nan: u32::from(self.config.nan == NanPolicy::Skip),

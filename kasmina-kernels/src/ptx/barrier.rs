@@ -18,18 +18,23 @@ pub unsafe fn bar_sync<const ID: u32, const THREADS: u32>() {
     }
 }
 
-/// `bar.arrive`: arrives at a named barrier without waiting; what this thread did before is visible
-/// to the threads that wait there.
+/// `bar.red.or.pred`: as [`bar_sync`], and tells whether any of the threads said so.
 ///
 /// # Safety
-/// As [`bar_sync`]; `THREADS` counts those that arrive and those that wait.
+/// As [`bar_sync`].
+#[cfg(kasmina_tier = "hopper")]
+#[must_use]
 #[inline(always)]
-pub unsafe fn bar_arrive<const ID: u32, const THREADS: u32>() {
+pub unsafe fn bar_red_or<const ID: u32, const THREADS: u32>(said: bool) -> bool {
+    let any: u32;
     // SAFETY: the caller's contract.
     unsafe {
-        asm!("bar.arrive {id}, {threads};", id = const ID, threads = const THREADS,
-             options(nostack));
+        asm!("{{", ".reg .pred p;", "setp.ne.u32 p, {said}, 0;",
+             "bar.red.or.pred p, {id}, {threads}, p;", "selp.u32 {any}, 1, 0, p;", "}}",
+             said = in(reg32) u32::from(said), any = out(reg32) any,
+             id = const ID, threads = const THREADS, options(nostack));
     }
+    any != 0
 }
 
 /// `bar.sync 0`: waits for the whole block, and orders its shared-memory accesses.

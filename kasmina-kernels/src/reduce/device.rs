@@ -15,7 +15,7 @@ mod chunk;
 mod cluster;
 mod element;
 #[cfg(kasmina_tier = "hopper")]
-mod held;
+mod gram;
 mod load;
 mod naive;
 mod node;
@@ -23,19 +23,23 @@ mod segments;
 mod slots;
 
 #[cfg(kasmina_tier = "hopper")]
-pub(crate) use blocks::{EMPTY, Source, add_to_record, put_record, summary_of_block, write_slot};
+pub(crate) use blocks::{Source, summary_of_blocks};
 use chunk::At;
 #[cfg(kasmina_tier = "hopper")]
 pub(super) use cluster::few;
 pub(crate) use element::{BF16, Element, F16};
 pub(super) use element::{F32, Max, Min, Pairs, Statistic, Sum, Summary};
 #[cfg(kasmina_tier = "hopper")]
-pub(crate) use held::Held;
+pub(crate) use gram::Gram;
 use load::*;
 pub(super) use naive::naive;
 use node::{Node, Total};
 pub(super) use segments::segments;
-use slots::{Usual, clear, get, mean, put, quotient, store_result};
+#[cfg(kasmina_tier = "hopper")]
+pub(crate) use slots::put;
+#[cfg(not(kasmina_tier = "hopper"))]
+use slots::put;
+use slots::{Usual, clear, get, mean, quotient, store_result};
 
 /// What ptxas is told first.
 #[inline(always)]

@@ -422,6 +422,35 @@ impl Epilogue {
         }
     }
 
+    /// Waits until everything stored so far is visible to the warpgroup.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it.
+    #[inline(always)]
+    pub(super) unsafe fn complete_stores(self) {
+        if self.thread == 0 {
+            ptx::cp_async_bulk_wait_group_all();
+        }
+        // SAFETY: the whole warpgroup, by the caller's contract.
+        unsafe { self.sync() };
+    }
+
+    /// Whether any thread of the warpgroup says so.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it.
+    #[inline(always)]
+    pub(super) unsafe fn any(self, said: bool) -> bool {
+        // SAFETY: as for `sync`.
+        unsafe {
+            if self.consumer == 0 {
+                ptx::bar_red_or::<1, WARPGROUP>(said)
+            } else {
+                ptx::bar_red_or::<2, WARPGROUP>(said)
+            }
+        }
+    }
+
     /// Waits for the stores: shared memory must outlive their reads.
     #[inline(always)]
     pub(crate) fn finish(self) {
@@ -433,7 +462,7 @@ impl Epilogue {
     /// # Safety
     /// The whole warpgroup calls it.
     #[inline(always)]
-    pub(super) unsafe fn sync(self) {
+    unsafe fn sync(self) {
         // SAFETY: barrier ids are immediates; each consumer has its own.
         unsafe {
             if self.consumer == 0 {

@@ -1,24 +1,22 @@
 //! Forward kernels that summarise what they write: for each chunk of the output's columns its
 //! statistics over all rows, without another pass over memory.
 //!
-//! Consumers add up what they store, as it passes through their registers, slab by slab. Warps
-//! leave their summaries in shared memory; a warp of the producer's warpgroup, which is idle
-//! otherwise, merges them while the next tile is multiplied:
+//! Consumers have tensor cores add up what they store, as it passes through their registers
+//! (`reduce/device/gram.rs`):
 //!
 //! ```text
-//! consumers   k … k │ epilogue: slab ─ TMA store ─ add it up │ summary of each warp ─ say so │ k …
-//! one warp                                                     merge them to slots, and those
+//! k … k │ epilogue: slab ─ TMA store ─ add it up │ four times │ a slot for each warp │ k … k
 //! ```
-//! A warp summarises 16 rows of the columns of a tile that lie in one chunk (a *unit*). The units
-//! of a chunk in a tile are merged to a slot of the workspace, and who writes the last slot of a
-//! chunk merges all of them by number. So the bits of a result depend on elements, shape and tile
-//! alone: not on the grid, nor on the order in which tiles are done. Elements are those of Y,
-//! rounded to its type. Arithmetic, error bounds and layout of the results are those of the
-//! segmented reduction of Y (`reduce.rs`).
+//! A warp summarises 16 rows of the columns of a tile that lie in one chunk (a *unit*), and writes a
+//! slot for it. The host merges the slots of a chunk by number when somebody reads them: done by the
+//! last block of the grid, that took as long as everything else here. So the bits of a result depend
+//! on elements, shape and tile alone: not on the grid, nor on the order in which tiles are done.
+//! Elements are those of Y, rounded to its type. Error bounds are those of the segmented reduction of
+//! Y (`reduce.rs`).
 //!
-//! Consumers add up in f32 (`reduce/device/held.rs`). What f32 is too narrow for (NaN, infinities,
-//! sums beyond 2⁵⁰, squared distances below 2⁻¹²⁰) and units that Y's edge cuts they leave to the
-//! merging warp, which reads them back once they are stored and adds them up in f64.
+//! Units that Y's edge cuts, and those with which tensor cores would not be accurate enough (a mean
+//! larger than the standard deviation, NaN, infinities, squares that leave the range of f32), a warp
+//! reads back once they are stored, and summarises them as that reduction does.
 //!
 //! # Shape contract
 //! - As `hopper.rs`, and chunks of columns that are whole halves of a tile or more, or one chunk.
@@ -34,8 +32,6 @@ use crate::tile_scheduler::div;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
 
-/// Bytes of a unit's record in shared memory.
-const RECORD_BYTES: u32 = 32;
 /// Rows of a unit: a consumer's warp has as many.
 const UNIT_ROWS: u32 = 16;
 
@@ -51,23 +47,9 @@ pub struct Run {
 }
 
 impl Tile {
-    /// Warps that have a unit of each run.
+    /// Warps of consumers.
     const fn units(self) -> u32 {
         self.block_m / UNIT_ROWS
-    }
-
-    /// Where the records of the units lie: those of the first run, then those of the second.
-    const fn records_offset(self) -> u32 {
-        self.smem_bytes().next_multiple_of(16)
-    }
-
-    /// Where the units say which of their runs they leave to the merging warp.
-    const fn left_offset(self) -> u32 {
-        self.records_offset() + 2 * self.units() * RECORD_BYTES
-    }
-
-    const fn telemetry_smem_bytes(self) -> u32 {
-        self.left_offset() + 4 * self.units()
     }
 
     /// How the chunks of an `[m, n]` output are put together from tiles; `None` where chunks are
@@ -89,8 +71,8 @@ impl Tile {
             wider: 0,
             piece,
             pieces,
-            block: self.block_m,
-            blocks: m.div_ceil(self.block_m),
+            block: UNIT_ROWS,
+            blocks: m.div_ceil(UNIT_ROWS),
             log2_team: 5,
             log2_across: 3,
             by_rows: 0,
@@ -106,7 +88,8 @@ impl Tile {
         if rows < UNIT_ROWS { rows } else { UNIT_ROWS }
     }
 
-    /// Run `run` of the tile at `(tile_m, tile_n)`; `None` where that is beyond the last column.
+    /// Run `run` of a unit that has rows, of the tile at `(tile_m, tile_n)`; `None` where that is
+    /// beyond the last column.
     #[must_use]
     #[inline(always)]
     pub fn run(
@@ -114,6 +97,7 @@ impl Tile {
         cut: &Segments,
         n: u32,
         (tile_m, tile_n): (u32, u32),
+        unit: u32,
         run: u32,
     ) -> Option<Run> {
         let column = tile_n * self.block_n + run * cut.piece;
@@ -122,7 +106,7 @@ impl Tile {
         }
         let segment = div(column, cut.width);
         let piece = div(column - segment * cut.width, cut.piece);
-        let index = tile_m * cut.pieces.get() + piece;
+        let index = (tile_m * self.units() + unit) * cut.pieces.get() + piece;
         let columns = n - column;
         let columns = if columns < cut.piece { columns } else { cut.piece };
         Some(Run { segment, index, columns })
@@ -191,7 +175,7 @@ macro_rules! kernels {
                 layout: WeightLayout::$layout,
                 tile,
                 kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.telemetry_smem_bytes(),
+                    &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
                 )
                 .waiting_for_predecessors(),
             }
@@ -255,19 +239,18 @@ mod tests {
                 let scheduler = tile.scheduler(m, n);
                 for number in 0..scheduler.num_tiles() {
                     let at = scheduler.tile(number);
-                    for number in 0..tile.block_n / cut.piece {
-                        let Some(run) = tile.run(&cut, n, at, number) else { continue };
+                    let runs = tile.block_n / cut.piece;
+                    for (unit, number) in (0..tile.units() * runs).map(|i| (i / runs, i % runs)) {
+                        let rows = tile.unit_rows(m, at.0, unit);
+                        let run = tile.run(&cut, n, at, unit, number).filter(|_| rows > 0);
+                        let Some(run) = run else { continue };
                         let first = at.1 * tile.block_n + number * cut.piece;
-                        let mut elements = 0;
-                        for unit in 0..tile.units() {
-                            let rows = tile.unit_rows(m, at.0, unit);
-                            elements += rows * run.columns;
-                            let top = at.0 * tile.block_m + unit * UNIT_ROWS;
-                            for row in top..top + rows {
-                                for column in first..first + run.columns {
-                                    let owner = &mut owner[(row * n + column) as usize];
-                                    assert_eq!(std::mem::replace(owner, run.segment), u32::MAX);
-                                }
+                        let elements = rows * run.columns;
+                        let top = at.0 * tile.block_m + unit * UNIT_ROWS;
+                        for row in top..top + rows {
+                            for column in first..first + run.columns {
+                                let owner = &mut owner[(row * n + column) as usize];
+                                assert_eq!(std::mem::replace(owner, run.segment), u32::MAX);
                             }
                         }
                         assert!(run.index < cut.strips_of_each());

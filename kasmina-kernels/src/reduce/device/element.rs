@@ -30,16 +30,20 @@ pub(crate) trait Element {
     fn joined(a: Pairs, _: Pairs) -> Pairs {
         a
     }
-    /// Whether no element is other than zero.
-    #[cfg(kasmina_tier = "hopper")]
-    fn are_zero(_: Pairs) -> bool {
-        false
-    }
     /// Extremes and number of dead elements.
     #[cfg(kasmina_tier = "hopper")]
     fn of_pairs(_: Pairs) -> (f32, f32, f32) {
         (f32::INFINITY, f32::NEG_INFINITY, 0.0)
     }
+    /// A pair of ones.
+    #[cfg(kasmina_tier = "hopper")]
+    const ONES: u32 = 0;
+    /// As [`ptx::mma::mma_m16n8k16_bf16`], for elements of two bytes.
+    ///
+    /// # Safety
+    /// As there.
+    #[cfg(kasmina_tier = "hopper")]
+    unsafe fn multiply(_: &mut [f32; 4], _: [u32; 4], _: [u32; 2]) {}
     /// Adds what was found in pairs to what was found in f32.
     fn add_pairs(_: Pairs, _: &mut Batch) {}
 }
@@ -78,7 +82,7 @@ impl Element for F32 {
 
 macro_rules! sixteen_bit_element {
     ($name:ident, $low:expr, $high:expr, $infinity:literal, $bound:expr,
-     $min:ident $max:ident $add:ident $count_if_below:ident) => {
+     $min:ident $max:ident $add:ident $count_if_below:ident, $ones:literal $multiply:ident) => {
         impl Element for $name {
             const LOG2_SIZE: u32 = 1;
             #[inline(always)]
@@ -127,17 +131,20 @@ macro_rules! sixteen_bit_element {
             }
             #[cfg(kasmina_tier = "hopper")]
             #[inline(always)]
-            fn are_zero(pairs: Pairs) -> bool {
-                (pairs.min | pairs.max) & 0x7FFF_7FFF == 0
-            }
-            #[cfg(kasmina_tier = "hopper")]
-            #[inline(always)]
             fn of_pairs(pairs: Pairs) -> (f32, f32, f32) {
                 (
                     $low(pairs.min).min($high(pairs.min)),
                     $low(pairs.max).max($high(pairs.max)),
                     $low(pairs.dead) + $high(pairs.dead),
                 )
+            }
+            #[cfg(kasmina_tier = "hopper")]
+            const ONES: u32 = $ones * 0x1_0001;
+            #[cfg(kasmina_tier = "hopper")]
+            #[inline(always)]
+            unsafe fn multiply(sum: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+                // SAFETY: the caller's contract.
+                unsafe { ptx::mma::$multiply(sum, a, b) }
             }
             #[cfg(kasmina_tier = "hopper")]
             #[inline(always)]
@@ -155,7 +162,7 @@ sixteen_bit_element!(
     |pair: u32| ptx::cvt_f32_f16((pair >> 16) as u16),
     0x7C00,
     |epsilon: f32| u32::from(ptx::cvt_rp_f16_f32(epsilon)),
-    min_f16x2 max_f16x2 add_f16x2 count_if_below_f16x2
+    min_f16x2 max_f16x2 add_f16x2 count_if_below_f16x2, 0x3C00 mma_m16n8k16_f16
 );
 sixteen_bit_element!(
     BF16,
@@ -164,7 +171,7 @@ sixteen_bit_element!(
     0x7F80,
     // Rounded away from zero; a negative bound holds no element either way.
     |epsilon: f32| (epsilon.to_bits() + 0xFFFF) >> 16,
-    min_bf16x2 max_bf16x2 add_bf16x2 count_if_below_bf16x2
+    min_bf16x2 max_bf16x2 add_bf16x2 count_if_below_bf16x2, 0x3F80 mma_m16n8k16_bf16
 );
 
 /// What is computed; the fields that are not are left out of every loop and exchange.

@@ -1,195 +1,146 @@
 //! Device side of the forward kernels with telemetry.
 
 use super::*;
-use crate::gemm::hopper::device::Epilogue;
-use crate::gemm::hopper::{CONSUMER_M, SLAB_N, WARPGROUP};
+use crate::gemm::hopper::{CONSUMER_M, WARPGROUP};
 use crate::ptx;
-use crate::reduce::device as reduce;
+use crate::reduce::{Partial, device as reduce};
 
-// Three warpgroups start with 168 registers a thread each, 504 together: 104 + 2 · 200. Merging
-// takes more than producing alone.
-pub(super) const PRODUCER_REGISTERS: u32 = 104;
-pub(super) const CONSUMER_REGISTERS: u32 = 200;
-
-#[inline(always)]
-fn record(tile: Tile, run: u32, unit: u32) -> u32 {
-    ptx::dynamic_smem() + tile.records_offset() + (run * tile.units() + unit) * RECORD_BYTES
-}
-
-/// Where a unit says which of its runs are left to the merging warp: bit `run`.
-#[inline(always)]
-fn left(tile: Tile, unit: u32) -> u32 {
-    ptx::dynamic_smem() + tile.left_offset() + 4 * unit
-}
-
-/// Summaries of what a consumer's warp stores.
+/// The part of a tile that a consumer's warp stores, and where its summaries go.
 #[derive(Clone, Copy)]
-pub(super) struct Summaries {
+pub(super) struct Unit<'a> {
     tile: Tile,
-    consumer: u32,
+    params: &'a TelemetryParams,
+    /// Row and column of the tile among tiles.
+    at: (u32, u32),
     /// Of the tile, from 0 on.
-    unit: u32,
-    /// Whether all rows and columns of the unit exist.
-    whole: bool,
-    /// Whether the halves of the tile go to different slots.
-    split: bool,
+    number: u32,
 }
 
-impl Summaries {
-    /// Of the tile at `(tile_m, tile_n)` by a thread of consumer `consumer`.
+impl<'a> Unit<'a> {
+    /// Of the tile at `(tile_m, tile_n)`, by a thread of consumer `consumer`.
     #[inline(always)]
     pub(super) fn new(
         tile: Tile,
-        params: &TelemetryParams,
+        params: &'a TelemetryParams,
         consumer: u32,
-        (tile_m, tile_n): (u32, u32),
+        at: (u32, u32),
     ) -> Self {
-        let unit = consumer * (CONSUMER_M / UNIT_ROWS) + ptx::thread_index() % WARPGROUP / 32;
-        let (m, n) = (params.segments.segments.rows, params.gemm.n);
-        let whole =
-            tile.unit_rows(m, tile_m, unit) == UNIT_ROWS && (tile_n + 1) * tile.block_n <= n;
-        let split = params.segments.segments.piece < tile.block_n;
-        Self { tile, consumer, unit, whole, split }
+        let number = consumer * (CONSUMER_M / UNIT_ROWS) + ptx::thread_index() % WARPGROUP / 32;
+        Self { tile, params, at, number }
     }
 
-    /// Waits until the records of the tile before have been read.
+    /// Whether the halves of the tile go to different slots.
+    #[inline(always)]
+    fn is_split(self) -> bool {
+        self.params.segments.segments.piece < self.tile.block_n
+    }
+
+    /// Rows that exist.
+    #[inline(always)]
+    fn rows(self) -> u32 {
+        self.tile.unit_rows(self.params.segments.segments.rows, self.at.0, self.number)
+    }
+
+    #[inline(always)]
+    fn run(self, number: u32) -> Option<Run> {
+        let cut = &self.params.segments.segments;
+        self.tile.run(cut, self.params.gemm.n, self.at, self.number, number)
+    }
+
+    /// Writes the slots as the tensor cores added them up, if the unit is whole and that is
+    /// accurate, and says whether it has.
     ///
     /// # Safety
-    /// The whole consumer calls it, once for every tile but the first.
+    /// The whole warp calls it; the workspace has a slot for each run of a unit.
     #[inline(always)]
-    pub(super) unsafe fn wait_read(self) {
-        // SAFETY: the caller's contract; each consumer has its own barrier.
-        unsafe {
-            if self.consumer == 0 {
-                ptx::bar_sync::<3, { WARPGROUP + 32 }>();
-            } else {
-                ptx::bar_sync::<4, { WARPGROUP + 32 }>();
-            }
+    pub(super) unsafe fn put<E: reduce::Element>(self, grams: &[reduce::Gram]) -> bool {
+        let [first, last] = halves::<E>(grams);
+        let (half, n) = (self.tile.block_n / 2, self.params.gemm.n);
+        if self.rows() < UNIT_ROWS || (self.at.1 + 1) * self.tile.block_n > n {
+            return false;
         }
-    }
-
-    /// Leaves the warp's summaries of the tile's halves, of which each lane has `len` elements.
-    ///
-    /// # Safety
-    /// The whole consumer calls it, after [`wait_read`](Self::wait_read); its thread `elected` has
-    /// stored its slabs.
-    #[inline(always)]
-    pub(super) unsafe fn put<E: reduce::Element, const CONSUMERS: u32>(
-        self,
-        halves: [reduce::Held; 2],
-        len: f32,
-        epilogue: Epilogue,
-        elected: bool,
-    ) {
-        let [first, mut last] = halves;
-        let mut len_of_last = len;
-        let mut left_to_merger = 0;
-        // SAFETY: the unit's own records and word; the whole consumer.
-        unsafe {
-            if self.split {
-                left_to_merger = self.put_run::<E>(0, first, len);
-            } else {
-                last = first.with::<E>(last, len);
-                len_of_last = 2.0 * len;
-            }
-            left_to_merger |= self.put_run::<E>(1, last, len_of_last);
-            if ptx::opaque_u32(ptx::lane_index()) == 0 {
-                ptx::st_shared_u32(left(self.tile, self.unit), left_to_merger);
-            }
-            epilogue.sync();
-            if elected {
-                let units = self.consumer * (CONSUMER_M / UNIT_ROWS);
-                let [a, b, c, d] = ptx::ld_shared_v4_u32(left(self.tile, units));
-                if a | b | c | d != 0 {
-                    // What the merging warp will read.
-                    ptx::cp_async_bulk_wait_group_all();
-                }
-            }
-            ptx::bar_warp_sync();
-            if CONSUMERS == 2 {
-                ptx::bar_arrive::<5, { 2 * WARPGROUP + 32 }>();
-            } else {
-                ptx::bar_arrive::<5, { WARPGROUP + 32 }>();
-            }
-        }
-    }
-
-    /// Leaves a record of a run, or gives its bit and an empty one.
-    ///
-    /// # Safety
-    /// As [`put`](Self::put), for a warp.
-    #[inline(always)]
-    unsafe fn put_run<E: reduce::Element>(self, run: u32, held: reduce::Held, len: f32) -> u32 {
         // SAFETY: the caller's contract.
         unsafe {
-            let partial = held.of_warp::<E>(len);
-            let partial = if self.whole { partial } else { None };
-            if ptx::opaque_u32(ptx::lane_index()) == 0 {
-                let partial = partial.unwrap_or(reduce::EMPTY);
-                reduce::put_record(record(self.tile, run, self.unit), &partial);
+            if self.is_split() {
+                // Both, whether or not the first is accurate.
+                self.put_run::<E>(0, first, half) & self.put_run::<E>(1, last, half)
+            } else {
+                self.put_run::<E>(0, first.with::<E>(last), 2 * half)
             }
-            if partial.is_none() { 1 << run } else { 0 }
         }
     }
-}
 
-/// What a lane holds of both halves of a tile, from its slabs, and how many elements that is each.
-#[inline(always)]
-pub(super) fn halves<E: reduce::Element>(
-    slabs: &[Option<reduce::Held>],
-) -> ([reduce::Held; 2], f32) {
-    const SLAB: f32 = 32.0;
-    match *slabs {
-        [Some(a), Some(b), Some(c), Some(d)] => {
-            ([a.with::<E>(b, SLAB), c.with::<E>(d, SLAB)], 2.0 * SLAB)
+    /// # Safety
+    /// As [`put`](Self::put).
+    #[inline(always)]
+    unsafe fn put_run<E: reduce::Element>(
+        self,
+        number: u32,
+        gram: reduce::Gram,
+        columns: u32,
+    ) -> bool {
+        // SAFETY: the caller's contract.
+        match (unsafe { gram.of_warp::<E>(columns) }, self.run(number)) {
+            (Some(partial), Some(run)) => {
+                // SAFETY: the caller's contract.
+                unsafe { self.write(run, &partial) };
+                true
+            }
+            _ => false,
         }
-        [Some(a), Some(b)] => ([a, b], SLAB),
-        _ => ([reduce::Held::NONE; 2], SLAB),
     }
-}
 
-/// Adds what consumers have left of a run to their records, from Y, which they have stored.
-///
-/// # Safety
-/// The merging warp calls it, whole, behind the consumers' barrier.
-#[inline(always)]
-unsafe fn add_left<E: reduce::Element>(
-    tile: Tile,
-    params: &TelemetryParams,
-    (tile_m, tile_n): (u32, u32),
-    (half, run): (u32, Run),
-) {
-    let (cut, row_stride) = (params.segments.segments, params.segments.row_stride);
-    let only = cut.piece == tile.block_n;
-    let first = tile_n * tile.block_n + if only { 0 } else { half * cut.piece };
-    let mut unit = 0;
-    while unit < tile.units() {
-        ptx::nounroll();
-        // SAFETY: the caller's contract; rows and columns that exist.
-        unsafe {
-            let rows = tile.unit_rows(cut.rows, tile_m, unit);
-            if rows > 0 && ptx::ld_shared_u32(left(tile, unit)) >> half & 1 != 0 {
-                let row = tile_m * tile.block_m + unit * UNIT_ROWS;
-                let mut column = 0;
-                while column < run.columns {
-                    ptx::nounroll();
-                    let columns = run.columns - column;
-                    let columns = if columns < SLAB_N { columns } else { SLAB_N };
-                    let source = Global {
-                        address: params.segments.data
-                            + u64::from(row) * row_stride
-                            + u64::from(first + column) * 2,
-                        row_stride,
-                    };
-                    let rule = params.segments.rule();
-                    let partial = reduce::summary_of_block::<E>(source, rows, columns, rule);
-                    let address = record(tile, half, unit);
-                    reduce::add_to_record(address, rows * column, &partial, rows * columns);
-                    column += SLAB_N;
+    /// Writes the slots of what is stored in Y.
+    ///
+    /// # Safety
+    /// As [`put`](Self::put), once the unit is stored and visible to the warp.
+    #[inline(always)]
+    pub(super) unsafe fn put_stored<E: reduce::Element>(self) {
+        let (tile, segments) = (self.tile, &self.params.segments);
+        let rows = self.rows();
+        let row = u64::from(self.at.0 * tile.block_m + self.number * UNIT_ROWS);
+        let row_stride = segments.row_stride;
+        let runs = if self.is_split() { 2 } else { 1 };
+        let mut number = 0;
+        while rows > 0 && number < runs {
+            ptx::nounroll();
+            if let Some(run) = self.run(number) {
+                let first = self.at.1 * tile.block_n + number * segments.segments.piece;
+                let slab = |column: u32| {
+                    let column = u64::from(first + column) * 2;
+                    Global { address: segments.data + row * row_stride + column, row_stride }
+                };
+                // SAFETY: the caller's contract; rows and columns that exist.
+                unsafe {
+                    let (columns, rule) = (run.columns, segments.rule());
+                    let partial = reduce::summary_of_blocks::<E, _>(slab, rows, columns, rule);
+                    self.write(run, &partial);
                 }
             }
+            number += 1;
         }
-        unit += 1;
+    }
+
+    /// # Safety
+    /// As [`put`](Self::put).
+    #[inline(always)]
+    unsafe fn write(self, run: Run, partial: &Partial) {
+        let segments = &self.params.segments;
+        let each = segments.segments.strips_of_each();
+        if ptx::opaque_u32(ptx::lane_index()) == 0 {
+            // SAFETY: the caller's contract; one lane writes a slot that is no other unit's.
+            unsafe { reduce::put(segments.partials, run.segment * each + run.index, partial) };
+        }
+    }
+}
+
+/// Of both halves of a tile, from its slabs.
+#[inline(always)]
+fn halves<E: reduce::Element>(grams: &[reduce::Gram]) -> [reduce::Gram; 2] {
+    match *grams {
+        [a, b, c, d] => [a.with::<E>(b), c.with::<E>(d)],
+        [a, b] => [a, b],
+        _ => [reduce::Gram::NONE; 2],
     }
 }
 
@@ -207,62 +158,6 @@ impl reduce::Source for Global {
         // SAFETY: the caller's contract; a slab starts at a multiple of 128 bytes of a row, and
         // rows at multiples of 16.
         unsafe { ptx::ld_relaxed_gpu_v4_u32_if(address, exists) }
-    }
-}
-
-/// Merges the records of every tile of this block: from `first` on every `step`th.
-///
-/// # Safety
-/// One whole warp calls it, that is no consumer's.
-#[inline(always)]
-pub(super) unsafe fn merge<E: reduce::Element, const CONSUMERS: u32>(
-    tile: Tile,
-    params: &TelemetryParams,
-    first: u32,
-    step: u32,
-) {
-    let tiles = params.gemm.tiles;
-    let cut = params.segments.segments;
-    let mut number = first;
-    while number < tiles.num_tiles() {
-        ptx::nounroll();
-        let at = tiles.tile(number);
-        number += step;
-        // SAFETY: the caller's contract; as many arrivals as the consumers wait for and make.
-        unsafe {
-            if CONSUMERS == 2 {
-                ptx::bar_sync::<5, { 2 * WARPGROUP + 32 }>();
-            } else {
-                ptx::bar_sync::<5, { WARPGROUP + 32 }>();
-            }
-            let mut half = 0;
-            while half < 2 {
-                ptx::nounroll();
-                // A tile in one run has its records where those of the second are.
-                let only = cut.piece == tile.block_n;
-                let number = if only { 0 } else { half };
-                if let Some(run) = tile.run(&cut, params.gemm.n, at, number)
-                    && !(only && half == 0)
-                {
-                    add_left::<E>(tile, params, at, (half, run));
-                    let unit = |unit: u32| {
-                        let elements = tile.unit_rows(cut.rows, at.0, unit) * run.columns;
-                        (record(tile, half, unit), elements)
-                    };
-                    let slot = (run.segment, run.index);
-                    reduce::write_slot(&params.segments, slot, tile.units(), unit);
-                }
-                half += 1;
-            }
-            // Nobody waits after the last tile.
-            if number < tiles.num_tiles() {
-                ptx::bar_warp_sync();
-                ptx::bar_arrive::<3, { WARPGROUP + 32 }>();
-                if CONSUMERS == 2 {
-                    ptx::bar_arrive::<4, { WARPGROUP + 32 }>();
-                }
-            }
-        }
     }
 }
 
@@ -293,6 +188,7 @@ macro_rules! entry {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
                 cluster_m: 1,
             };
+            const SLABS: usize = (TILE.block_n / SLAB_N) as usize;
             const X_MAJOR: Major = Major::K;
             const W_MAJOR: Major = Major::$w_major;
             let x_map: u64;
@@ -315,22 +211,18 @@ macro_rules! entry {
 
             let operands = Matrices { x_map, w_map, x_major: X_MAJOR, w_major: W_MAJOR };
             // SAFETY: the whole block is here.
-            let (block, warp) = unsafe {
-                (Block::start(TILE), ptx::shfl_sync_idx_first(ptx::thread_index() / 32))
+            let (block, warpgroup) = unsafe {
+                let block = Block::start(TILE);
+                (block, ptx::shfl_sync_idx_first(ptx::thread_index() / WARPGROUP))
             };
-            if warp < WARPGROUP / 32 {
-                // SAFETY: the whole producer warpgroup drops registers that it does not use; one
-                // of its threads produces, with the maps of the parameters, and another of its
-                // warps merges.
+            if warpgroup == 0 {
+                // SAFETY: the whole producer warpgroup, which starts with more registers; one
+                // thread produces, with the maps of the parameters.
                 unsafe {
                     if forward::needs_registers(TILE) {
-                        ptx::setmaxnreg_dec::<{ device::PRODUCER_REGISTERS }>();
+                        ptx::setmaxnreg_dec::<{ forward::PRODUCER_REGISTERS }>();
                     }
-                    if warp == 1 {
-                        wait_for_predecessors();
-                        let (first, step) = (block.first_tile(), block.tile_step());
-                        device::merge::<reduce::$element, { TILE.num_consumers() }>(TILE, &params, first, step);
-                    } else if ptx::thread_index() == 0 {
+                    if ptx::thread_index() == 0 {
                         let stage_bytes = params.gemm.stage_bytes;
                         produce(block, operands, Work { tiles, k_blocks, stage_bytes });
                     }
@@ -338,9 +230,9 @@ macro_rules! entry {
             } else {
                 if forward::needs_registers(TILE) {
                     // SAFETY: whole consumer warpgroups; the producer frees what they take.
-                    unsafe { ptx::setmaxnreg_inc::<{ device::CONSUMER_REGISTERS }>() };
+                    unsafe { ptx::setmaxnreg_inc::<{ forward::CONSUMER_REGISTERS }>() };
                 }
-                let consumer = warp / (WARPGROUP / 32) - 1;
+                let consumer = warpgroup - 1;
                 let epilogue = Epilogue::new(
                     block, consumer, y_map, params.gemm.bias, params.gemm.n,
                     params.gemm.activation,
@@ -360,37 +252,39 @@ macro_rules! entry {
                         position, k_blocks, $($($c)+)+
                     }
                     epilogue.publish_bias::<forward::$element>(bias);
-                    let summaries = device::Summaries::new(TILE, &params, consumer, at);
                     let mut group = 0;
-                    let mut pairs = [[0; 4]; 4];
-                    let mut held = [None; (TILE.block_n / SLAB_N) as usize];
+                    let mut blocks = [[0; 4]; 4];
+                    let mut grams = [reduce::Gram::NONE; SLABS];
                     $(
                         // SAFETY: the whole warpgroup goes through the slabs in order.
                         unsafe {
                             if group % 4 == 0 {
                                 epilogue.begin_slab();
                             }
-                            pairs[group as usize % 4] =
+                            blocks[group as usize % 4] =
                                 epilogue.columns::<forward::$element>(group, [$($c),+]);
                             if group % 4 == 3 {
-                                let slab = group / 4;
-                                epilogue.end_slab(slab, m, n);
-                                let of_slab = reduce::Held::of::<reduce::$element>(pairs, rule);
-                                held[slab as usize] = Some(of_slab);
+                                epilogue.end_slab(group / 4, m, n);
+                                grams[group as usize / 4] =
+                                    reduce::Gram::of::<reduce::$element>(blocks, rule);
                             }
                         }
                         group += 1;
                     )+
                     let _ = group;
-                    // SAFETY: the whole consumer, once for this tile.
+                    let unit = device::Unit::new(TILE, &params, consumer, at);
+                    // SAFETY: whole warps; the host has made the slots. All of the consumer go the
+                    // same way behind its barrier, and read Y once it is stored.
                     unsafe {
-                        if tile != block.first_tile() {
-                            summaries.wait_read();
+                        let put = unit.put::<reduce::$element>(&grams);
+                        if epilogue.any(!put) {
+                            epilogue.complete_stores();
+                            if !put {
+                                unit.put_stored::<reduce::$element>();
+                            }
+                            // The first products overwrite them: no register has to hold them.
+                            $($($c = 0.0;)+)+
                         }
-                        let (halves, len) = device::halves::<reduce::$element>(&held);
-                        summaries.put::<reduce::$element, { TILE.num_consumers() }>(
-                            halves, len, epilogue, elected,
-                        );
                     }
                     tile += block.tile_step();
                 }
