@@ -59,14 +59,18 @@ impl<'a> Unit<'a> {
         if self.rows() < UNIT_ROWS || (self.at.1 + 1) * self.tile.block_n > n {
             return false;
         }
-        // SAFETY: the caller's contract.
-        unsafe {
-            if self.is_split() {
-                // Both, whether or not the first is accurate.
-                self.put_run::<E>(0, first, half) & self.put_run::<E>(1, last, half)
-            } else {
-                self.put_run::<E>(0, first.with::<E>(last), 2 * half)
+        let (mut gram, columns, runs) =
+            if self.is_split() { (first, half, 2) } else { (first.with::<E>(last), 2 * half, 1) };
+        let (mut accurate, mut number) = (true, 0);
+        loop {
+            ptx::nounroll();
+            // SAFETY: the caller's contract.
+            accurate &= unsafe { self.put_run::<E>(number, gram, columns) };
+            number += 1;
+            if number == runs {
+                return accurate;
             }
+            gram = last;
         }
     }
 
@@ -272,6 +276,8 @@ macro_rules! entry {
                         group += 1;
                     )+
                     let _ = group;
+                    // The next products overwrite them: until then no register has to hold them.
+                    $($($c = ptx::any_f32();)+)+
                     let unit = device::Unit::new(TILE, &params, consumer, at);
                     // SAFETY: whole warps; the host has made the slots. All of the consumer go the
                     // same way behind its barrier, and read Y once it is stored.
@@ -282,8 +288,6 @@ macro_rules! entry {
                             if !put {
                                 unit.put_stored::<reduce::$element>();
                             }
-                            // The first products overwrite them: no register has to hold them.
-                            $($($c = 0.0;)+)+
                         }
                     }
                     tile += block.tile_step();
