@@ -16,7 +16,7 @@ use measure::random::Normals;
 use measure::record::{Peer, Provenance, append};
 use measure::regime::{self, Contender, Regime};
 use peer::cub::Cub;
-use reductions::operands::Operands;
+use reductions::operands::{COLUMNS, Operands};
 use reductions::record::{self, Case, Operation, Record, Timing};
 
 mod measure;
@@ -31,7 +31,7 @@ const USAGE: &str = "usage: reduce [option VALUE]...
 
   --lengths N,...        numbers of elements, 1000 or 2^20; default 2^10, 2^12, ... 2^30
   --dtype bf16|f16|f32   element type; default f32 and bf16
-  --operation sum|summary|chunks|naive
+  --operation sum|summary|chunks|columns|naive
                          default all
   --tier hopper|portable forces a tier; default the best
   --regime burst|steady|graph|all
@@ -183,6 +183,7 @@ impl<T: Element> Ours<'_, T> {
             }
             Operation::Summary => drop(self.reducer.summary_async(data)?),
             Operation::Chunks => drop(self.reducer.segmented_async(data, CHUNKS)?),
+            Operation::Columns => drop(self.reducer.segmented_async(data, Segments::Columns)?),
         }
         Ok(())
     }
@@ -196,7 +197,10 @@ impl<T: Element> Ours<'_, T> {
                 self.operands.sum_error(sum.unwrap_or(f64::NAN))
             }
             Operation::Summary => self.operands.summary_error(&self.reducer.summary(data)?),
-            Operation::Chunks => self.operands.chunks_error(&self.reducer.segmented(data, CHUNKS)?),
+            Operation::Chunks => self.operands.parts_error(&self.reducer.segmented(data, CHUNKS)?),
+            Operation::Columns => {
+                self.operands.parts_error(&self.reducer.segmented(data, Segments::Columns)?)
+            }
         }
     }
 }
@@ -227,7 +231,11 @@ impl Bench {
 
         let mut ours = Vec::new();
         let mut errors = Vec::new();
-        for &operation in &options.operations {
+        let operations = options.operations.iter().filter(|&&operation| {
+            // One row is nothing to cut into columns.
+            operation != Operation::Columns || (len > COLUMNS && len.is_multiple_of(COLUMNS))
+        });
+        for &operation in operations {
             let reducer = self.reducer(operation, options.tier)?;
             // The pool gives the same memory to the next result, which must not find it right.
             reducer.reduce(&self.one, Reduction::Sum)?;

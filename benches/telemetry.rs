@@ -7,12 +7,13 @@ mod measure;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use half::bf16;
 use kasmina::{
-    Activation, DType, Device, KasminaLayer, LinearConfig, Segments, TelemetryReducer, Tensor,
-    WeightLayout,
+    Activation, DType, Device, KasminaLayer, LinearConfig, Segments, Summary, TelemetryReducer,
+    Tensor, WeightLayout,
 };
 use measure::cuda::Clock;
 use measure::random::Normals;
@@ -33,6 +34,8 @@ const USAGE: &str = "usage: telemetry [option VALUE]...
 const GRAPH_BELOW: f64 = 20.0;
 /// Inputs that are used in turn.
 const INPUTS: usize = 2;
+/// How often summaries are read for the time that takes.
+const READS: usize = 21;
 
 fn main() -> anyhow::Result<ExitCode> {
     let Some(options) = Options::parse(std::env::args().skip(1))? else {
@@ -50,7 +53,7 @@ fn main() -> anyhow::Result<ExitCode> {
     let (clock, provenance) = (Clock::new(&device)?, Provenance::new(&device));
     let mut normals = Normals::new();
     println!("bf16, bias and ReLU, {} chunks; medians in us", options.chunks);
-    println!("shape | layout | regime | forward | fused | + % | then reduced | + %");
+    println!("shape | layout | regime | forward | fused | + % | then reduced | + % | read | read");
     for &shape in &options.shapes {
         for layout in WeightLayout::ALL {
             let pass = Pass::new(&device, shape, layout, options.chunks, &mut normals)?;
@@ -198,6 +201,15 @@ impl Pass {
         let peer = |name: &str, contender| Peer { name: name.to_owned(), timing: times(contender) };
         let [m, n, k] = self.shape;
         let time = |contender: usize| regime.representative(&summaries[contender]);
+        let fused_read_us = median_of_reads(clock, || {
+            let (_, telemetry) = layer.forward_with_telemetry(input(0), reducer, chunks)?;
+            Ok(move || telemetry.read())
+        })?;
+        let reduced_read_us = median_of_reads(clock, || {
+            let y = layer.forward(input(0))?;
+            let pending = reducer.segmented_async(&y, Segments::Chunks(chunks))?;
+            Ok(move || pending.read())
+        })?;
         Ok(Record {
             provenance: provenance.clone(),
             m,
@@ -206,13 +218,36 @@ impl Pass {
             layout: self.layout.name(),
             chunks,
             regime: regime.name(),
-            fused_cost: time(1) / time(0) - 1.0,
-            reduced_cost: time(2) / time(0) - 1.0,
             fused: times(1),
-            forward: peer("forward", 0),
-            reduced: peer("forward, then reduction", 2),
+            peer: peer("forward, then reduction", 2),
+            ratio: time(2) / time(1),
+            details: Details {
+                forward: times(0),
+                fused_cost: time(1) / time(0) - 1.0,
+                reduced_cost: time(2) / time(0) - 1.0,
+                fused_read_us,
+                reduced_read_us,
+            },
         })
     }
+}
+
+/// What the host takes to read summaries that are there, in microseconds.
+fn median_of_reads<R: FnOnce() -> kasmina::Result<Vec<Summary>>>(
+    clock: &Clock,
+    enqueue: impl Fn() -> kasmina::Result<R>,
+) -> anyhow::Result<f64> {
+    let mut times = Vec::with_capacity(READS);
+    for _ in 0..READS {
+        let read = enqueue()?;
+        clock.synchronize()?;
+        let begin = Instant::now();
+        let summaries = read()?;
+        times.push(begin.elapsed().as_secs_f64() * 1e6);
+        drop(summaries);
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[READS / 2])
 }
 
 /// One line of `benches/results`.
@@ -228,23 +263,35 @@ struct Record {
     regime: &'static str,
     #[serde(flatten)]
     fused: Times,
-    forward: Peer<Times>,
-    reduced: Peer<Times>,
+    peer: Peer<Times>,
+    ratio: f64,
+    details: Details,
+}
+
+/// What else is worth knowing.
+#[derive(Serialize)]
+struct Details {
+    forward: Times,
     /// What telemetry adds, as a part of the pass without.
     fused_cost: f64,
     reduced_cost: f64,
+    /// Of the host, once the GPU is done.
+    fused_read_us: f64,
+    reduced_read_us: f64,
 }
 
 impl Record {
     fn row(&self) -> String {
-        let Self { m, n, k, layout, regime, forward, fused, reduced, .. } = self;
+        let Self { m, n, k, layout, regime, fused, peer, details, .. } = self;
         format!(
-            "{m}x{n}x{k} | {layout} | {regime} | {:.2} | {:.2} | {:+.2} | {:.2} | {:+.2}",
-            forward.timing.median_us,
+            "{m}x{n}x{k} | {layout} | {regime} | {:.2} | {:.2} | {:+.2} | {:.2} | {:+.2} | {:.1} | {:.1}",
+            details.forward.median_us,
             fused.median_us,
-            100.0 * self.fused_cost,
-            reduced.timing.median_us,
-            100.0 * self.reduced_cost,
+            100.0 * details.fused_cost,
+            peer.timing.median_us,
+            100.0 * details.reduced_cost,
+            details.fused_read_us,
+            details.reduced_read_us,
         )
     }
 }

@@ -19,6 +19,8 @@ mod gpu;
 mod poison;
 #[path = "support/random.rs"]
 mod random;
+#[path = "conv1d/tensor_cores.rs"]
+mod tensor_cores;
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,7 +30,7 @@ use convolution::{
 };
 use convolution_cases::{
     Case, cases, crossed_cases, depthwise_cases, edge_cases, explicit, reduced, short_cases,
-    tensor_core_cases, thinned, view_cases,
+    thinned, view_cases,
 };
 use convolution_faults::bad_input;
 use finite_differences::finite_differences;
@@ -44,6 +46,7 @@ use poison::{Poison, bits};
 use random::seed;
 
 type Check = fn(&Device, Tier) -> Result<(), Failed>;
+type HopperCheck = fn(&Device) -> Result<(), Failed>;
 
 /// Passes that were compared in this run.
 static COMPARED: AtomicUsize = AtomicUsize::new(0);
@@ -59,12 +62,12 @@ fn main() -> ExitCode {
         trials.push(gpu.trial(name, move |device| check(device, Tier::Portable)));
     }
     if !gpu_lacks(Tier::Hopper) {
-        for (dtype, check) in [
-            (DType::F16, on_tensor_cores::<f16> as fn(&Device) -> _),
-            (DType::BF16, on_tensor_cores::<bf16>),
-        ] {
-            let sentence = "conv1d_matches_reference_and_gives_the_same_bits_twice";
-            trials.push(gpu.trial(format!("hopper_{dtype}_{sentence}"), check));
+        for (dtype, claims) in
+            [(DType::F16, hopper_claims::<f16>()), (DType::BF16, hopper_claims::<bf16>())]
+        {
+            for (sentence, check) in claims {
+                trials.push(gpu.trial(format!("hopper_{dtype}_{sentence}"), check));
+            }
         }
     }
     trials.push(Trial::test("bad_input_is_a_typed_error_on_the_cpu", || bad_input(&Device::cpu())));
@@ -93,6 +96,24 @@ fn main() -> ExitCode {
 fn gpu_lacks(tier: Tier) -> bool {
     let capability = Device::cuda(0).ok().and_then(|device| device.capability());
     capability.is_some_and(|gpu| !tier.runs_on(gpu.major, gpu.minor))
+}
+
+/// What is claimed of the Hopper tier for an element type, besides what is claimed of every tier.
+fn hopper_claims<T: Poison>() -> [(&'static str, HopperCheck); 3] {
+    [
+        (
+            "conv1d_matches_reference_and_gives_the_same_bits_twice",
+            tensor_cores::on_tensor_cores::<T>,
+        ),
+        (
+            "conv1d_of_single_channels_at_the_edges_of_warps_matches_reference",
+            tensor_cores::rows_of_single_channels::<T>,
+        ),
+        (
+            "filter_gradients_of_dilated_taps_match_reference",
+            tensor_cores::filter_gradients_of_dilated_taps::<T>,
+        ),
+    ]
 }
 
 /// What is claimed of a tier, for each of its element types.
@@ -345,32 +366,6 @@ fn each_with<T: Poison>(
     }
     let shown = faults.iter().take(3).cloned().collect::<Vec<_>>().join("\n");
     require(faults.is_empty(), || format!("{} of {}:\n{shown}", faults.len(), cases.len()))
-}
-
-/// Where the GPU has the tier, it is the one that is chosen; what it leaves to the portable tier
-/// must be right too.
-fn on_tensor_cores<T: Poison>(device: &Device) -> Result<(), Failed> {
-    let config = KernelConfig::default();
-    let mut served = [0; 3];
-    let cases = tensor_core_cases();
-    for case in &cases {
-        let Some(convolution) = Convolution::<T>::random(case.shape) else { continue };
-        let told = |fault: String| format!("{case:?}: {fault}");
-        let got = run(device, &config, &convolution, case).map_err(told)?;
-        compare(&convolution, case, Tier::Hopper, &got).map_err(told)?;
-        let again = run(device, &config, &convolution, case).map_err(told)?;
-        require(got.bits() == again.bits(), || format!("{case:?}: the bits differ"))?;
-        for (count, tier) in served.iter_mut().zip(got.tiers) {
-            *count += usize::from(tier == Some(Tier::Hopper));
-        }
-    }
-    let enough = served.iter().all(|&count| count * 4 >= cases.len());
-    require(enough, || {
-        format!(
-            "of {} cases, forward, dgrad and wgrad ran {served:?} times on tensor cores",
-            cases.len()
-        )
-    })
 }
 
 fn no_sequences<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {

@@ -39,7 +39,10 @@ fn main() -> ExitCode {
     }
     if !gpu_lacks(Tier::Hopper) {
         trials.extend([
-            gpu.trial("operands_that_tma_cannot_address_are_served_by_portable", hands_over),
+            gpu.trial(
+                "operands_that_tma_cannot_address_stay_and_small_f32_goes_to_portable",
+                hands_over,
+            ),
             gpu.trial("forced_hopper_refuses_what_it_cannot_serve", hopper_refuses),
             gpu.trial("hopper_bf16_gemm_without_a_part_matches_reference", |device| {
                 without_a_part(device, Tier::Hopper)
@@ -97,12 +100,18 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
                 _ => ("gemm_with_every_tile_matches_reference", every_tile::<bf16>),
             });
         }
-        // Tensor cores take f32 in parts, which are as aligned as they need to be.
-        if tier == Tier::Portable || (tier, dtype) == (Tier::Hopper, DType::F32) {
+        if tier != Tier::Cpu {
             of_dtype.push(match dtype {
                 DType::F32 => ("gemm_of_misaligned_views_matches_reference", misaligned::<f32>),
                 DType::F16 => ("gemm_of_misaligned_views_matches_reference", misaligned::<f16>),
                 _ => ("gemm_of_misaligned_views_matches_reference", misaligned::<bf16>),
+            });
+        }
+        if tier == Tier::Hopper && dtype != DType::F32 {
+            let name = "gemm_of_unaligned_rows_with_every_tile_matches_reference";
+            of_dtype.push(match dtype {
+                DType::F16 => (name, every_tile_unaligned::<f16>),
+                _ => (name, every_tile_unaligned::<bf16>),
             });
         }
         let name = |sentence| format!("{tier}_{dtype}_{sentence}");
@@ -120,6 +129,17 @@ struct Case {
     activation: Activation,
     bias: bool,
     placement: Placement,
+}
+
+impl Case {
+    /// Makes rows of the output whole pieces of 16 bytes, and those of all operands start at one.
+    fn align(&mut self) {
+        let [_, n, k] = &mut self.shape;
+        *n = n.next_multiple_of(8);
+        if !k.is_multiple_of(8) && self.placement == Placement::Contiguous {
+            self.placement = Placement::Aligned;
+        }
+    }
 }
 
 /// Both layouts of each shape; activation, bias and placement go round.
@@ -212,9 +232,14 @@ fn enough_cases() -> Result<(), Failed> {
     require(cases >= 500 || reduced(), || format!("there are only {cases}"))
 }
 
-/// Compares cases, which are sorted by shape.
+/// Compares cases, which are sorted by shape, as TMA can address them where it reads and writes the
+/// operands themselves.
 fn each<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result<(), Failed> {
-    each_with::<T>(device, tier, &KernelConfig::default(), cases)
+    let mut cases = cases.to_vec();
+    if tier == Tier::Hopper && T::DTYPE != DType::F32 {
+        cases.iter_mut().for_each(Case::align);
+    }
+    each_with::<T>(device, tier, &KernelConfig::default(), &cases)
 }
 
 /// As [`each`], with more asked of the kernel than a tier.
@@ -226,7 +251,7 @@ fn each_with<T: Poison>(
 ) -> Result<(), Failed> {
     let mut worst: f64 = 0.0;
     for cases in cases.chunk_by(|a, b| a.shape == b.shape) {
-        let linear = Linear::<T>::random(served_shape::<T>(tier, cases[0].shape));
+        let linear = Linear::<T>::random(cases[0].shape);
         for case in cases {
             let (got, _) =
                 run(device, tier, config, &linear, case).map_err(|e| format!("{case:?}: {e}"))?;
@@ -236,16 +261,6 @@ fn each_with<T: Poison>(
         }
     }
     require(worst <= 1.0, || format!("the largest error is {worst} tolerances"))
-}
-
-/// The shape, or the next one whose output Hopper can store: rows of whole 16-byte pieces.
-fn served_shape<T: Poison>(tier: Tier, [m, n, k]: [usize; 3]) -> [usize; 3] {
-    if needs_tma_rows::<T>(tier) { [m, n.next_multiple_of(8), k] } else { [m, n, k] }
-}
-
-/// Whether TMA reads and writes the operands themselves.
-fn needs_tma_rows<T: Poison>(tier: Tier) -> bool {
-    tier == Tier::Hopper && T::DTYPE != DType::F32
 }
 
 /// Every tile on shapes of which some would not get it by themselves.
@@ -262,31 +277,58 @@ fn every_tile<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
         [1, 8, 1],
         [2180, 2312, 72],
     ];
-    let cases = cases(shortened(shapes, 1));
+    let mut cases = cases(shortened(shapes, 1));
+    if T::DTYPE != DType::F32 {
+        cases.iter_mut().for_each(Case::align);
+    }
     each_kernel::<T>(device, tier, &cases)
 }
 
-/// The cases with every kernel: tile, blocks that share it, blocks that W is loaded into.
+/// Every tile with operands and results that TMA cannot address, or that end inside a piece: every
+/// distance from a multiple of 16 bytes, edges inside a tile and at its last column.
+fn every_tile_unaligned<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let shapes = vec![
+        [65, 71, 65],
+        [129, 257, 201],
+        [255, 130, 519],
+        [600, 1159, 1097],
+        [33, 196, 4099],
+        [1, 3, 1],
+        [70, 63, 62],
+        [2180, 2311, 71],
+    ];
+    let mut cases = cases(shortened(shapes, 1));
+    for case in cases.iter_mut().filter(|case| case.placement == Placement::Aligned) {
+        case.placement = Placement::Misaligned;
+    }
+    each_kernel::<T>(device, tier, &cases)
+}
+
+/// The cases with every kernel: tile, blocks that share it, blocks that W is loaded into, whether
+/// consumers take turns.
 fn each_kernel<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result<(), Failed> {
     let kernels = match T::DTYPE {
-        DType::F32 => vec![([128, 128], 1, 1), ([64, 128], 1, 1)],
+        DType::F32 => vec![([128, 128], 1, 1, false), ([64, 128], 1, 1, false)],
         _ => vec![
-            ([128, 256], 1, 1),
-            ([128, 128], 1, 1),
-            ([64, 128], 1, 1),
-            ([64, 64], 1, 1),
-            ([64, 128], 1, 2),
-            ([64, 64], 2, 1),
-            ([64, 64], 4, 1),
-            ([64, 64], 8, 1),
+            ([128, 256], 1, 1, false),
+            ([128, 128], 1, 1, false),
+            ([128, 128], 1, 1, true),
+            ([64, 128], 1, 1, false),
+            ([64, 64], 1, 1, false),
+            ([64, 128], 1, 2, false),
+            ([64, 64], 1, 2, false),
+            ([64, 64], 2, 1, false),
+            ([64, 64], 4, 1, false),
+            ([64, 64], 8, 1, false),
         ],
     };
-    for (tile, split_k, multicast) in kernels {
-        let config = KernelConfig::default().hopper_tile(tile);
+    for (tile, split_k, multicast, ping_pong) in kernels {
+        let config = KernelConfig::default().hopper_tile(tile).hopper_ping_pong(ping_pong);
         let config = config.hopper_split_k(split_k).hopper_multicast(multicast);
         each_with::<T>(device, tier, &config, cases).map_err(|error| {
             let message = error.message().unwrap_or("no message");
-            format!("tile {tile:?} of {split_k} blocks, W into {multicast}: {message}")
+            let turns = if ping_pong { "in turns" } else { "together" };
+            format!("tile {tile:?} of {split_k} blocks, W into {multicast}, {turns}: {message}")
         })?;
     }
     Ok(())
@@ -295,9 +337,10 @@ fn each_kernel<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result
 /// Every kernel that goes without a part, and the calls that none of them serves.
 fn without_a_part(device: &Device, tier: Tier) -> Result<(), Failed> {
     let shapes = vec![[65, 72, 65], [129, 264, 200], [255, 130, 520], [1, 8, 1], [2180, 2312, 72]];
-    let (served, refused): (Vec<_>, Vec<_>) = cases(shortened(shapes, 1))
-        .into_iter()
-        .partition(|case| case.layout == WeightLayout::InOut);
+    let mut cases = cases(shortened(shapes, 1));
+    cases.iter_mut().for_each(Case::align);
+    let (served, refused): (Vec<_>, Vec<_>) =
+        cases.into_iter().partition(|case| case.layout == WeightLayout::InOut);
     for without in Without::ALL {
         for tile in [[128, 256], [64, 64]] {
             let config = KernelConfig::default().hopper_tile(tile).hopper_without(without);
@@ -308,9 +351,8 @@ fn without_a_part(device: &Device, tier: Tier) -> Result<(), Failed> {
         }
     }
     let case = refused[0];
-    let [m, n, k] = served_shape::<bf16>(tier, case.shape);
     let config = KernelConfig::default().hopper_without(Without::TmaLoads);
-    match run(device, tier, &config, &Linear::<bf16>::random([m, n, k]), &case) {
+    match run(device, tier, &config, &Linear::<bf16>::random(case.shape), &case) {
         Err(message) if message.contains("without TMA loads") => Ok(()),
         other => Err(format!("W as [out, in]: {:?}", other.err()).into()),
     }
@@ -326,18 +368,11 @@ fn run<T: Poison>(
 ) -> Result<(Vec<T>, Placed<T>), String> {
     let told = |error: Error| error.to_string();
     let &Linear { m, n, k, ref x, ref bias, .. } = linear;
-    // TMA reads rows that are multiples of 16 bytes apart.
-    let place = |columns: usize| match case.placement {
-        Placement::Contiguous if needs_tma_rows::<T>(tier) && !columns.is_multiple_of(8) => {
-            Placement::Aligned
-        }
-        placement => placement,
-    };
     let (w, w_shape) = linear.weight(case.layout);
-    let x = Placed::new(device, x, [m, k], place(k)).map_err(told)?;
-    let w = Placed::new(device, &w, w_shape, place(w_shape[1])).map_err(told)?;
+    let x = Placed::new(device, x, [m, k], case.placement).map_err(told)?;
+    let w = Placed::new(device, &w, w_shape, case.placement).map_err(told)?;
     let bias = Tensor::from_slice(device, bias, [n]).map_err(told)?;
-    let mut y = Placed::poisoned(device, [m, n], place(n)).map_err(told)?;
+    let mut y = Placed::poisoned(device, [m, n], case.placement).map_err(told)?;
     let forward = gemm::Forward {
         x: &x.view,
         w: &w.view,
@@ -358,7 +393,7 @@ fn misaligned<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
         .into_iter()
         .map(|case| Case { placement: Placement::Misaligned, ..case })
         .collect();
-    each::<T>(device, tier, &cases)
+    each_with::<T>(device, tier, &KernelConfig::default(), &cases)
 }
 
 fn no_rows<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
@@ -380,7 +415,7 @@ fn no_rows<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
 fn non_finite<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
     let shapes = shortened(vec![[70, 136, 40], [129, 257, 65], [8, 8, 1]], 1);
     for (number, shape) in shapes.into_iter().enumerate() {
-        let linear = Linear::<T>::with_non_finite_values(served_shape::<T>(tier, shape));
+        let linear = Linear::<T>::with_non_finite_values(shape);
         for (i, activation) in Activation::ALL.into_iter().enumerate() {
             let layout = WeightLayout::ALL[(number + i) % 2];
             let placement = Placement::Aligned;
@@ -434,8 +469,8 @@ fn layer<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Without a forced tier: what TMA cannot address, and f32 where there is little to multiply, goes
-/// to the portable tier; the rest does not.
+/// Without a forced tier: f32 goes to the portable tier where there is little to multiply; the rest
+/// does not, whether TMA can address it or not.
 fn hands_over(device: &Device) -> Result<(), Failed> {
     fn served<T: Poison>(device: &Device, placement: Placement) -> Result<Tier, Failed> {
         let (shape, layout) = ([40, 64, 48], WeightLayout::OutIn);
@@ -460,7 +495,7 @@ fn hands_over(device: &Device) -> Result<(), Failed> {
         served::<f16>(device, Placement::Misaligned)?,
         served::<f32>(device, Placement::Contiguous)?,
     ];
-    let expected = [Tier::Hopper, Tier::Hopper, Tier::Portable, Tier::Portable, Tier::Portable];
+    let expected = [Tier::Hopper, Tier::Hopper, Tier::Hopper, Tier::Hopper, Tier::Portable];
     require(got == expected, || format!("served by {got:?}, expected {expected:?}"))
 }
 
@@ -476,29 +511,11 @@ fn forced<T: Poison>(device: &Device, tier: Tier, placement: Placement) -> Resul
 }
 
 fn hopper_refuses(device: &Device) -> Result<(), Failed> {
-    match forced::<bf16>(device, Tier::Hopper, Placement::Misaligned) {
-        Err(Error::Unsupported {
-            tier: Tier::Hopper,
-            reason: Obstacle::Address { .. } | Obstacle::RowStride { .. },
-            ..
-        }) => {}
-        other => return Err(format!("misaligned: {other:?}").into()),
-    }
-    // Rows of 50 bytes, 64 bytes apart: TMA can address them but not store them alone.
     let x = Tensor::<bf16>::zeros(device, [8, 16])?;
-    let w = Tensor::<bf16>::zeros(device, [25, 16])?;
-    let mut y = Tensor::<bf16>::zeros(device, [8, 32])?.columns(0..25)?;
+    let w = Tensor::<bf16>::zeros(device, [24, 16])?;
     let (layout, activation) = (WeightLayout::OutIn, Activation::None);
     let forward = gemm::Forward { x: &x, w: &w, bias: None, layout, activation };
-    match forward.run(&mut y, &KernelConfig::default().tier(Tier::Hopper)) {
-        Err(Error::Unsupported {
-            reason: Obstacle::RowLength { operand: "y", bytes: 50 }, ..
-        }) => {}
-        other => return Err(format!("ragged rows: {other:?}").into()),
-    }
     let mut y = Tensor::<bf16>::zeros(device, [8, 24])?;
-    let w = w.rows(0..24)?;
-    let forward = gemm::Forward { w: &w, ..forward };
     let config = KernelConfig::default().tier(Tier::Hopper).hopper_tile([64, 32]);
     match forward.run(&mut y, &config) {
         Err(Error::Unsupported { reason: Obstacle::Tile([64, 32]), .. }) => {}
@@ -511,8 +528,13 @@ fn hopper_refuses(device: &Device) -> Result<(), Failed> {
     }
     let config = KernelConfig::default().tier(Tier::Hopper).hopper_split_k(4).hopper_multicast(2);
     match forward.run(&mut y, &config) {
-        Err(Error::Unsupported { reason: Obstacle::Multicast(2), .. }) => Ok(()),
-        other => Err(format!("multicast and blocks that share a tile: {other:?}").into()),
+        Err(Error::Unsupported { reason: Obstacle::Multicast(2), .. }) => {}
+        other => return Err(format!("multicast and blocks that share a tile: {other:?}").into()),
+    }
+    let config = KernelConfig::default().tier(Tier::Hopper).hopper_tile([64, 64]);
+    match forward.run(&mut y, &config.hopper_ping_pong(true)) {
+        Err(Error::Unsupported { reason: Obstacle::PingPong, .. }) => Ok(()),
+        other => Err(format!("consumers of a tile of 64×64 that take turns: {other:?}").into()),
     }
 }
 

@@ -93,6 +93,7 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
             ("bits_do_not_depend_on_parts_or_repetition", repeats::<T>),
             ("tensors_are_used_where_they_are", tensors::<T>),
             ("nan_and_infinities_stay_in_their_row", non_finite::<T>),
+            ("nan_of_all_bits_passes_where_it_says_that_nothing_is_there", all_ones::<T>),
             ("new_parameters_are_used_from_the_next_batch_on", updates::<T>),
         ]
     }
@@ -328,6 +329,40 @@ fn non_finite<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
         stack.compare(&x, &session.submit_and_wait(&x, TIMEOUT)?, tier)?;
         // The slot's next batch finds nothing of it.
         compare(&session, &stack, 3)?;
+    }
+    Ok(())
+}
+
+/// Payloads and results say by elements of all ones that they are not there.
+fn all_ones<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let mut layer = linear(tier, T::DTYPE, [64, 40]).build(device)?;
+    let session = open::<T>(&[&layer], tier, config())?;
+    let stack = Stack::of(&[&layer])?;
+    for special in [T::POISON, T::POISON_WITHOUT_SIGN] {
+        for rows in [1, 8, 9, 32] {
+            let mut x = batch::<T>(rows, 64);
+            x[5] = special;
+            x[rows * 64 - 1] = special;
+            // In slots of every kind.
+            for _ in 0..4 {
+                stack.compare(&x, &session.submit_and_wait(&x, TIMEOUT)?, tier)?;
+            }
+            compare(&session, &stack, rows)?;
+        }
+    }
+    let (weight, bias) = (layer.weight()?, [0.5; 40]);
+    for special in [u32::MAX, u32::MAX >> 1].map(f32::from_bits) {
+        let mut with_nan = weight.clone();
+        with_nan[3] = special;
+        layer.set_weight(&with_nan)?;
+        session.update(&[&layer], TIMEOUT)?;
+        compare(&session, &Stack::of(&[&layer])?, 9)?;
+        layer.set_weight(&weight)?;
+        let mut with_nan = bias;
+        with_nan[39] = special;
+        layer.set_bias(&with_nan)?;
+        session.update(&[&layer], TIMEOUT)?;
+        compare(&session, &Stack::of(&[&layer])?, 9)?;
     }
     Ok(())
 }

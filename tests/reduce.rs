@@ -3,6 +3,9 @@
 //! `KASMINA_TEST_SEED` repeats a run, `KASMINA_TEST_REDUCED=1` takes lists short enough for
 //! compute-sanitizer.
 
+/// Columns of wide matrices.
+#[path = "reduce/columns.rs"]
+mod columns;
 #[path = "support/gpu.rs"]
 mod gpu;
 #[path = "support/graph.rs"]
@@ -90,6 +93,8 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
             ("segments_match_reference", segmented::match_reference::<T>),
             ("segments_of_views_leave_out_the_gaps", segmented::of_views::<T>),
             ("segments_keep_their_bits_over_repetitions_and_alignments", segmented::keep_bits::<T>),
+            ("columns_of_adversarial_values_match_reference", columns::match_reference::<T>),
+            ("columns_without_their_nan_match_reference", columns::skip_nan::<T>),
         ]
     }
     of_each_type(tier, of::<f32>(), of::<f16>(), of::<bf16>())
@@ -288,25 +293,40 @@ fn non_finite<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Of an element's place, and the length of a stretch.
+type IsSkipped = fn(usize, usize) -> bool;
+
 /// NaN at some places, of which nothing may show but their number.
 fn skipped<T: Element>(device: &Device, tier: Tier) -> Result<(), Failed> {
     let reducer = TelemetryReducer::with_config(device, config(tier).nan(NanPolicy::Skip))?;
     let lengths: &[usize] =
         if reduced() { &[33, 9001] } else { &[1, 33, 4097, 9001, 70_001, 1_000_003] };
     for &length in lengths {
-        for (every, shift) in [(usize::MAX, 0.0), (1, 0.0), (2, 0.0), (997, 1e4), (7001, 1e4)] {
+        // What the threads of a block have under way at once.
+        let stretch = 16_384 / size_of::<T>();
+        let patterns: [(&str, IsSkipped, f32); 7] = [
+            ("none", |_, _| false, 0.0),
+            ("each", |_, _| true, 0.0),
+            ("every second", |place, _| place.is_multiple_of(2), 0.0),
+            ("every 997th", |place, _| place.is_multiple_of(997), 1e4),
+            ("every 7001st", |place, _| place.is_multiple_of(7001), 1e4),
+            // Neither gives a mean that stands for what follows.
+            ("every second stretch", |place, stretch| (place / stretch).is_multiple_of(2), 1e4),
+            ("the first of every 64", |place, _| place % 64 < 16, 1e4),
+        ];
+        for (which, is_skipped, shift) in patterns {
             let mut values = normal::<T>("skipped", length);
             values.iter_mut().for_each(|value| *value = T::from_f32(value.to_f32() + shift));
             let mut others = Vec::new();
             for (place, value) in values.iter_mut().enumerate() {
-                if every != usize::MAX && place.is_multiple_of(every) {
+                if is_skipped(place, stretch) {
                     *value = T::from_f32(f32::NAN);
                 } else {
                     others.push(*value);
                 }
             }
             let tensor = vector(device, &values)?;
-            let (summary, case) = (reducer.summary(&tensor)?, format!("{length}, every {every}"));
+            let (summary, case) = (reducer.summary(&tensor)?, format!("{length}, {which}"));
             let skipped = (length - others.len()) as u64;
             let counts = (summary.count(), summary.non_finite());
             require(counts == (others.len() as u64, skipped), || format!("{case}: {counts:?}"))?;

@@ -51,7 +51,7 @@ fn main() -> ExitCode {
             trials.push(gpu.trial(name, check));
         }
         trials.extend([
-            gpu.trial("chunks_that_are_not_whole_slabs_are_reduced_afterwards", ragged_chunks),
+            gpu.trial("chunks_that_are_not_whole_half_tiles_are_reduced_afterwards", ragged_chunks),
             gpu.trial("what_no_fused_kernel_serves_is_reduced_afterwards", not_served),
         ]);
     }
@@ -458,13 +458,33 @@ fn not_served(device: &Device) -> Result<(), Failed> {
     ] {
         after::<bf16>(device, config().kernel_config(kernels), &reducer, 64, 2)?;
     }
-    // Outputs whose rows TMA cannot store.
-    after::<bf16>(device, LinearConfig::new(64, 65), &reducer, 64, 1)?;
+    // Rows that TMA cannot store, or not load.
+    for (k, n) in [(64, 65), (65, 64), (65, 65)] {
+        after::<bf16>(device, LinearConfig::new(k, n), &reducer, 64, 1)?;
+    }
+    displaced(device, &reducer)?;
     // A reducer of another tier keeps its bits.
     let kernels = KernelConfig::default().tier(Tier::Portable);
     let config_of = ReducerConfig::default().epsilon(EPSILON).kernel_config(kernels);
     let portable = TelemetryReducer::with_config(device, config_of)?;
     after::<bf16>(device, config(), &portable, 64, 2)
+}
+
+/// Views that begin where TMA can address them, and where it cannot.
+fn displaced(device: &Device, reducer: &TelemetryReducer) -> Result<(), Failed> {
+    let layer = LinearConfig::new(64, 128).dtype(DType::BF16).build(device)?;
+    let values = normal::<bf16>("displaced", 64 * 72);
+    let wide = Tensor::from_slice(device, &values, [64, 72])?;
+    let straight = wide.columns(0..64)?;
+    let shifted = wide.columns(1..65)?;
+    for (x, y_first, fused) in [(&straight, 0, true), (&straight, 1, false), (&shifted, 0, false)] {
+        let mut y = poisoned::<bf16>(device, [64, 136])?.columns(y_first..y_first + 128)?;
+        let telemetry = layer.forward_into_with_telemetry(x, &mut y, reducer, 2)?;
+        require(telemetry.is_fused() == fused, || format!("Y from {y_first}: {telemetry:?}"))?;
+        let got = telemetry.read()?;
+        compare(&y.to_vec()?, 128, &got, NanPolicy::Propagate, Tier::Hopper)?;
+    }
+    Ok(())
 }
 
 fn refusals(device: &Device) -> Result<(), Failed> {

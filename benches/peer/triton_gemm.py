@@ -13,18 +13,14 @@ makes a table of them.
 
 import argparse
 import json
-import os
-import re
 import statistics
-import subprocess
-import time
-from pathlib import Path
 
 import torch
 import triton
 
 import kasmina_kernel
 import triton_kernels
+from timing import REST, Contender, clock_reader, flush_buffer, provenance, quantile
 
 SHAPES = "8192x8192x8192,4096x4096x4096,4096x14336x4096,16384x4096x4096"
 CUBLASLT = "cuBLASLt"
@@ -34,23 +30,6 @@ KASMINA = "kasmina"
 # Measured only when named: with Triton 3.6 on an H200 its kernel never ended, and a kernel that
 # hangs takes the whole run with it.
 ONLY_WHEN_NAMED = {"Triton TMA warp-specialised"}
-REST = 0.02
-FLUSH_BYTES = 256 << 20
-# Microseconds of back-to-back calls that make up one sample of the steady regime.
-CHUNK = 25e3
-
-
-def quantile(samples, q):
-    """Linear between neighbours."""
-    samples = sorted(samples)
-    position = q * (len(samples) - 1)
-    below = int(position)
-    above = min(below + 1, len(samples) - 1)
-    return samples[below] + (samples[above] - samples[below]) * (position - below)
-
-
-def event():
-    return torch.cuda.Event(enable_timing=True)
 
 
 class Operands:
@@ -84,61 +63,6 @@ class Operands:
         if not error.item() <= tolerance:
             raise RuntimeError(f"error {error.item():.2e} exceeds the tolerance {tolerance:.2e}")
         return error.item()
-
-
-class Contender:
-    """Something that is timed: a call for each set of operands, and graphs of them."""
-
-    def __init__(self, name, calls, details):
-        self.name, self.calls, self.details = name, calls, details
-        self.single = self.chain = None
-
-    def capture(self, count):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in range(count):
-                self.calls[call % len(self.calls)]()
-        return graph
-
-    def prepare(self, flush):
-        """Warms up, and records a single call and a chain that takes about `CHUNK`."""
-        # What a first call compiles or sets up must not happen inside a capture.
-        for call in self.calls:
-            call()
-        torch.cuda.synchronize()
-        self.single = self.capture(1)
-        self.chain_calls = max(1, round(CHUNK / statistics.median(self.burst(5, flush))))
-        self.chain = self.capture(self.chain_calls)
-        self.chain.replay()
-        torch.cuda.synchronize()
-
-    def burst(self, samples, flush, rest=0.0):
-        return [self.burst_sample(flush, rest) for _ in range(samples)]
-
-    def burst_sample(self, flush, rest):
-        time.sleep(rest)
-        start, end = event(), event()
-        # Long enough for the call to be enqueued behind it.
-        flush.zero_()
-        start.record()
-        self.single.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
-
-    def slice(self, seconds, clock):
-        """Calls back to back; times per call of its chains, and the clock in MHz near its end."""
-        events = [event()]
-        events[0].record()
-        for _ in range(max(1, round(seconds * 1e6 / CHUNK))):
-            self.chain.replay()
-            events.append(event())
-            events[-1].record()
-        time.sleep(0.8 * seconds)
-        megahertz = clock()
-        events[-1].synchronize()
-        pairs = zip(events, events[1:])
-        return [a.elapsed_time(b) * 1e3 / self.chain_calls for a, b in pairs], megahertz
 
 
 def resources(kernel, config):
@@ -204,18 +128,6 @@ def fastest(name, operands, flush, regime):
     return best
 
 
-def clock_reader():
-    """Reads the clock of the multiprocessors in MHz; None where NVML cannot be asked."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        return lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
-    except Exception:
-        return lambda: None
-
-
 def measure(regime, contenders, options, flush, clock):
     """Samples of each contender, taken by turns, and its clocks."""
     times = [[] for _ in contenders]
@@ -239,29 +151,7 @@ def measure(regime, contenders, options, flush, clock):
     return times, clocks
 
 
-def provenance():
-    commit = os.environ.get("KASMINA_COMMIT")
-    if not commit:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-        )
-        commit = described.stdout.strip() or "unknown"
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-        driver = re.search(r"\d+(?:\.\d+)+", text)[0]
-    except (OSError, TypeError):
-        driver = None
-    return {
-        "commit": commit,
-        "ptx_digest": kasmina_kernel.ptx_digest(),
-        "gpu": torch.cuda.get_device_name(0),
-        "driver": driver,
-        "cuda": torch.version.cuda,
-    }
-
-
-def timing(times, regime, operations, error):
+def timed(times, regime, operations, error):
     mean, median = statistics.fmean(times), quantile(times, 0.5)
     representative = mean if regime == "steady" else median
     return {
@@ -290,7 +180,7 @@ def shape_records(shape, options, flush, clock, origin):
         contenders = fixed + [contender for contender in found if contender is not None]
         errors = [operands.max_error(contender.calls[0]) for contender in contenders]
         times, clocks = measure(regime, contenders, options, flush, clock)
-        timings = [timing(t, regime, operations, e) for t, e in zip(times, errors)]
+        timings = [timed(t, regime, operations, e) for t, e in zip(times, errors)]
         by_name = {contender.name: t for contender, t in zip(contenders, timings)}
         peer = by_name.get(CUBLASLT)
         for contender, own, megahertz in zip(contenders, timings, clocks):
@@ -335,7 +225,7 @@ def main():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; contenders are {', '.join(names)}")
 
     torch.manual_seed(0)
-    flush = torch.empty(FLUSH_BYTES // 4, device="cuda")
+    flush = flush_buffer()
     clock, origin = clock_reader(), provenance()
     print(f"{origin['gpu']}, PyTorch {torch.__version__}, Triton {triton.__version__}", flush=True)
     rows = []

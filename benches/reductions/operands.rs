@@ -11,7 +11,7 @@ use crate::measure::regime::NODES;
 const SUM_TOLERANCE: f64 = 1e-6;
 const VARIANCE_TOLERANCE: f64 = 1e-5;
 /// Columns of a tensor, if its length is a multiple of them; else it is one row.
-const COLUMNS: usize = 8192;
+pub(crate) const COLUMNS: usize = 8192;
 
 /// As many tensors of the same length as it takes for each call to find its own outside the L2
 /// cache.
@@ -54,20 +54,20 @@ impl<T: Element> Operands<T> {
         Ok(error)
     }
 
-    /// As [`sum_error`](Self::sum_error), of the sum over all chunks; their counts and extremes must
+    /// As [`sum_error`](Self::sum_error), of the sum over all parts; their counts and extremes must
     /// be those of all elements.
-    pub(crate) fn chunks_error(&self, chunks: &[Summary]) -> anyhow::Result<f64> {
+    pub(crate) fn parts_error(&self, parts: &[Summary]) -> anyhow::Result<f64> {
         let Reference { count, min, max, .. } = self.first;
-        let extremes = chunks.iter().filter_map(|chunk| Some((chunk.min()?, chunk.max()?)));
-        let exact = extremes.fold((f32::INFINITY, f32::NEG_INFINITY), |all, chunk| {
-            (all.0.min(chunk.0), all.1.max(chunk.1))
+        let extremes = parts.iter().filter_map(|part| Some((part.min()?, part.max()?)));
+        let exact = extremes.fold((f32::INFINITY, f32::NEG_INFINITY), |all, part| {
+            (all.0.min(part.0), all.1.max(part.1))
         });
-        let counted: u64 = chunks.iter().map(Summary::count).sum();
+        let counted: u64 = parts.iter().map(Summary::count).sum();
         ensure!(
             (counted, exact) == (count, (min, max)),
-            "count, min and max of the chunks are {counted} and {exact:?}"
+            "count, min and max of the parts are {counted} and {exact:?}"
         );
-        self.sum_error(chunks.iter().map(Summary::sum).sum())
+        self.sum_error(parts.iter().map(Summary::sum).sum())
     }
 
     /// The larger of the errors of sum and variance of the first tensor; what is exact must be

@@ -18,18 +18,22 @@ pub(crate) enum Operation {
     Summary,
     /// All statistics of each of 16 chunks of the columns.
     Chunks,
+    /// All statistics of each column.
+    Columns,
     /// The sum by the single-stage kernel.
     Naive,
 }
 
 impl Operation {
-    pub(crate) const ALL: [Self; 4] = [Self::Sum, Self::Summary, Self::Chunks, Self::Naive];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Sum, Self::Summary, Self::Chunks, Self::Columns, Self::Naive];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Sum => "sum",
             Self::Summary => "summary",
             Self::Chunks => "chunks",
+            Self::Columns => "columns",
             Self::Naive => "naive",
         }
     }

@@ -26,6 +26,7 @@ pub struct KernelConfig {
     hopper_tile: Option<[u32; 2]>,
     hopper_split_k: Option<u32>,
     hopper_multicast: Option<u32>,
+    hopper_ping_pong: Option<bool>,
     without: Option<Without>,
     f32_products: F32Products,
     enable_tma: bool,
@@ -41,6 +42,7 @@ impl Default for KernelConfig {
             hopper_tile: None,
             hopper_split_k: None,
             hopper_multicast: None,
+            hopper_ping_pong: None,
             without: None,
             f32_products: F32Products::Six,
             enable_tma: true,
@@ -83,8 +85,9 @@ impl KernelConfig {
     }
 
     /// Forces the output tile of Hopper kernels, rows and columns: `[128, 256]`, `[128, 128]`,
-    /// `[64, 128]` or `[64, 64]`; for f32 `[128, 128]` or `[64, 128]`. By default each call gets the
-    /// one expected to be fastest. Other tiers have one tile and take no notice.
+    /// `[64, 128]` or `[64, 64]`; for f32 `[128, 128]` or `[64, 128]`, but in TF32 the four, and with
+    /// rows and columns exchanged where W is `[in, out]`. By default each call gets the one expected
+    /// to be fastest. Other tiers have one tile and take no notice.
     #[must_use]
     pub const fn hopper_tile(mut self, tile: [u32; 2]) -> Self {
         self.hopper_tile = Some(tile);
@@ -93,8 +96,8 @@ impl KernelConfig {
 
     /// Forces how many blocks of a Hopper kernel share a tile, each with a part of k: 1, or with
     /// the tile of 64×64 also 2, 4 or 8. Where k has fewer steps of 64 a tile has one block all the
-    /// same. By default each call gets what is expected to be fastest. f32 kernels and the weight's
-    /// gradient take no notice.
+    /// same. By default each call gets what is expected to be fastest. f32 kernels other than
+    /// those in TF32, where a step is 32, and the weight's gradient take no notice.
     #[must_use]
     pub const fn hopper_split_k(mut self, blocks: u32) -> Self {
         self.hopper_split_k = Some(blocks);
@@ -102,11 +105,21 @@ impl KernelConfig {
     }
 
     /// Forces into how many blocks of a Hopper kernel, with tiles below each other, each part of W
-    /// is loaded: 1, or 2 with the tile of 64×128. By default each call gets what is expected to be
+    /// is loaded: 1, or 2 with the tiles of 64×128 and 64×64. By default each call gets what is expected to be
     /// fastest. f32 kernels and the weight's gradient take no notice.
     #[must_use]
     pub const fn hopper_multicast(mut self, blocks: u32) -> Self {
         self.hopper_multicast = Some(blocks);
+        self
+    }
+
+    /// Forces whether the two consumers of a Hopper kernel have a tile each, one stored while the
+    /// other is multiplied, or share each tile. There are kernels where they have a tile each with
+    /// the tile of 128×128. By default each call gets what is expected to be fastest. f32 kernels,
+    /// the weight's gradient and kernels without a part take no notice.
+    #[must_use]
+    pub const fn hopper_ping_pong(mut self, ping_pong: bool) -> Self {
+        self.hopper_ping_pong = Some(ping_pong);
         self
     }
 
@@ -121,8 +134,8 @@ impl KernelConfig {
         self
     }
 
-    /// Which products of bf16 parts make up an f32 product on the `hopper` tier: how accurate it is.
-    /// By default the six that give the full accuracy of f32. Other tiers multiply f32 as it is and
+    /// Which products make up an f32 product on the `hopper` tier, forward and in the input's
+    /// gradient: how accurate it is. By default the six that give the full accuracy of f32. Other tiers multiply f32 as it is and
     /// take no notice.
     #[must_use]
     pub const fn f32_products(mut self, products: F32Products) -> Self {
@@ -187,6 +200,12 @@ impl KernelConfig {
         self.hopper_multicast
     }
 
+    /// Whether consumers of a Hopper kernel are forced to have a tile each or not, if either is.
+    #[must_use]
+    pub const fn forced_hopper_ping_pong(&self) -> Option<bool> {
+        self.hopper_ping_pong
+    }
+
     /// The part that Hopper's forward kernels are to go without, if one is.
     #[must_use]
     pub const fn left_out(&self) -> Option<Without> {
@@ -196,10 +215,11 @@ impl KernelConfig {
     /// What of Hopper kernels is forced.
     pub(crate) const fn forced_hopper(&self) -> Forced {
         let (tile, split_k) = (self.hopper_tile, self.hopper_split_k);
-        Forced { tile, split_k, cluster_m: self.hopper_multicast }
+        let (cluster_m, ping_pong) = (self.hopper_multicast, self.hopper_ping_pong);
+        Forced { tile, split_k, cluster_m, ping_pong }
     }
 
-    /// Which products of parts make up an f32 product on the `hopper` tier.
+    /// Which products make up an f32 product on the `hopper` tier.
     #[must_use]
     pub const fn chosen_f32_products(&self) -> F32Products {
         self.f32_products

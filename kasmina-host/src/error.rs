@@ -395,6 +395,10 @@ pub enum Obstacle {
     /// `KernelConfig::hopper_multicast` forces.
     #[error("it has no kernel that loads W into {0} blocks, which the KernelConfig forces")]
     Multicast(u32),
+    /// The tier has no kernel of what is forced whose consumers have a tile each, as
+    /// `KernelConfig::hopper_ping_pong` forces.
+    #[error("it has no such kernel whose consumers take turns, which the KernelConfig forces")]
+    PingPong,
     /// The tier has no kernel that goes without the part `KernelConfig::hopper_without` names.
     #[error("it has no such kernel without {0}, which the KernelConfig leaves out")]
     Without(Without),

@@ -8,15 +8,18 @@ mod backward;
 mod comparison;
 mod split;
 mod telemetry;
+mod tf32;
+mod unaligned;
 
 pub use backward::{Backward, Gradients, Saved, Tiers};
 pub use telemetry::LayerTelemetry;
 
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::{Activation, EpilogueActivation};
+use kasmina_kernels::gemm::hopper::unaligned::PlainRows;
 use kasmina_kernels::gemm::hopper::{self, Forced, HopperGemmParams, Problem, Tile};
 use kasmina_kernels::gemm::portable::{self, PortableGemmParams};
-use kasmina_kernels::gemm::{InputLayout, WeightLayout};
+use kasmina_kernels::gemm::{F32Products, InputLayout, WeightLayout};
 use kasmina_kernels::tile_scheduler::TileScheduler;
 
 use crate::config::KernelConfig;
@@ -30,16 +33,13 @@ use crate::stream::{Operation, Stream};
 use crate::tensor::{Tensor, zeroed};
 use crate::tensor_map::{Promotion, TensorMapKey};
 pub(crate) use split::{Pass, choose_forward_tier};
+use unaligned::{Packed, pack, plain_rows};
 
 const OP: &str = Operation::GemmForward.name();
 /// Extents travel as 32 bits, and kernels add a tile's width to them.
 const MAX_EXTENT: usize = i32::MAX as usize;
 /// The driver's limit on the blocks of a grid.
 const MAX_TILES: u64 = i32::MAX as u64;
-/// TMA wants addresses and row strides in multiples of this many bytes.
-const TMA_ALIGN: u64 = 16;
-/// TMA wants row strides below this many bytes.
-const TMA_MAX_STRIDE: u64 = 1 << 40;
 
 /// One forward pass: the operands and what is done with them.
 ///
@@ -71,8 +71,10 @@ struct Extents {
 impl<T: Element> Forward<'_, T> {
     /// Enqueues the pass, writes Y, and says which tier runs it.
     ///
-    /// f32 on the `hopper` tier takes 4 to 6 bytes of device memory for each element of X and W,
-    /// from the stream's pool; where there is none, the next tier runs it unless one is forced.
+    /// On the `hopper` tier, f32 other than in TF32 takes 4 to 6 bytes of device memory for each
+    /// element of X and W, and a 16-bit X or W whose rows are no multiple of 16 bytes apart takes
+    /// that of a copy, from the stream's pool; where there is none, the next tier runs it unless one
+    /// is forced.
     ///
     /// # Errors
     /// Before anything is enqueued: [`Error::DeviceMismatch`], [`Error::Shape`],
@@ -82,7 +84,7 @@ impl<T: Element> Forward<'_, T> {
     /// [`Error::PtxUnreadable`]. Always: [`Error::Driver`].
     pub fn run(&self, y: &mut Tensor<T>, config: &KernelConfig) -> Result<Tier> {
         let extents = self.check(y)?;
-        let tier = self.choose_tier(extents, y, config)?;
+        let tier = self.choose_tier(extents, config)?;
         if y.is_empty() {
             return Ok(tier);
         }
@@ -96,36 +98,74 @@ impl<T: Element> Forward<'_, T> {
             ptx_dir: config.ptx_override().or(device.defaults().ptx_override()),
             operation: Operation::GemmForward,
         };
-        if tier == Tier::Hopper && T::DTYPE == DType::F32 {
-            return match self.run_in_parts(extents, y, &launch, stream, config) {
-                // Parts need memory, plain f32 does not; nothing has been enqueued yet.
-                Err(Error::OutOfMemory { .. }) if split::forced_tier(device, config).is_none() => {
-                    self.run_portable(extents, y, &launch)?;
-                    Ok(Tier::Portable)
-                }
-                outcome => outcome.map(|()| tier),
-            };
-        }
-        if let Some(without) = config.left_out().filter(|_| tier == Tier::Hopper) {
-            self.run_without(without, extents, y, &launch, stream.gpu(), config)?;
+        if tier != Tier::Hopper {
+            self.run_portable(extents, y, &launch)?;
             return Ok(tier);
         }
-        let sm_count = stream.gpu().capability().sm_count;
-        let forced = config.forced_hopper();
-        let problem = self.problem(extents);
-        match hopper::select(T::DTYPE, self.layout, problem, sm_count, forced) {
-            Some(selected) if tier == Tier::Hopper => {
-                let params = self.hopper_params(extents, selected.tile, y, stream.gpu())?;
-                let free = stream.gpu().free_multiprocessors();
-                let blocks = selected.tile.num_blocks(params.tiles.num_tiles(), free);
-                launch.prepare(&selected.kernel)?;
-                self.ordered(y, || launch.run(&selected.kernel, blocks, &params))?;
+        let served = if T::DTYPE == DType::F32 {
+            match split::products(config, self.is_addressable()) {
+                F32Products::Tf32 => self.run_in_tf32(extents, y, &launch, config),
+                products => self.run_in_parts(extents, y, &launch, stream, products, config),
             }
-            _ => self.run_portable(extents, y, &launch)?,
+        } else {
+            self.run_on_hopper(extents, y, &launch, config)
+        };
+        match served {
+            // Copies need memory, the portable kernels do not; nothing has been enqueued yet.
+            Err(Error::OutOfMemory { .. }) if split::forced_tier(device, config).is_none() => {
+                self.run_portable(extents, y, &launch)?;
+                Ok(Tier::Portable)
+            }
+            outcome => outcome.map(|()| tier),
         }
-        Ok(tier)
     }
 
+    /// Enqueues the pass over 16-bit types, after copies of the operands that TMA cannot address.
+    fn run_on_hopper(
+        &self,
+        extents: Extents,
+        y: &Tensor<T>,
+        launch: &Launch<'_>,
+        config: &KernelConfig,
+    ) -> Result<()> {
+        let packed = |operand| Packed::new(operand, self.w.device(), launch, OP);
+        let (x, w) = (packed(self.x)?, packed(self.w)?);
+        if !x.is_copy() && !w.is_copy() {
+            return self.run_aligned(extents, y, launch, config);
+        }
+        let aligned = Forward { x: x.tensor(), w: w.tensor(), ..*self };
+        self.ordered(y, || {
+            pack(&[&x, &w], launch)?;
+            aligned.run_aligned(extents, y, launch, config)
+        })
+    }
+
+    /// Enqueues the pass over operands that TMA can address.
+    fn run_aligned(
+        &self,
+        extents: Extents,
+        y: &Tensor<T>,
+        launch: &Launch<'_>,
+        config: &KernelConfig,
+    ) -> Result<()> {
+        let gpu: &Gpu = launch.stream.gpu();
+        if let Some(without) = config.left_out() {
+            return self.run_without(without, extents, y, launch, gpu, config);
+        }
+        let sm_count = gpu.capability().sm_count;
+        let (problem, forced) = (self.problem(extents), config.forced_hopper());
+        // The tier was chosen with the type and what is forced in mind.
+        let refused = || Obstacle::DType(T::DTYPE).refuse(OP, Tier::Hopper);
+        let selected = hopper::select(T::DTYPE, self.layout, problem, sm_count, forced);
+        let selected = selected.ok_or_else(refused)?;
+        let params = self.hopper_params(extents, selected.tile, y, gpu)?;
+        let free = gpu.free_multiprocessors();
+        let blocks = selected.tile.num_blocks(params.tiles.num_tiles(), free);
+        launch.prepare(&selected.kernel)?;
+        self.ordered(y, || launch.run(&selected.kernel, blocks, &params))
+    }
+
+    /// What a Hopper kernel is chosen for.
     fn problem(&self, Extents { m, n, k }: Extents) -> Problem {
         let straddles = |tensor: &Tensor<T>| Problem::straddles(row_stride_bytes(tensor));
         Problem { m, n, k, x_straddles: straddles(self.x), w_straddles: straddles(self.w) }
@@ -147,7 +187,7 @@ impl<T: Element> Forward<'_, T> {
     /// Those that `run` reports before anything is enqueued.
     pub fn tier(&self, y: &Tensor<T>, config: &KernelConfig) -> Result<Tier> {
         let extents = self.check(y)?;
-        self.choose_tier(extents, y, config)
+        self.choose_tier(extents, config)
     }
 
     fn check(&self, y: &Tensor<T>) -> Result<Extents> {
@@ -188,24 +228,23 @@ impl<T: Element> Forward<'_, T> {
         })
     }
 
-    fn choose_tier(
-        &self,
-        Extents { m, n, k }: Extents,
-        y: &Tensor<T>,
-        config: &KernelConfig,
-    ) -> Result<Tier> {
+    fn choose_tier(&self, Extents { m, n, k }: Extents, config: &KernelConfig) -> Result<Tier> {
         let pass = Pass {
             dtype: T::DTYPE,
             layout: self.layout,
             shape: [m, n, k].map(|extent| extent as usize),
-            inputs: [Operand::of("x", self.x), Operand::of("w", self.w)],
-            output: Operand::of("y", y),
+            addressable: self.is_addressable(),
         };
         let tier = choose_forward_tier(self.w.device(), config, pass)?;
         match comparison::obstacle(config, T::DTYPE, self.layout) {
             Some(obstacle) if tier == Tier::Hopper => Err(obstacle.refuse(OP, tier)),
             _ => Ok(tier),
         }
+    }
+
+    /// Whether TMA can address X and W as they lie.
+    fn is_addressable(&self) -> bool {
+        [self.x, self.w].into_iter().all(unaligned::is_addressable)
     }
 
     /// Enqueues the pass between the streams' waits for each other.
@@ -288,7 +327,7 @@ impl<T: Element> Forward<'_, T> {
         let tiles = tile.scheduler(m, n);
         check_tiles(OP, tiles)?;
         let (w_extents, w_box) = match self.layout {
-            WeightLayout::InOut => ([n, k], [hopper::SLAB_N, hopper::BLOCK_K]),
+            WeightLayout::InOut => ([n, k], [hopper::SLAB_N, tile.w_depth()]),
             WeightLayout::OutIn => ([k, n], [hopper::BLOCK_K, tile.w_rows()]),
         };
         let x_box = [hopper::BLOCK_K, tile.x_rows(m)];
@@ -299,11 +338,13 @@ impl<T: Element> Forward<'_, T> {
             64 => Promotion::Bytes128,
             _ => Promotion::Bytes256,
         };
-        let [x_map, w_map, y_map] = gpu.tensor_maps(&[
-            tensor_map_key(self.x, [k, m], x_box).promoted(promotion),
-            tensor_map_key(self.w, w_extents, w_box).promoted(promotion),
-            tensor_map_key(y, [n, m], y_box),
-        ])?;
+        let plain = plain_rows(y, [m, n]);
+        let x_key = tensor_map_key(self.x, [k, m], x_box).promoted(promotion);
+        let w_key = tensor_map_key(self.w, w_extents, w_box).promoted(promotion);
+        let y_key = tensor_map_key(y, [n, m], y_box);
+        // A map that nothing uses has to be one all the same.
+        let y_key = if plain == PlainRows::NONE { y_key } else { x_key };
+        let [x_map, w_map, y_map] = gpu.tensor_maps(&[x_key, w_key, y_key])?;
         Ok(HopperGemmParams {
             x_map,
             w_map,
@@ -314,6 +355,7 @@ impl<T: Element> Forward<'_, T> {
             tiles,
             activation: EpilogueActivation::new(self.activation),
             stage_bytes: tile.stage_bytes(m),
+            plain,
         })
     }
 }
@@ -349,6 +391,7 @@ fn tensor_map_key<T: Element>(
         extents,
         box_extents,
         dtype: T::DTYPE,
+        rounds_to_tf32: false,
         promotion: Promotion::default(),
     }
 }
@@ -357,48 +400,14 @@ fn row_stride_bytes<T: Element>(tensor: &Tensor<T>) -> u64 {
     (tensor.row_stride() * size_of::<T>()) as u64
 }
 
-/// What matters about an operand to the choice of a tier.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Operand {
-    name: &'static str,
-    address: u64,
-    row_bytes: u64,
-    row_stride_bytes: u64,
-}
-
-impl Operand {
-    pub(crate) fn of<T: Element>(name: &'static str, tensor: &Tensor<T>) -> Self {
-        Self {
-            name,
-            address: tensor.as_device_ptr(),
-            row_bytes: (tensor.shape().columns() * size_of::<T>()) as u64,
-            row_stride_bytes: row_stride_bytes(tensor),
-        }
-    }
-
-    /// One whose rows follow each other, as the allocator places it.
-    pub(crate) const fn contiguous(name: &'static str, columns: usize, dtype: DType) -> Self {
-        let row_bytes = (columns * dtype.size()) as u64;
-        Self { name, address: 0, row_bytes, row_stride_bytes: row_bytes }
-    }
-}
-
-/// The tier that serves a forward pass with these operands on this device.
-pub(crate) fn choose_tier(
-    device: &Device,
-    config: &KernelConfig,
-    dtype: DType,
-    inputs: [Operand; 2],
-    output: Operand,
-) -> Result<Tier> {
+/// The tier that serves a forward pass of this type on this device.
+pub(crate) fn choose_tier(device: &Device, config: &KernelConfig, dtype: DType) -> Result<Tier> {
     let forced = config.forced_tier().or(device.defaults().forced_tier());
     pick(OP, forced, |tier| {
         let of_call = || match tier {
             Tier::Hopper if !hopper::serves(dtype) => Some(Obstacle::DType(dtype)),
             Tier::Hopper if !config.tma_enabled() => Some(Obstacle::TmaDisabled),
-            Tier::Hopper => {
-                kernel_obstacle(config.forced_hopper()).or_else(|| tma_obstacle(inputs, output))
-            }
+            Tier::Hopper => kernel_obstacle(config.forced_hopper()),
             _ => None,
         };
         device.obstacle(tier).or_else(of_call)
@@ -429,30 +438,14 @@ pub(crate) fn pick(
 
 /// Why there is no Hopper kernel as it is forced.
 fn kernel_obstacle(forced: Forced) -> Option<Obstacle> {
-    let any_multicast = Forced { cluster_m: None, ..forced };
+    let any_turns = Forced { ping_pong: None, ..forced };
+    let any_multicast = Forced { cluster_m: None, ..any_turns };
     let any_split = Forced { split_k: None, ..any_multicast };
     let tile = forced.tile.filter(|_| !any_split.exists()).map(Obstacle::Tile);
     let split = || forced.split_k.filter(|_| !any_multicast.exists()).map(Obstacle::SplitK);
-    let multicast = || forced.cluster_m.filter(|_| !forced.exists()).map(Obstacle::Multicast);
-    tile.or_else(split).or_else(multicast)
-}
-
-/// Why TMA cannot address one of the operands, or would write beyond the output's columns.
-fn tma_obstacle(inputs: [Operand; 2], output: Operand) -> Option<Obstacle> {
-    let addressing =
-        |&Operand { name: operand, address, row_stride_bytes: bytes, .. }: &Operand| {
-            if !address.is_multiple_of(TMA_ALIGN) {
-                return Some(Obstacle::Address { operand });
-            }
-            let stride_fits = bytes.is_multiple_of(TMA_ALIGN) && bytes < TMA_MAX_STRIDE;
-            (!stride_fits).then_some(Obstacle::RowStride { operand, bytes })
-        };
-    let Operand { name: operand, row_bytes: bytes, .. } = output;
-    inputs.iter().chain([&output]).find_map(addressing).or_else(|| {
-        // A store clips its box to whole pieces (seen on an H200: a row that ended inside one had
-        // the rest of it overwritten).
-        (!bytes.is_multiple_of(TMA_ALIGN)).then_some(Obstacle::RowLength { operand, bytes })
-    })
+    let multicast = || forced.cluster_m.filter(|_| !any_turns.exists()).map(Obstacle::Multicast);
+    let ping_pong = || (!forced.exists()).then_some(Obstacle::PingPong);
+    tile.or_else(split).or_else(multicast).or_else(ping_pong)
 }
 
 pub(crate) fn check_shape(
@@ -492,29 +485,6 @@ mod tests {
     fn forward<'a>(x: &'a Tensor<f32>, w: &'a Tensor<f32>) -> Forward<'a, f32> {
         let (layout, activation) = (WeightLayout::OutIn, Activation::None);
         Forward { x, w, bias: None, layout, activation }
-    }
-
-    #[test]
-    fn operands_that_tma_cannot_address_are_named() {
-        let good = Operand { name: "x", address: 4096, row_bytes: 48, row_stride_bytes: 64 };
-        assert_eq!(tma_obstacle([good, good], good), None);
-        let address = Operand { name: "w", address: 4104, ..good };
-        let expected = Some(Obstacle::Address { operand: "w" });
-        assert_eq!(tma_obstacle([good, address], good), expected);
-        for bytes in [2, 24, 1 << 40] {
-            let stride = Operand { name: "y", row_stride_bytes: bytes, ..good };
-            let expected = Some(Obstacle::RowStride { operand: "y", bytes });
-            assert_eq!(tma_obstacle([good, good], stride), expected);
-        }
-    }
-
-    #[test]
-    fn only_the_output_must_end_on_a_multiple_of_16_bytes() {
-        let ragged = Operand { name: "y", address: 4096, row_bytes: 50, row_stride_bytes: 64 };
-        let whole = Operand { row_bytes: 48, ..ragged };
-        assert_eq!(tma_obstacle([ragged, ragged], whole), None);
-        let expected = Some(Obstacle::RowLength { operand: "y", bytes: 50 });
-        assert_eq!(tma_obstacle([whole, whole], ragged), expected);
     }
 
     #[test]

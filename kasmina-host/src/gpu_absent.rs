@@ -178,7 +178,27 @@ impl PinnedSlot {
         match self.never {}
     }
 
+    pub(crate) fn is_clear(&self) -> bool {
+        match self.never {}
+    }
+
+    pub(crate) fn clear(&mut self) {
+        match self.never {}
+    }
+
+    pub(crate) fn clear_output(&mut self) {
+        match self.never {}
+    }
+
+    pub(crate) fn write_arriving(&mut self, _: &[u16]) {
+        match self.never {}
+    }
+
     pub(crate) fn present(&self, _: usize, _: usize, _: usize) -> usize {
+        match self.never {}
+    }
+
+    pub(crate) fn receive(&mut self, _: usize, _: &mut [u8], _: usize) -> usize {
         match self.never {}
     }
 
@@ -186,7 +206,7 @@ impl PinnedSlot {
         match self.never {}
     }
 
-    pub(crate) fn clear(&mut self, _: usize) {
+    pub(crate) fn forget(&mut self, _: usize) {
         match self.never {}
     }
 }

@@ -12,13 +12,14 @@ use half::{bf16, f16};
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::gemm::WeightLayout;
+use kasmina_kernels::gemm::hopper::unaligned;
 use rayon::prelude::*;
 
 use crate::config::KernelConfig;
 use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::gemm::{Forward, Operand, Pass, choose_forward_tier};
+use crate::gemm::{Forward, Pass, choose_forward_tier};
 use crate::persistent::{StreamConfig, StreamSession};
 use crate::shape::Shape;
 use crate::tensor::{Tensor, zeroed};
@@ -324,11 +325,12 @@ impl KasminaLayer {
             let (op, limit) = ("KasminaLayer::tier_for", isize::MAX as u64);
             return Err(Error::Overflow { op, quantity: "the batch's size in bytes", limit });
         }
-        let weight = with_parameters!(&self.parameters, linear => Operand::of("w", &linear.weight));
-        let inputs = [Operand::contiguous("x", in_features, dtype), weight];
-        let output = Operand::contiguous("y", out_features, dtype);
         let shape = [batch, out_features, in_features];
-        let pass = Pass { dtype, layout, shape, inputs, output };
+        let (_, weight_columns) = layout.rows_columns(in_features, out_features);
+        let row_bytes =
+            [in_features, weight_columns].map(|columns| (columns * dtype.size()) as u64);
+        let addressable = row_bytes.iter().all(|&bytes| unaligned::is_aligned(0, bytes));
+        let pass = Pass { dtype, layout, shape, addressable };
         choose_forward_tier(&self.device, &self.config.kernel_config, pass)
     }
 

@@ -1,7 +1,8 @@
 //! Layers that stay resident and answer a stream of small batches without a launch.
 //!
 //! The way of a batch: cut into parts → a slot and a sequence for each, under one lock → payload
-//! into the slot → descriptor into the ring. A block of the resident grid, or a thread, takes the
+//! into the slot → descriptor into the ring, or the other way round where the kernel reads the
+//! payload as it arrives. A block of the resident grid, or a thread, takes the
 //! sequence, computes, stores the result and then the completion word of the ring's position. Who
 //! waits for a result in pinned memory polls its elements, which the host had set to all ones; for
 //! other results, the completion word. The ring's rules are in
@@ -156,11 +157,18 @@ impl<T: Element> StreamSession<T> {
         let submitted = Instant::now();
         let (mut parts, version) =
             self.shared().ring.reserve(self.request(op, rows, self.shared().out_features))?;
+        let ring = &self.shared().ring;
+        // Those that are read as they arrive are found while they are written.
+        for part in parts.iter().filter(|part| part.arrives) {
+            ring.publish(part, version, None);
+        }
         let mut rest = batch;
         for part in &mut parts {
             let (own, after) = rest.split_at(part.rows * columns);
-            part.slot.write(own);
-            self.shared().ring.publish(part, version, None);
+            part.write(own);
+            if !part.arrives {
+                ring.publish(part, version, None);
+            }
             rest = after;
         }
         Ok(self.ticket(parts, rows, submitted, None))
@@ -252,9 +260,9 @@ impl<T: Element> StreamSession<T> {
     pub fn wait(&self, ticket: &mut Ticket<T>, timeout: Duration) -> Result<Vec<T>> {
         let op = "StreamSession::wait";
         self.check_ticket(op, ticket, false)?;
-        ticket.wait_until_complete(op, timeout)?;
+        // Asked for while the batch is being computed.
         let mut values = zeroed(ticket.rows * self.shared().out_features)?;
-        ticket.take(&mut values);
+        ticket.wait_and_take(op, timeout, &mut values)?;
         Ok(values)
     }
 
@@ -276,9 +284,7 @@ impl<T: Element> StreamSession<T> {
             let (expected, got) = ([expected].into(), [values.len()].into());
             return Err(Error::Shape { op, operand: "values", expected, got });
         }
-        ticket.wait_until_complete(op, timeout)?;
-        ticket.take(values);
-        Ok(())
+        ticket.wait_and_take(op, timeout, values)
     }
 
     /// Waits for a batch of [`submit_tensors`](Self::submit_tensors), whose result then is in its

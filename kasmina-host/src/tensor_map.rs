@@ -13,6 +13,8 @@ pub(crate) struct TensorMapKey {
     pub(crate) extents: [u32; 2],
     pub(crate) box_extents: [u32; 2],
     pub(crate) dtype: DType,
+    /// Whether f32 is rounded to TF32 on its way into shared memory.
+    pub(crate) rounds_to_tf32: bool,
     pub(crate) promotion: Promotion,
 }
 
@@ -42,7 +44,7 @@ impl TensorMapKey {
         hash ^= (columns as u64 | (rows as u64) << 32).wrapping_mul(0x94D0_49BB_1331_11EB);
         let [box_columns, box_rows] = self.box_extents;
         hash ^= box_columns as u64 | (box_rows as u64) << 16 | (self.dtype as u64) << 32;
-        hash ^= (self.promotion as u64) << 40;
+        hash ^= (self.promotion as u64) << 40 | (self.rounds_to_tf32 as u64) << 48;
         (hash.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - SLOT_BITS)) as usize
     }
 }
@@ -60,10 +62,12 @@ pub(crate) struct SequenceMap {
     /// Steps inside a box on the inner two axes.
     pub(crate) steps: [u32; 2],
     pub(crate) dtype: DType,
+    /// Whether rows of a box, of 128 bytes, are swizzled; else they follow each other.
+    pub(crate) swizzled: bool,
 }
 
 impl SequenceMap {
-    /// The map: boxes of 128-byte rows, swizzled over 128 bytes, zeros beyond the edges.
+    /// The map, with zeros beyond the edges.
     pub(crate) fn encode(&self) -> KasminaResult<TensorMap> {
         crate::gpu::encode_sequence_map(self)
     }
@@ -113,6 +117,7 @@ mod tests {
         extents: [4096, 1024],
         box_extents: [64, 128],
         dtype: DType::BF16,
+        rounds_to_tf32: false,
         promotion: Promotion::Bytes256,
     };
 
@@ -135,6 +140,7 @@ mod tests {
             TensorMapKey { extents: [1024, 4096], ..KEY },
             TensorMapKey { box_extents: [64, 64], ..KEY },
             TensorMapKey { dtype: DType::F16, ..KEY },
+            TensorMapKey { rounds_to_tf32: true, ..KEY },
             KEY.promoted(Promotion::Bytes128),
         ];
         let mut cache = TensorMapCache::new();

@@ -2,7 +2,7 @@
 //! and device run, over loom's atomics, with payloads whose unsynchronised access loom reports.
 
 use kasmina_kernels::persistent::protocol::{
-    self, ABSENT, COMMAND, Command, Descriptor, Layout, Words,
+    self, ABSENT, COMMAND, Command, Descriptor, Layout, Payload, Words,
 };
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
@@ -55,8 +55,17 @@ impl Model {
     fn submit(&self, layout: &Layout, sequence: u64, slot: u16, value: u64) {
         // SAFETY: the slot is the producer's until the descriptor is published.
         self.inputs[usize::from(slot)].with_mut(|input| unsafe { *input = value });
-        let descriptor = Descriptor { rows: 1, slot, version: 0, by_address: false };
+        let descriptor = Descriptor { rows: 1, slot, version: 0, payload: Payload::Present };
         protocol::publish(self, layout, sequence, descriptor);
+    }
+
+    fn await_descriptor(&self, layout: &Layout, sequence: u64) -> Descriptor {
+        loop {
+            if let Some(descriptor) = protocol::poll(self, layout, sequence) {
+                return descriptor;
+            }
+            thread::yield_now();
+        }
     }
 
     /// As a kernel's results in pinned memory come: they say themselves that they are there.
@@ -178,12 +187,7 @@ fn results_that_say_themselves_that_they_are_there_are_of_their_unit() {
             let model = Arc::clone(&model);
             thread::spawn(move || {
                 for sequence in 0..3 {
-                    let descriptor = loop {
-                        if let Some(descriptor) = protocol::poll(&*model, &layout, sequence) {
-                            break descriptor;
-                        }
-                        thread::yield_now();
-                    };
+                    let descriptor = model.await_descriptor(&layout, sequence);
                     // The payload of such a unit is its number here: an input's own race is not
                     // what this test is about.
                     let slot = usize::from(descriptor.slot);
@@ -198,10 +202,114 @@ fn results_that_say_themselves_that_they_are_there_are_of_their_unit() {
                 thread::yield_now();
             }
             let version = sequence as u32 + 1;
-            let descriptor = Descriptor { rows: 1, slot, version, by_address: false };
+            let descriptor = Descriptor { rows: 1, slot, version, payload: Payload::Present };
             protocol::publish(&*model, &layout, sequence, descriptor);
             assert_eq!(model.result_in_band(slot), u64::from(version) * 10);
         }
         consumer.join().unwrap();
     });
+}
+
+#[test]
+fn payloads_that_arrive_behind_their_descriptor_are_of_their_unit() {
+    bounded(3).check(|| {
+        let layout = Layout::new(1, 1);
+        let model = Arc::new(Arriving::new(1));
+        let consumer = {
+            let model = Arc::clone(&model);
+            thread::spawn(move || {
+                for sequence in 0..2 {
+                    let descriptor = model.ring.await_descriptor(&layout, sequence);
+                    let input = model.input_in_band(descriptor.slot);
+                    model.answer(&layout, sequence, descriptor.slot, input);
+                }
+            })
+        };
+        // The second lap takes the slot that the first one's payload was cleared from.
+        for sequence in 0..2 {
+            model.submit(&layout, sequence, 0, sequence + 1);
+            assert_eq!(model.result(0), (sequence + 1) * 10);
+        }
+        consumer.join().unwrap();
+    });
+}
+
+#[test]
+fn what_comes_to_an_express_slot_after_nothing_was_there_is_of_its_unit() {
+    bounded(3).check(|| {
+        let layout = Layout::new(1, 2).with_express(2);
+        let model = Arc::new(Arriving::new(2));
+        let consumer = {
+            let model = Arc::clone(&model);
+            thread::spawn(move || {
+                for sequence in 0..3 {
+                    let slot = layout.express_slot(sequence) as u16;
+                    let mut was_absent = false;
+                    let (descriptor, early) = loop {
+                        let value = model.inputs[usize::from(slot)].load(Ordering::Relaxed);
+                        let found = was_absent && value != ABSENT_VALUE;
+                        was_absent |= value == ABSENT_VALUE;
+                        if let Some(descriptor) = protocol::poll(&model.ring, &layout, sequence) {
+                            break (descriptor, found.then_some(value));
+                        }
+                        thread::yield_now();
+                    };
+                    let input = early.unwrap_or_else(|| model.input_in_band(descriptor.slot));
+                    model.answer(&layout, sequence, descriptor.slot, input);
+                }
+            })
+        };
+        // The third takes the slot of the first.
+        for sequence in 0..3 {
+            let slot = layout.express_slot(sequence) as u16;
+            model.submit(&layout, sequence, slot, sequence + 1);
+            assert_eq!(model.result(slot), (sequence + 1) * 10);
+        }
+        consumer.join().unwrap();
+    });
+}
+
+/// A ring whose payloads and results both say themselves that they are there.
+struct Arriving {
+    ring: Model,
+    inputs: Vec<AtomicU64>,
+}
+
+impl Arriving {
+    fn new(slots: u32) -> Self {
+        // Of the ring, only words and results are used.
+        let ring = Model::new(&Layout::new(1, 2).with_express(2));
+        Self { ring, inputs: (0..slots).map(|_| AtomicU64::new(ABSENT_VALUE)).collect() }
+    }
+
+    fn submit(&self, layout: &Layout, sequence: u64, slot: u16, value: u64) {
+        while !protocol::is_vacant(&self.ring, layout, sequence) {
+            thread::yield_now();
+        }
+        let descriptor = Descriptor { rows: 1, slot, version: 0, payload: Payload::Arriving };
+        protocol::publish(&self.ring, layout, sequence, descriptor);
+        self.inputs[usize::from(slot)].store(value, Ordering::Relaxed);
+    }
+
+    /// The result of the unit in the slot, which is left clear.
+    fn result(&self, slot: u16) -> u64 {
+        let value = self.ring.result_in_band(slot);
+        self.inputs[usize::from(slot)].store(ABSENT_VALUE, Ordering::Relaxed);
+        value
+    }
+
+    fn input_in_band(&self, slot: u16) -> u64 {
+        loop {
+            let value = self.inputs[usize::from(slot)].load(Ordering::Relaxed);
+            if value != ABSENT_VALUE {
+                return value;
+            }
+            thread::yield_now();
+        }
+    }
+
+    fn answer(&self, layout: &Layout, sequence: u64, slot: u16, input: u64) {
+        self.ring.in_band[usize::from(slot)].store(input * 10, Ordering::Relaxed);
+        protocol::acknowledge(&self.ring, layout, sequence);
+    }
 }

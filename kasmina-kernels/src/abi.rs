@@ -9,7 +9,7 @@ use core::marker::PhantomData;
 use miniz_oxide::inflate;
 
 use crate::conv1d::{self, hopper as conv1d_hopper};
-use crate::gemm::hopper::{self, comparison, split, telemetry, weight_gradient};
+use crate::gemm::hopper::{self, comparison, ping_pong, split, telemetry, tf32, weight_gradient};
 use crate::gemm::{backward, portable};
 use crate::persistent;
 use crate::reduce;
@@ -182,7 +182,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 30] = [
+    const FIRST: [&Module; 33] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -211,24 +211,31 @@ pub static MODULES: &[&Module] = &{
         &conv1d::portable::F32,
         &conv1d::portable::F16,
         &conv1d::portable::BF16,
+        &hopper::unaligned::MODULE,
+        &conv1d_hopper::depthwise::F16,
+        &conv1d_hopper::depthwise::BF16,
         &conv1d_hopper::pack::MODULE,
         &conv1d_hopper::wgrad::sum::MODULE,
     ];
     const GEMM: usize = FIRST.len();
-    const GEMM_WGRAD: usize = GEMM + hopper::KERNELS.len();
+    const PING_PONG: usize = GEMM + hopper::KERNELS.len();
+    const GEMM_WGRAD: usize = PING_PONG + ping_pong::KERNELS.len();
     const SPLIT: usize = GEMM_WGRAD + weight_gradient::KERNELS.len();
     const COMPARISON: usize = SPLIT + split::NUM_MODULES;
     const TELEMETRY: usize = COMPARISON + comparison::KERNELS.len();
     const GATHER: usize = TELEMETRY + telemetry::KERNELS.len();
     const WGRAD: usize = GATHER + conv1d_hopper::gather::KERNELS.len();
     const HALO: usize = WGRAD + conv1d_hopper::wgrad::KERNELS.len();
-    let mut modules = [FIRST[0]; HALO + conv1d_hopper::gather::halo::KERNELS.len()];
+    const TF32: usize = HALO + conv1d_hopper::gather::halo::KERNELS.len();
+    let mut modules = [FIRST[0]; TF32 + tf32::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
             FIRST[row]
-        } else if row < GEMM_WGRAD {
+        } else if row < PING_PONG {
             hopper::KERNELS[row - GEMM].kernel.module
+        } else if row < GEMM_WGRAD {
+            ping_pong::KERNELS[row - PING_PONG].kernel.module
         } else if row < SPLIT {
             weight_gradient::KERNELS[row - GEMM_WGRAD].kernel.module
         } else if row < COMPARISON {
@@ -241,8 +248,10 @@ pub static MODULES: &[&Module] = &{
             conv1d_hopper::gather::KERNELS[row - GATHER].kernel.module
         } else if row < HALO {
             conv1d_hopper::wgrad::KERNELS[row - WGRAD].kernel.module
-        } else {
+        } else if row < TF32 {
             conv1d_hopper::gather::halo::KERNELS[row - HALO].kernel.module
+        } else {
+            tf32::KERNELS[row - TF32].kernel.module
         };
         row += 1;
     }

@@ -64,19 +64,24 @@ pub enum InputLayout {
     Transposed,
 }
 
-/// Which products of bf16 parts make up an f32 product on tensor cores: how accurate it is.
+/// Which products make up an f32 product on tensor cores: how accurate it is.
 ///
 /// With `u = 2⁻²⁴`, the roundoff of f32, and `A = Σ |x·w|` over the k products of an element.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum F32Products {
-    /// Six products of three parts: what is left out is at most `u·A`. Where 16 or more products of
+    /// Six products of three bf16 parts: what is left out is at most `u·A`. Where 16 or more products of
     /// like size make up an element, its error is no larger than in plain f32 (measured); where one
     /// of them is most of it, that error is up to two roundoffs, where plain f32 has one.
     #[default]
     Six,
-    /// Three products of two parts: what is left out is at most `512·u·A`, for random operands
+    /// Three products of two bf16 parts: what is left out is at most `512·u·A`, for random operands
     /// about 4.4e-6 of the result, a hundredth of what TF32 leaves out.
     Three,
+    /// One product, of operands rounded to TF32, which has 10 bits of fraction: it errs by at most
+    /// `(2¹⁴ + 4)·u·A` and, for random operands, by about 2.9e-4 of the result. Where X or W have
+    /// addresses or row strides that are no multiples of 16 bytes, it is [`Six`](Self::Six). The
+    /// weight's gradient takes no notice.
+    Tf32,
 }
 
 impl F32Products {
@@ -86,6 +91,7 @@ impl F32Products {
         match self {
             Self::Six => 6,
             Self::Three => 3,
+            Self::Tf32 => 1,
         }
     }
 }

@@ -9,7 +9,7 @@
 //! thread 0   takes a sequence from the grid's counter, polls its descriptor ┐
 //!            reads the control line every few polls: command, lease         │ per unit
 //! block      mailbox in shared memory                                  bar  │
-//! block      input → shared memory                                     bar  │
+//! block      input, perhaps as it arrives → shared memory              bar  │
 //! block      layer after layer, between two buffers of shared memory   bar* │
 //! block      shared memory → output                                    bar  │
 //! thread 0   completion word: a release if the result lies elsewhere        ┘
@@ -49,8 +49,9 @@
 //! - Inputs are not read through the read-only path: the host writes them while the grid runs.
 //!
 //! # What is bounded
-//! A block waits only in the poll loop, and there no longer than the lease after the heartbeat's
-//! last change. So the grid ends by itself if the host stops, whatever it was doing.
+//! A block waits only in the poll loop, there no longer than the lease after the heartbeat's last
+//! change, and for a payload that arrives, no longer than the lease. So the grid ends by itself if
+//! the host stops, whatever it was doing.
 
 #[cfg(target_arch = "nvptx64")]
 mod device;
@@ -78,6 +79,8 @@ const MAILBOX_BYTES: u32 = 64;
 const SCRATCH_BYTES: u32 = MAILBOX_BYTES + (MAX_LAYERS * size_of::<LayerPlan>()) as u32;
 /// Threads per block.
 const THREADS: u32 = 256;
+/// Steps of 32 inputs whose weights a warp of the tensor-core tier loads before their input comes.
+const AHEAD_STEPS: u32 = 8;
 /// Shared memory that every GPU of the portable tier has.
 const PORTABLE_SMEM_BYTES: u32 = 64 << 10;
 

@@ -4,7 +4,8 @@
 //! The elements are cut into chunks by their index ([`Chunks`]), the chunks are summarised each in
 //! a fixed order ([`Partial`]), and the chunks' summaries are merged in a fixed order, so that the
 //! result depends on the elements alone: not on the grid, nor on which block finishes first. A
-//! matrix may also be cut into segments, each with statistics of its own ([`Segments`]).
+//! matrix may also be cut into segments, each with statistics of its own ([`Segments`]); where each
+//! column is one and the rows are wide, by a kernel that has as many sums as columns ([`Columns`]).
 //!
 //! A block of 256 threads takes chunk after chunk. Per batch a thread holds four vectors of 16
 //! bytes, neighbouring threads neighbouring vectors, while the next four are on their way:
@@ -39,7 +40,8 @@
 //! - sum with [`Statistic::Summary`]: at most 10·(1 + r)·u·Σ|x|, and far less unless single elements
 //!   dwarf the rest; with [`Statistic::Sum`]: at most 10·u·Σ|x|.
 //! - A batch whose squares leave the range of f32 (an element beyond 10¹⁹, all differences below
-//!   10⁻¹⁸, infinities, NaN) is summed again in f64, so finite data of any size are right.
+//!   10⁻¹⁸, infinities, NaN) is summed again in f64, so finite data of any size are right. So are
+//!   all that follow a first batch without a finite mean, which leaves them without a pivot.
 //! - Sum and mean of infinities and NaN are what IEEE addition gives, m2 is then NaN. The extremes
 //!   are NaN if any element is. These elements are counted. If NaN are to be skipped, they are
 //!   counted and the rest is as if they were not there.
@@ -51,12 +53,14 @@
 //! - Nothing writes the elements between the end of the grid before and that of this one.
 
 mod chunks;
+mod columns;
 #[cfg(target_arch = "nvptx64")]
 pub(crate) mod device;
 mod moments;
 mod segments;
 
 pub use chunks::{Chunks, Counts, Partial, share};
+pub use columns::{ColumnParams, Columns};
 pub use moments::{Accumulator, Batch, Moments, Rule};
 pub use segments::{MOST_EXTENT, SegmentParams, Segments, Strip};
 
@@ -104,6 +108,11 @@ const BLOCKS_PER_MULTIPROCESSOR: u32 = 3;
 /// Batches of a lane that share a pivot, in segments.
 #[cfg(target_arch = "nvptx64")]
 const BATCHES_PER_PIVOT: u32 = 8;
+/// Blocks of the kernel for columns that share a multiprocessor, which leaves 128 registers a thread.
+#[cfg(target_arch = "nvptx64")]
+const COLUMN_BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
+/// Its shared memory: 32 bytes for each of four columns of every lane.
+const COLUMN_SMEM_BYTES: u32 = THREADS * 4 * 32;
 /// Bytes a warp hands to the block.
 const WARP_BYTES: u32 = 64;
 /// Bytes of a set: the records of all warps, and the chunk that thread 0 drew.
@@ -209,13 +218,13 @@ pub const fn naive_blocks(len: u64) -> u32 {
 macro_rules! kernels {
     ($($tier:ident $folder:literal $module:ident $dtype:ident $name:literal:
         $($statistic:ident $entry:ident $(few $few:ident)?),+;
-        segments $segments:ident; naive $naive:ident;)+) => {
+        segments $segments:ident; columns $columns:ident; naive $naive:ident;)+) => {
         $(
             /// Every reduction of this element type and tier.
             pub static $module: Module =
                 module!($tier, $folder, $name, [
                     $(stringify!($entry), $(stringify!($few),)?)+
-                    stringify!($segments), stringify!($naive)
+                    stringify!($segments), stringify!($columns), stringify!($naive)
                 ]);
         )+
 
@@ -267,6 +276,20 @@ macro_rules! kernels {
             }
         }
 
+        /// The kernel that gives every statistic of each column of a matrix of wide rows; `None` for
+        /// the CPU.
+        #[must_use]
+        pub fn column_kernel(tier: Tier, dtype: DType) -> Option<&'static Kernel<ColumnParams>> {
+            match (tier, dtype) {
+                $((Tier::$tier, DType::$dtype) => {
+                    static KERNEL: Kernel<ColumnParams> = launched(Tier::$tier,
+                        Kernel::new(&$module, stringify!($columns), THREADS, COLUMN_SMEM_BYTES));
+                    Some(&KERNEL)
+                })+
+                (Tier::Cpu, _) => None,
+            }
+        }
+
         /// The single-stage sum that others are measured against; `None` for the CPU. Each block
         /// adds its sum to the result with an atomic, in whichever order they arrive.
         #[must_use]
@@ -285,7 +308,7 @@ macro_rules! kernels {
             #[cfg(all(target_arch = "nvptx64", kasmina_tier = $folder))]
             #[expect(non_snake_case, reason = "a module for each element type, named by it")]
             mod $dtype {
-                use super::{NaiveReduceParams, ReduceParams, SegmentParams, device};
+                use super::{ColumnParams, NaiveReduceParams, ReduceParams, SegmentParams, device};
 
                 $(
                     /// # Safety
@@ -320,6 +343,14 @@ macro_rules! kernels {
                 }
 
                 /// # Safety
+                /// As for segments, where the grid is that of the columns.
+                #[unsafe(no_mangle)]
+                pub(super) unsafe extern "ptx-kernel" fn $columns(params: ColumnParams) {
+                    // SAFETY: as above.
+                    unsafe { device::columns::<device::$dtype>(&params) }
+                }
+
+                /// # Safety
                 /// The elements are readable and the result is writable (`reduce.rs` on the host).
                 #[unsafe(no_mangle)]
                 pub(super) unsafe extern "ptx-kernel" fn $naive(params: NaiveReduceParams) {
@@ -342,31 +373,31 @@ const fn launched<P: KernelParams>(tier: Tier, kernel: Kernel<P>) -> Kernel<P> {
 kernels! {
     Portable "portable" PORTABLE_F32 F32 "reduce_f32":
         Summary reduce_f32_summary, Sum reduce_f32_sum, Max reduce_f32_max, Min reduce_f32_min;
-        segments reduce_f32_segments; naive reduce_f32_naive;
+        segments reduce_f32_segments; columns reduce_f32_columns; naive reduce_f32_naive;
     Portable "portable" PORTABLE_F16 F16 "reduce_f16":
         Summary reduce_f16_summary, Sum reduce_f16_sum, Max reduce_f16_max, Min reduce_f16_min;
-        segments reduce_f16_segments; naive reduce_f16_naive;
+        segments reduce_f16_segments; columns reduce_f16_columns; naive reduce_f16_naive;
     Portable "portable" PORTABLE_BF16 BF16 "reduce_bf16":
         Summary reduce_bf16_summary, Sum reduce_bf16_sum, Max reduce_bf16_max,
-        Min reduce_bf16_min; segments reduce_bf16_segments; naive reduce_bf16_naive;
+        Min reduce_bf16_min; segments reduce_bf16_segments; columns reduce_bf16_columns; naive reduce_bf16_naive;
     Hopper "hopper" HOPPER_F32 F32 "reduce_f32":
         Summary reduce_f32_summary few reduce_f32_few_summary,
         Sum reduce_f32_sum few reduce_f32_few_sum,
         Max reduce_f32_max few reduce_f32_few_max,
         Min reduce_f32_min few reduce_f32_few_min;
-        segments reduce_f32_segments; naive reduce_f32_naive;
+        segments reduce_f32_segments; columns reduce_f32_columns; naive reduce_f32_naive;
     Hopper "hopper" HOPPER_F16 F16 "reduce_f16":
         Summary reduce_f16_summary few reduce_f16_few_summary,
         Sum reduce_f16_sum few reduce_f16_few_sum,
         Max reduce_f16_max few reduce_f16_few_max,
         Min reduce_f16_min few reduce_f16_few_min;
-        segments reduce_f16_segments; naive reduce_f16_naive;
+        segments reduce_f16_segments; columns reduce_f16_columns; naive reduce_f16_naive;
     Hopper "hopper" HOPPER_BF16 BF16 "reduce_bf16":
         Summary reduce_bf16_summary few reduce_bf16_few_summary,
         Sum reduce_bf16_sum few reduce_bf16_few_sum,
         Max reduce_bf16_max few reduce_bf16_few_max,
         Min reduce_bf16_min few reduce_bf16_few_min;
-        segments reduce_bf16_segments; naive reduce_bf16_naive;
+        segments reduce_bf16_segments; columns reduce_bf16_columns; naive reduce_bf16_naive;
 }
 
 #[cfg(test)]
@@ -388,6 +419,9 @@ mod tests {
                 let segments = segment_kernel(tier, dtype).expect("a kernel");
                 assert_eq!(segments.entry, format!("reduce_{dtype}_segments"));
                 assert_eq!(segments.waits_for_predecessors, tier == Tier::Hopper);
+                let columns = column_kernel(tier, dtype).expect("a kernel");
+                assert_eq!(columns.entry, format!("reduce_{dtype}_columns"));
+                assert_eq!(columns.waits_for_predecessors, tier == Tier::Hopper);
                 let naive = naive_kernel(tier, dtype).expect("a kernel");
                 assert_eq!(naive.entry, format!("reduce_{dtype}_naive"));
             }

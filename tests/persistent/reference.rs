@@ -17,6 +17,8 @@ use crate::random::Random;
 pub(crate) trait Poison: Element {
     /// A NaN whose bytes are all 0xFF.
     const POISON: Self;
+    /// The same NaN without its sign.
+    const POISON_WITHOUT_SIGN: Self;
     fn bits(self) -> u32;
 }
 
@@ -24,6 +26,7 @@ macro_rules! poison {
     ($($type:ident $bits:ident),+) => {$(
         impl Poison for $type {
             const POISON: Self = $type::from_bits($bits::MAX);
+            const POISON_WITHOUT_SIGN: Self = $type::from_bits($bits::MAX >> 1);
             fn bits(self) -> u32 {
                 self.to_bits().into()
             }

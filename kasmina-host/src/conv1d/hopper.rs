@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-use kasmina_kernels::abi::{DType, TensorMap};
+use kasmina_kernels::abi::{DType, Kernel, TensorMap};
 use kasmina_kernels::activation::{Activation, EpilogueActivation};
+use kasmina_kernels::conv1d::depthwise::DepthwiseParams;
+use kasmina_kernels::conv1d::hopper::depthwise;
 use kasmina_kernels::conv1d::hopper::gather::{self, GatherParams, Problem};
 use kasmina_kernels::conv1d::hopper::pack::{self, PackParams, Rows};
 use kasmina_kernels::conv1d::hopper::wgrad::sum::{self, SumParams};
@@ -14,6 +16,7 @@ use kasmina_kernels::gemm::hopper::CONSUMER_M;
 use kasmina_kernels::tile_scheduler::TileScheduler;
 
 use super::pass::{DgradPass, Filter, ForwardPass, Sequence, WgradPass};
+use super::portable;
 use crate::config::KernelConfig;
 use crate::error::{Error, Obstacle, Result};
 use crate::gpu::{Launch, Stream};
@@ -85,7 +88,13 @@ impl Volume {
     }
 
     /// Its map with these boxes over the two inner axes and steps between positions.
-    fn map(&self, boxes: [u32; 2], in_step: u32, positions: Positions) -> Result<TensorMap> {
+    fn map(
+        &self,
+        boxes: [u32; 2],
+        in_step: u32,
+        positions: Positions,
+        swizzled: bool,
+    ) -> Result<TensorMap> {
         let Sequence { address, row_stride, layout, .. } = self.sequence;
         let group_channels = self.channels / self.groups;
         let [batch, channel, position] =
@@ -104,6 +113,7 @@ impl Volume {
             boxes,
             steps: [1, if layout == SequenceLayout::Nlc { in_step } else { 1 }],
             dtype: self.dtype,
+            swizzled,
         };
         key.encode()
     }
@@ -226,9 +236,9 @@ impl<'a> GatherPass<'a> {
         let written =
             Positions { first: gather.out_first, step: gather.out_step, count: gather.out_count };
         let params = GatherParams {
-            in_map: self.input.map(in_box, walk.in_step, self.input.positions())?,
+            in_map: self.input.map(in_box, walk.in_step, self.input.positions(), true)?,
             w_map: packed.map(w_box, dtype)?,
-            out_map: self.output.map([SLAB_N, CONSUMER_M], 1, written)?,
+            out_map: self.output.map([SLAB_N, CONSUMER_M], 1, written, true)?,
             bias: self.bias,
             group_out: out_channels,
             out_channels: out_channels * groups,
@@ -263,6 +273,7 @@ impl Packed {
             boxes,
             steps: [1, 1],
             dtype,
+            swizzled: true,
         };
         key.encode()
     }
@@ -282,8 +293,8 @@ fn with_packed(
     let packed = |address, stride| Packed {
         address,
         stride,
-        rows: params.rows,
-        columns: params.columns,
+        rows: params.rows(),
+        columns: params.columns(),
         taps: params.taps,
         groups: params.groups,
     };
@@ -306,8 +317,23 @@ fn with_packed(
     enqueue(&packed(buffer.address(), params.packed_stride))
 }
 
+/// A depthwise kernel and what it takes, where it serves a pass.
+type Depthwise = (&'static Kernel<DepthwiseParams>, DepthwiseParams);
+
+fn depthwise(dtype: DType, pass: &portable::GatherPass<'_>) -> Option<Depthwise> {
+    let kernel = depthwise::kernel(dtype)?;
+    Some(kernel).zip(pass.depthwise_rows().filter(depthwise::serves))
+}
+
+fn run_depthwise(launch: &Launch<'_>, (kernel, params): Depthwise) -> Result<()> {
+    launch.run(kernel, checked_blocks(launch, depthwise::blocks(&params))?, &params)
+}
+
 /// Why it cannot serve a forward pass.
 pub(super) fn forward_obstacle(pass: &ForwardPass, config: &KernelConfig) -> Option<Obstacle> {
+    if depthwise(pass.dtype, &portable::GatherPass::forward(pass)).is_some() {
+        return None;
+    }
     // A tensor without elements has no map, though padding alone gives an output.
     let empty = pass.shape.in_length == 0;
     general_obstacle(pass.dtype, &pass.shape, config)
@@ -317,6 +343,9 @@ pub(super) fn forward_obstacle(pass: &ForwardPass, config: &KernelConfig) -> Opt
 
 /// Why it cannot serve a dgrad pass.
 pub(super) fn dgrad_obstacle(pass: &DgradPass, config: &KernelConfig) -> Option<Obstacle> {
+    if depthwise(pass.dtype, &portable::GatherPass::dgrad(pass)).is_some() {
+        return None;
+    }
     general_obstacle(pass.dtype, &pass.shape, config)
         .or_else(|| GatherPass::dgrad(pass, 0).obstacle())
 }
@@ -328,7 +357,6 @@ pub(super) fn wgrad_obstacle(pass: &WgradPass, config: &KernelConfig) -> Option<
         [volume(pass.x, shape, true, pass.dtype), volume(pass.dz, shape, false, pass.dtype)];
     // An empty batch or sequence has no steps; the gradient of the filter is zeros.
     let unserved = pass.dw.is_none()
-        || (pass.x.layout == SequenceLayout::Ncl && !meets_whole_pieces(shape))
         || shape.stride > MAX_STEP
         || shape.batch == 0
         || shape.in_length == 0
@@ -337,11 +365,10 @@ pub(super) fn wgrad_obstacle(pass: &WgradPass, config: &KernelConfig) -> Option<
         .or_else(|| unserved.then_some(Obstacle::Operation))
         .or_else(|| operands.iter().find_map(Volume::obstacle))
         .or_else(|| {
-            let selected = wgrad::select(pass.dtype, [pass.dz.layout, pass.x.layout], shape)?;
-            let counted = steps(shape, &wgrad::Walk::new(shape, selected))
-                .and_then(|(tiles, k_blocks)| Split::new(tiles, k_blocks, MAX_PARTS))
-                .is_some();
-            (!counted).then_some(Obstacle::Operation)
+            let counted = wgrad::select(pass.dtype, [pass.dz.layout, pass.x.layout], shape)
+                .and_then(|selected| steps(shape, &wgrad::Walk::new(shape, selected)))
+                .and_then(|(tiles, k_blocks)| Split::new(tiles, k_blocks, MAX_PARTS));
+            counted.is_none().then_some(Obstacle::Operation)
         })
 }
 
@@ -351,16 +378,11 @@ fn steps(shape: &Conv1dShape, walk: &wgrad::Walk) -> Option<(u32, u32)> {
     Some((u32::try_from(tiles).ok()?, walk.batch.checked_mul(walk.sequence_blocks)?))
 }
 
-/// Whether every tap meets positions that TMA can begin a box with where positions are contiguous:
-/// multiples of 16 bytes.
-const fn meets_whole_pieces(shape: &Conv1dShape) -> bool {
-    shape.stride == 1
-        && shape.padding_left.is_multiple_of(8)
-        && (shape.kernel_size == 1 || shape.dilation.is_multiple_of(8))
-}
-
 /// Enqueues a forward pass whose output has elements.
 pub(super) fn forward(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &ForwardPass) -> Result<()> {
+    if let Some(rows) = depthwise(pass.dtype, &portable::GatherPass::forward(pass)) {
+        return run_depthwise(launch, rows);
+    }
     with_packed(launch, stream, &pass.shape, pass.w, Rows::Out, |packed| {
         GatherPass::forward(pass).run(launch, packed)
     })
@@ -368,6 +390,9 @@ pub(super) fn forward(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &ForwardP
 
 /// Enqueues a dgrad pass whose result has elements: a gather for every residue of the stride.
 pub(super) fn dgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &DgradPass) -> Result<()> {
+    if let Some(rows) = depthwise(pass.dtype, &portable::GatherPass::dgrad(pass)) {
+        return run_depthwise(launch, rows);
+    }
     with_packed(launch, stream, &pass.shape, pass.w, Rows::In, |packed| {
         (0..pass.shape.residues())
             .try_for_each(|residue| GatherPass::dgrad(pass, residue).run(launch, packed))
@@ -404,8 +429,8 @@ pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass)
     let [dz_box, x_box] = selected.boxes([walk.in_step, walk.tap_step]);
     let (dz, x) = (volume(pass.dz, shape, false, dtype), volume(pass.x, shape, true, dtype));
     let params = WgradParams {
-        dz_map: dz.map(dz_box, 1, dz.positions())?,
-        x_map: x.map(x_box, walk.in_step, x.positions())?,
+        dz_map: dz.map(dz_box, 1, dz.positions(), true)?,
+        x_map: x.map(x_box, walk.in_step, x.positions(), !selected.transposes())?,
         partials,
         bias_partials,
         split,
@@ -472,14 +497,6 @@ mod tests {
             y: sequence("y", y, stride(y, shape.out_channels, shape.out_length)),
             tiled: true,
         }
-    }
-
-    #[test]
-    fn boxes_of_channels_first_inputs_start_on_whole_pieces() {
-        assert!(meets_whole_pieces(&shape(1, 1, 0, 1)));
-        assert!(meets_whole_pieces(&shape(3, 8, 16, 1)));
-        assert!(!meets_whole_pieces(&shape(3, 1, 0, 1)));
-        assert!(!meets_whole_pieces(&shape(1, 1, 1, 1)));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::conv1d::depthwise::{
     self, DepthwiseParams, DepthwiseWgradParams, log2_row_threads, ncl_blocks, nlc_blocks,
+    serves_nlc,
 };
 use kasmina_kernels::conv1d::portable::{
     ActivationGradParams, Direction, GatherParams, GatherPlan, Strided, StridedFilter,
@@ -20,7 +21,7 @@ use std::sync::Arc;
 const MAX_BLOCKS: u64 = i32::MAX as u64;
 
 /// A gather pass: forward, or dgrad as one.
-struct GatherPass<'a> {
+pub(super) struct GatherPass<'a> {
     shape: &'a Conv1dShape,
     direction: Direction,
     input: Strided,
@@ -32,12 +33,10 @@ struct GatherPass<'a> {
     tiled: bool,
 }
 
-/// Enqueues a forward pass whose output has elements.
-pub(super) fn forward(launch: &Launch<'_>, pass: &ForwardPass) -> Result<()> {
-    let shape = &pass.shape;
-    gather(
-        launch,
-        &GatherPass {
+impl<'a> GatherPass<'a> {
+    pub(super) fn forward(pass: &'a ForwardPass) -> Self {
+        let shape = &pass.shape;
+        Self {
             shape,
             direction: Direction::Forward,
             input: strided(pass.x, shape.in_channels, shape.in_length),
@@ -47,16 +46,12 @@ pub(super) fn forward(launch: &Launch<'_>, pass: &ForwardPass) -> Result<()> {
             output: strided(pass.y, shape.out_channels, shape.out_length),
             dtype: pass.dtype,
             tiled: pass.tiled,
-        },
-    )
-}
+        }
+    }
 
-/// Enqueues a dgrad pass whose result has elements.
-pub(super) fn dgrad(launch: &Launch<'_>, pass: &DgradPass) -> Result<()> {
-    let shape = &pass.shape;
-    gather(
-        launch,
-        &GatherPass {
+    pub(super) fn dgrad(pass: &'a DgradPass) -> Self {
+        let shape = &pass.shape;
+        Self {
             shape,
             direction: Direction::Dgrad,
             input: strided(pass.dz, shape.out_channels, shape.out_length),
@@ -66,24 +61,73 @@ pub(super) fn dgrad(launch: &Launch<'_>, pass: &DgradPass) -> Result<()> {
             output: strided(pass.dx, shape.in_channels, shape.in_length),
             dtype: pass.dtype,
             tiled: pass.tiled,
-        },
-    )
+        }
+    }
+
+    /// What the depthwise kernels over contiguous positions take, where they serve the pass.
+    pub(super) fn depthwise_rows(&self) -> Option<DepthwiseParams> {
+        let params = self.depthwise()?;
+        depthwise::serves_ncl(&params, self.dtype).then_some(params)
+    }
+
+    /// What the depthwise kernels for a stride of 1 take, if they are allowed.
+    fn depthwise(&self) -> Option<DepthwiseParams> {
+        let shape = self.shape;
+        if !self.tiled || !depthwise::serves(shape) {
+            return None;
+        }
+        let last = shape.kernel_size - 1;
+        // Backward the taps are met from the last to the first.
+        let (first, first_tap, step, in_length, out_length) = match self.direction {
+            Direction::Forward => {
+                (-(shape.padding_left as i32), 0, 1, shape.in_length, shape.out_length)
+            }
+            Direction::Dgrad => {
+                let first = shape.padding_left as i32 - last as i32;
+                (first, last, -1, shape.out_length, shape.in_length)
+            }
+        };
+        let size = self.dtype.size() as u64;
+        Some(DepthwiseParams {
+            input: self.input,
+            output: self.output,
+            filter: self.filter.address + u64::from(first_tap) * self.filter.tap * size,
+            filter_channel: self.filter.out,
+            filter_tap: (self.filter.tap as i64 * step) as u64,
+            bias: self.bias,
+            batch: shape.batch,
+            channels: shape.in_channels,
+            in_length,
+            out_length,
+            first,
+            taps: shape.kernel_size,
+            activation: self.activation as u32,
+            log2_row_threads: log2_row_threads(out_length),
+        })
+    }
+}
+
+/// Enqueues a forward pass whose output has elements.
+pub(super) fn forward(launch: &Launch<'_>, pass: &ForwardPass) -> Result<()> {
+    gather(launch, &GatherPass::forward(pass))
+}
+
+/// Enqueues a dgrad pass whose result has elements.
+pub(super) fn dgrad(launch: &Launch<'_>, pass: &DgradPass) -> Result<()> {
+    gather(launch, &GatherPass::dgrad(pass))
 }
 
 fn gather(launch: &Launch<'_>, pass: &GatherPass<'_>) -> Result<()> {
     let &GatherPass { shape, direction, input, filter, output, .. } = pass;
     let kernels = kernels(pass.dtype);
-    if pass.tiled && depthwise::serves(shape) {
-        let params = depthwise_params(pass);
-        if depthwise::serves_ncl(&params, pass.dtype) {
-            let blocks = checked_blocks(ncl_blocks(&params))?;
-            return launch.run(kernels.depthwise_ncl, blocks, &params);
-        }
-        if depthwise::serves_nlc(&params, pass.dtype) {
-            let params = DepthwiseParams { log2_row_threads: 0, ..params };
-            let blocks = checked_blocks(nlc_blocks(&params))?;
-            return launch.run(kernels.depthwise_nlc, blocks, &params);
-        }
+    if let Some(params) = pass.depthwise_rows() {
+        let blocks = checked_blocks(ncl_blocks(&params))?;
+        return launch.run(kernels.depthwise_ncl, blocks, &params);
+    }
+    if let Some(params) = pass.depthwise().filter(|params| serves_nlc(params, pass.dtype)) {
+        let params = DepthwiseParams { log2_row_threads: 0, ..params };
+        let blocks = checked_blocks(nlc_blocks(&params))?;
+        return launch.run(kernels.depthwise_nlc, blocks, &params);
     }
     let plan = GatherPlan::new(shape, direction);
     let dgrad = direction == Direction::Dgrad;
@@ -113,38 +157,6 @@ fn gather(launch: &Launch<'_>, pass: &GatherPass<'_>) -> Result<()> {
         return launch.run(kernels.direct, blocks, &params);
     }
     launch.run(kernels.gather, checked_blocks(plan.blocks(shape))?, &params)
-}
-
-fn depthwise_params(pass: &GatherPass<'_>) -> DepthwiseParams {
-    let shape = pass.shape;
-    let last = shape.kernel_size - 1;
-    // Backward the taps are met from the last to the first.
-    let (first, first_tap, step, in_length, out_length) = match pass.direction {
-        Direction::Forward => {
-            (-(shape.padding_left as i32), 0, 1, shape.in_length, shape.out_length)
-        }
-        Direction::Dgrad => {
-            let first = shape.padding_left as i32 - last as i32;
-            (first, last, -1, shape.out_length, shape.in_length)
-        }
-    };
-    let size = pass.dtype.size() as u64;
-    DepthwiseParams {
-        input: pass.input,
-        output: pass.output,
-        filter: pass.filter.address + u64::from(first_tap) * pass.filter.tap * size,
-        filter_channel: pass.filter.out,
-        filter_tap: (pass.filter.tap as i64 * step) as u64,
-        bias: pass.bias,
-        batch: shape.batch,
-        channels: shape.in_channels,
-        in_length,
-        out_length,
-        first,
-        taps: shape.kernel_size,
-        activation: pass.activation as u32,
-        log2_row_threads: log2_row_threads(out_length),
-    }
 }
 
 /// Enqueues a wgrad pass.

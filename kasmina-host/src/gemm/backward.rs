@@ -15,9 +15,10 @@ use kasmina_kernels::gemm::hopper::Forced;
 use kasmina_kernels::gemm::hopper::weight_gradient::{self, Summed};
 use kasmina_kernels::gemm::{InputLayout, WeightLayout};
 
+use super::unaligned::is_addressable;
 use super::{
-    Forward, Operand, Pass, check_shape, choose_forward_tier, extent, kernel_obstacle, ordered,
-    pick, tma_obstacle,
+    Forward, Packed, Pass, check_shape, choose_forward_tier, extent, kernel_obstacle, ordered,
+    pack, pick,
 };
 use crate::config::KernelConfig;
 use crate::cpu;
@@ -260,25 +261,19 @@ impl<T: Element> Backward<'_, T> {
         {
             return Err(reason.refuse(OP, tier));
         }
-        let dz = if self.activation == Activation::None {
-            Operand::of("dy", self.dy)
-        } else {
-            // As `enqueue` makes it.
-            let columns = self.dy.shape().columns().next_multiple_of(DZ_ALIGN);
-            Operand::contiguous("dz", columns, T::DTYPE)
-        };
-        let x = Operand::of("x", self.x);
+        // dZ, where it is not dY, is memory of our own.
+        let dz_addressable = self.activation != Activation::None || is_addressable(self.dy);
+        let addressable = dz_addressable && is_addressable(self.w);
         let of_dx = |dx: &Tensor<T>| {
             let pass = Pass {
                 dtype: T::DTYPE,
                 layout: self.layout.transposed(),
                 shape: [dx.shape().rows(), dx.shape().columns(), self.dy.shape().columns()],
-                inputs: [dz, Operand::of("w", self.w)],
-                output: Operand::of("dx", dx),
+                addressable,
             };
             choose_forward_tier(device, config, pass)
         };
-        let of_dw = |dw: &Tensor<T>| {
+        let of_dw = || {
             pick(OP, forced, |tier| {
                 let of_call = || match tier {
                     Tier::Hopper if !weight_gradient::serves(T::DTYPE) => {
@@ -289,8 +284,7 @@ impl<T: Element> Backward<'_, T> {
                         // dW is cut along the batch by a plan of its own.
                         let forced =
                             Forced { tile: config.forced_hopper_tile(), ..Forced::default() };
-                        let of_operands = || tma_obstacle([x, dz], Operand::of("dw", dw));
-                        kernel_obstacle(forced).or_else(of_operands)
+                        kernel_obstacle(forced)
                     }
                     _ => None,
                 };
@@ -299,7 +293,7 @@ impl<T: Element> Backward<'_, T> {
         };
         Ok(Tiers {
             dx: gradients.dx.as_deref().map(of_dx).transpose()?,
-            dw: gradients.dw.as_deref().map(of_dw).transpose()?,
+            dw: gradients.dw.as_deref().map(|_| of_dw()).transpose()?,
         })
     }
 
@@ -337,12 +331,22 @@ impl<T: Element> Backward<'_, T> {
             let padded = Tensor::uninitialised(self.w.device(), shape, OP)?;
             dz = Some(padded.columns(0..n as usize)?);
         }
+        let written = dz.is_some();
+        // Once for both products.
+        let tensor_cores = T::DTYPE.size() == 2 && {
+            [dx.as_ref().and(tiers.dx), dw.as_ref().and(tiers.dw)].contains(&Some(Tier::Hopper))
+        };
+        if !active && tensor_cores {
+            let packed = Packed::new(self.dy, self.w.device(), launch, OP)?;
+            pack(&[&packed], launch)?;
+            dz = packed.into_copy();
+        }
         let mut db = db;
         let separate_db = if fused { None } else { db.take() };
-        if dz.is_some() || separate_db.is_some() {
+        if written || separate_db.is_some() {
             self.enqueue_gradient(
                 extents,
-                dz.as_ref(),
+                dz.as_ref().filter(|_| written),
                 separate_db,
                 accumulate,
                 &mut partials,

@@ -50,7 +50,8 @@ impl<T: Element> Forward<'_, T> {
         let Extents { m, n, k } = extents;
         if without == Without::PersistentBlocks {
             let tile = Some(extents_of_tile);
-            let forced = Forced { tile, split_k: Some(1), cluster_m: Some(1) };
+            let forced =
+                Forced { tile, split_k: Some(1), cluster_m: Some(1), ping_pong: Some(false) };
             let problem = Problem::aligned(m, n, k);
             let count = gpu.capability().sm_count;
             let row = hopper::select(T::DTYPE, self.layout, problem, count, forced)

@@ -5,14 +5,14 @@
 use std::sync::Arc;
 
 use kasmina_kernels::abi::{DType, Tier};
-use kasmina_kernels::gemm::WeightLayout;
-use kasmina_kernels::gemm::hopper::SLAB_N;
 use kasmina_kernels::gemm::hopper::split::{
     self, BLOCK_K, BLOCK_N, SplitGemmParams, SplitOperand, SplitParams, SplitTile, Workspace,
 };
+use kasmina_kernels::gemm::hopper::{Forced, SLAB_N, tf32};
 use kasmina_kernels::gemm::portable::{self, RepairParams};
+use kasmina_kernels::gemm::{F32Products, WeightLayout};
 
-use super::{Extents, Forward, OP, Operand, check_tiles, choose_tier, pick};
+use super::{Extents, Forward, OP, check_tiles, choose_tier, pick};
 use crate::config::KernelConfig;
 use crate::device::Device;
 use crate::element::Element;
@@ -28,8 +28,8 @@ pub(crate) struct Pass {
     pub(crate) layout: WeightLayout,
     /// m, n, k.
     pub(crate) shape: [usize; 3],
-    pub(crate) inputs: [Operand; 2],
-    pub(crate) output: Operand,
+    /// Whether TMA can address both inputs as they lie.
+    pub(crate) addressable: bool,
 }
 
 /// The tier that serves a forward pass on this device: as [`choose_tier`], except that f32 is
@@ -39,14 +39,18 @@ pub(crate) fn choose_forward_tier(
     config: &KernelConfig,
     pass: Pass,
 ) -> Result<Tier> {
-    let Pass { dtype, layout, shape, inputs, output } = pass;
+    let Pass { dtype, layout, shape, addressable } = pass;
     if dtype != DType::F32 {
-        return choose_tier(device, config, dtype, inputs, output);
+        return choose_tier(device, config, dtype);
     }
     let forced = forced_tier(device, config);
+    let products = products(config, addressable);
     let tier = pick(OP, forced, |tier| {
         let of_call = || match tier {
             Tier::Hopper if !config.tma_enabled() => Some(Obstacle::TmaDisabled),
+            Tier::Hopper if products == F32Products::Tf32 => {
+                tf32_obstacle(layout, config.forced_hopper())
+            }
             Tier::Hopper => {
                 let tile = config.forced_hopper_tile().filter(|&tile| !split::has_tile(tile));
                 tile.map(Obstacle::Tile)
@@ -59,13 +63,31 @@ pub(crate) fn choose_forward_tier(
     let [m, n, k] = shape.map(|extent| u32::try_from(extent).unwrap_or(u32::MAX));
     let multiprocessors = device.capability().map_or(1, |capability| capability.sm_count);
     let better = || {
-        let products = config.chosen_f32_products();
-        fits([m, n, k], layout) && split::pays(products, layout, [m, n, k], multiprocessors)
+        let shape = [m, n, k];
+        products == F32Products::Tf32
+            || fits(shape, layout) && split::pays(products, layout, shape, multiprocessors)
     };
     if tier == Tier::Hopper && forced.is_none() && !better() {
         return Ok(Tier::Portable);
     }
     Ok(tier)
+}
+
+/// The products of a pass with these inputs: TF32, where it is asked for, only if TMA can address
+/// them.
+pub(super) fn products(config: &KernelConfig, addressable: bool) -> F32Products {
+    match config.chosen_f32_products() {
+        F32Products::Tf32 if !addressable => F32Products::Six,
+        products => products,
+    }
+}
+
+/// Why there is no kernel in TF32 as it is forced.
+fn tf32_obstacle(layout: WeightLayout, forced: Forced) -> Option<Obstacle> {
+    let any_split = Forced { split_k: None, ..forced };
+    let tile = forced.tile.filter(|_| !tf32::exists(layout, any_split)).map(Obstacle::Tile);
+    let split = || forced.split_k.filter(|_| !tf32::exists(layout, forced)).map(Obstacle::SplitK);
+    tile.or_else(split)
 }
 
 /// The tier that the config or the environment forces.
@@ -106,10 +128,11 @@ impl<T: Element> Forward<'_, T> {
         y: &Tensor<T>,
         launch: &Launch<'_>,
         stream: &Arc<GpuStream>,
+        products: F32Products,
         config: &KernelConfig,
     ) -> Result<()> {
         let Extents { m, n, k } = extents;
-        let (gpu, products) = (stream.gpu(), config.chosen_f32_products());
+        let gpu = stream.gpu();
         let sm_count = gpu.capability().sm_count;
         if !fits([m, n, k], self.layout) {
             let (quantity, limit) = ("the rows or the elements of an operand", i32::MAX as u64 / 3);
@@ -190,6 +213,7 @@ impl<T: Element> Forward<'_, T> {
             extents: [operand.columns, tile.parts * operand.rows],
             box_extents,
             dtype: DType::BF16,
+            rounds_to_tf32: false,
             promotion: Promotion::default(),
         };
         let [x_map, w_map] =

@@ -7,9 +7,10 @@ use std::num::NonZeroU32;
 use kasmina_kernels::abi::Tier;
 use kasmina_kernels::gemm::hopper::Tile;
 use kasmina_kernels::gemm::hopper::telemetry::{self, TelemetryKernel, TelemetryParams};
+use kasmina_kernels::gemm::hopper::unaligned::PlainRows;
 use kasmina_kernels::reduce::Segments as Cut;
 
-use super::{Extents, Forward};
+use super::{Extents, Forward, plain_rows};
 use crate::config::KernelConfig;
 use crate::element::Element;
 use crate::error::Result;
@@ -84,12 +85,23 @@ impl<T: Element> Forward<'_, T> {
     /// [`Segments::Chunks`]: of the elements of Y, rounded as they are
     /// stored, with the reducer's ε and [`NanPolicy`](crate::NanPolicy).
     ///
-    /// For f16 and bf16 on the `hopper` tier the forward kernel does both, if there is one chunk or
-    /// the chunks have equal widths that are multiples of 64, and neither a split of k nor the tile
-    /// `[64, 64]` is forced. Otherwise the reducer reads Y once more. Both keep the error bounds of
-    /// the reduction; bits may differ between the two. The bits of a fused result depend on the
-    /// elements of Y, its shape, the number of chunks and the tile, which the shape and the number
-    /// of multiprocessors decide.
+    /// For f16 and bf16 on the `hopper` tier the forward kernel does both, if
+    /// - there is one chunk, or the chunks have equal widths that are multiples of 64 (half the width
+    ///   of a tile, of which the narrowest has 128 columns),
+    /// - the rows of X, W and Y start at multiples of 16 bytes, and those of Y are as long,
+    /// - neither a split of k, nor more than one block per weight, nor a tile without such a kernel is
+    ///   forced.
+    ///
+    /// Otherwise the reducer reads Y once more. A forced ping-pong is not heeded by a fused pass.
+    ///
+    /// Parts of 16 rows by up to 256 columns are added up by tensor cores while they are in registers,
+    /// with relative errors of at most 170·2⁻²⁴ for the variance and 35·2⁻²⁴·Σ|x| for the sum, given
+    /// that these accumulate as measurements show and no manual promises. Parts of which the mean is
+    /// larger than the standard deviation, or with NaN, infinities or very large or small numbers,
+    /// are read back as they are stored and summarised as the reducer does: if all are, the pass is
+    /// slower. Bits may differ from those of a reduction. They depend on the elements of Y,
+    /// its shape, the number of chunks and the tile, which the shape and the number of multiprocessors
+    /// decide.
     ///
     /// # Errors
     /// As [`run`](Self::run) and [`TelemetryReducer::segmented`]; what they refuse before anything
@@ -103,7 +115,7 @@ impl<T: Element> Forward<'_, T> {
     ) -> Result<LayerTelemetry> {
         let extents = self.check(y)?;
         reducer.check_chunks(y, chunks)?;
-        let tier = self.choose_tier(extents, y, config)?;
+        let tier = self.choose_tier(extents, config)?;
         if let Some(parts) = self.run_fused(extents, y, config, reducer, (tier, chunks))? {
             return Ok(LayerTelemetry { statistics: Statistics::OfParts(parts), tier });
         }
@@ -126,6 +138,10 @@ impl<T: Element> Forward<'_, T> {
             return Ok(None);
         };
         if tier != Tier::Hopper || !reducer.takes_fused() || y.is_empty() {
+            return Ok(None);
+        }
+        let lies_well = plain_rows(y, [extents.m, extents.n]) == PlainRows::NONE;
+        if !lies_well || !self.is_addressable() || config.left_out().is_some() {
             return Ok(None);
         }
         let sm_count = stream.gpu().capability().sm_count;

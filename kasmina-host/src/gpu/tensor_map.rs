@@ -15,7 +15,10 @@ use crate::tensor_map::{Promotion, SequenceMap, TensorMapKey};
 /// The map of this key: boxes of 64-byte or 128-byte rows, swizzled over as many bytes, zeros
 /// beyond the edges.
 pub(super) fn encode(key: &TensorMapKey) -> Result<TensorMap> {
-    let data_type = data_type(key.dtype)?;
+    let data_type = match key.dtype {
+        DType::F32 if key.rounds_to_tf32 => CUtensorMapDataType::Tfloat32,
+        dtype => data_type(dtype)?,
+    };
     let [box_columns, _] = key.box_extents;
     let swizzle = match box_columns as usize * key.dtype.size() {
         64 => CUtensorMapSwizzle::Bytes64,
@@ -59,6 +62,8 @@ pub(crate) fn encode_sequence_map(key: &SequenceMap) -> Result<TensorMap> {
     let box_extents = [box_inner, box_outer, 1, 1];
     let [inner_step, outer_step] = key.steps;
     let element_strides = [inner_step, outer_step, 1, 1];
+    let swizzle =
+        if key.swizzled { CUtensorMapSwizzle::Bytes128 } else { CUtensorMapSwizzle::None };
     let mut map = CUtensorMap::default();
     // SAFETY: the driver writes one map and reads four extents, three strides (that of the
     // contiguous axis is implied), four box extents and four element strides, all of which outlive
@@ -74,7 +79,7 @@ pub(crate) fn encode_sequence_map(key: &SequenceMap) -> Result<TensorMap> {
             box_extents.as_ptr(),
             element_strides.as_ptr(),
             CUtensorMapInterleave::None,
-            CUtensorMapSwizzle::Bytes128,
+            swizzle,
             CUtensorMapL2promotion::Bytes256,
             CUtensorMapFloatOOBfill::Zeros,
         ))

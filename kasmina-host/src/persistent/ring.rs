@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kasmina_kernels::persistent::protocol::{
-    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Status, Words,
+    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Payload, Status, Words,
 };
 
 use crate::element::Element;
@@ -59,14 +59,25 @@ impl<T: Element> Slot<T> {
         }
     }
 
-    pub(super) fn write(&mut self, values: &[T]) {
+    /// Whether what is there says so of itself. Host memory has no need of that.
+    fn is_clear(&self) -> bool {
+        match self {
+            Self::Host { .. } => true,
+            Self::Pinned(slot) => slot.is_clear(),
+        }
+    }
+
+    fn write(&mut self, values: &[T]) {
         match self {
             Self::Host { index, memory } => {
                 let mut payload = lock(&memory[usize::from(*index)]);
                 payload.input.clear();
                 payload.input.extend_from_slice(values);
             }
-            Self::Pinned(slot) => slot.write(bytemuck::cast_slice(values)),
+            Self::Pinned(slot) => {
+                slot.clear_output();
+                slot.write(bytemuck::cast_slice(values));
+            }
         }
     }
 
@@ -86,10 +97,27 @@ pub(super) struct Part<T> {
     pub(super) slot: Slot<T>,
     pub(super) sequence: u64,
     pub(super) rows: usize,
+    /// Whether the payload is read as it arrives, and so may follow its descriptor.
+    pub(super) arrives: bool,
     /// Bytes of a result that says itself that it is there, 0 of one that does not, and how many of
     /// them are there.
     awaited: usize,
     present: usize,
+}
+
+impl<T: Element> Part<T> {
+    /// Makes the result be looked for from its beginning.
+    pub(super) const fn forget_present(&mut self) {
+        self.present = 0;
+    }
+
+    /// Writes the payload.
+    pub(super) fn write(&mut self, values: &[T]) {
+        match &mut self.slot {
+            Slot::Pinned(slot) if self.arrives => slot.write_arriving(bytemuck::cast_slice(values)),
+            slot => slot.write(values),
+        }
+    }
 }
 
 /// What one batch needs of the ring.
@@ -110,12 +138,20 @@ pub(super) struct Ring<T> {
     words: RingWords,
     /// The most parts that may hold a slot.
     capacity: usize,
+    /// Whether the consumers read payloads as they arrive.
+    arriving: bool,
     state: Mutex<State<T>>,
 }
 
 struct State<T> {
     next_sequence: u64,
+    /// Parts that hold a slot.
+    held: usize,
     free: Vec<Slot<T>>,
+    /// Free as well, but not clear.
+    used: Vec<Slot<T>>,
+    /// Those that sequences take by their numbers; none if no payload is read as it arrives.
+    express: Vec<Express<T>>,
     /// Parts whose tickets were dropped before they completed.
     abandoned: Vec<(usize, Part<T>)>,
     /// For each logical stream, whether there is one and how many slots it holds.
@@ -125,6 +161,49 @@ struct State<T> {
     /// The first sequence of that version.
     version_since: u64,
     fault: Option<SessionFault>,
+    /// Whether the consumers were told to stop.
+    stopped: bool,
+}
+
+/// An express slot.
+struct Express<T> {
+    /// While nobody holds it.
+    slot: Option<Slot<T>>,
+    /// The first sequence that may take it: a consumer that holds an earlier one may have found
+    /// what the slot's last unit left there, after it had found nothing.
+    since: u64,
+}
+
+impl<T: Element> State<T> {
+    /// Slots for any sequence that nobody holds.
+    const fn available(&self) -> usize {
+        self.free.len() + self.used.len()
+    }
+
+    fn take(&mut self) -> Option<Slot<T>> {
+        self.free.pop().or_else(|| self.used.pop())
+    }
+
+    /// The express slot of a sequence, if it can be had.
+    fn take_express(&mut self, sequence: u64) -> Option<Slot<T>> {
+        let number = self.express.len().checked_sub(1)? & sequence as usize;
+        let express = self.express.get_mut(number)?;
+        let is_fit = sequence >= express.since;
+        express.slot.take_if(|slot| is_fit && slot.is_clear())
+    }
+
+    /// Keeps a slot that was held, for one of so many consumers.
+    fn keep(&mut self, slot: Slot<T>, consumers: u32) {
+        self.held -= 1;
+        if let Some(express) = self.express.get_mut(usize::from(slot.index())) {
+            // Consumers hold one each of the sequences that were not given out.
+            express.since = self.next_sequence + u64::from(consumers);
+            express.slot = Some(slot);
+            return;
+        }
+        let room = if slot.is_clear() { &mut self.free } else { &mut self.used };
+        room.push(slot);
+    }
 }
 
 impl<T: Element> Ring<T> {
@@ -133,20 +212,29 @@ impl<T: Element> Ring<T> {
         words: RingWords,
         slots: Vec<Slot<T>>,
         num_streams: usize,
+        arriving: bool,
     ) -> Self {
         words.store(COMMAND, Command::Run.encode());
+        let mut slots = slots;
+        let ordinary = slots.split_off(layout.express as usize);
+        let express =
+            slots.into_iter().map(|slot| Express { slot: Some(slot), since: 0 }).collect();
         let state = State {
             next_sequence: 0,
+            held: 0,
+            express,
             abandoned: Vec::new(),
             streams: vec![None; num_streams],
             open_streams: 0,
             version: 0,
             version_since: 0,
             fault: None,
-            free: slots,
+            stopped: false,
+            free: ordinary,
+            used: Vec::new(),
         };
         let capacity = state.free.len();
-        Self { layout, words, capacity, state: Mutex::new(state) }
+        Self { layout, words, capacity, arriving, state: Mutex::new(state) }
     }
 
     pub(super) const fn words(&self) -> &RingWords {
@@ -159,7 +247,7 @@ impl<T: Element> Ring<T> {
 
     /// Slots that are held.
     pub(super) fn depth(&self) -> usize {
-        self.capacity - lock(&self.state).free.len()
+        lock(&self.state).held
     }
 
     /// The sequence after the last one that was given out.
@@ -167,8 +255,14 @@ impl<T: Element> Ring<T> {
         lock(&self.state).next_sequence
     }
 
+    /// Commands the consumers, unless they were told to stop: somebody else who closes the session
+    /// behind it does not make them go on.
     pub(super) fn command(&self, command: Command) {
-        self.words.store(COMMAND, command.encode());
+        let mut state = lock(&self.state);
+        if !state.stopped {
+            state.stopped = command == Command::Stop;
+            self.words.store(COMMAND, command.encode());
+        }
     }
 
     pub(super) fn beat(&self, number: u64) {
@@ -224,7 +318,7 @@ impl<T: Element> Ring<T> {
             return Err(Error::Session { op, fault });
         }
         self.reap(&mut state);
-        let held = self.capacity - state.free.len();
+        let held = state.held;
         // As many slots for each logical stream, and no fewer than one batch may need.
         let share = self.capacity / state.open_streams.max(1);
         let own = state.streams[stream].unwrap_or(0);
@@ -240,7 +334,8 @@ impl<T: Element> Ring<T> {
         let next = state.next_sequence;
         let vacant = (next..next + parts as u64)
             .all(|sequence| protocol::is_vacant(&self.words, &self.layout, sequence));
-        if own + parts > share || parts > state.free.len() || !vacant {
+        let has_room = held + parts <= self.capacity && parts <= state.available();
+        if own + parts > share || !has_room || !vacant {
             return Err(Error::QueueFull { op, in_flight: own, capacity: share });
         }
         state.next_sequence += parts as u64;
@@ -248,29 +343,33 @@ impl<T: Element> Ring<T> {
             *own += parts;
         }
         let mut taken = Vec::with_capacity(parts);
-        let first = state.free.len() - parts;
-        for (part, slot) in state.free.drain(first..).enumerate() {
+        for part in 0..parts {
             let sequence = next + part as u64;
+            let express = if columns > 0 { state.take_express(sequence) } else { None };
+            let Some(slot) = express.or_else(|| state.take()) else { break };
+            state.held += 1;
             let rows = part_rows.min(rows - part * part_rows);
             let pinned = matches!(slot, Slot::Pinned(_));
             let awaited = if pinned { rows * columns * size_of::<T>() } else { 0 };
-            taken.push(Part { slot, sequence, rows, awaited, present: 0 });
+            let arrives = self.arriving && awaited > 0 && slot.is_clear();
+            taken.push(Part { slot, sequence, rows, arrives, awaited, present: 0 });
         }
         Ok((taken, state.version))
     }
 
-    /// Commits a part whose payload has been written.
+    /// Commits a part whose payload has been written, or arrives.
     pub(super) fn publish(&self, part: &Part<T>, version: u32, addresses: Option<[u64; 2]>) {
         let slot = part.slot.index();
-        if let Some(addresses) = addresses {
-            protocol::store_addresses(&self.words, &self.layout, slot, addresses);
-        }
-        let descriptor = Descriptor {
-            rows: part.rows as u16,
-            slot,
-            version: version & (u32::MAX >> 1),
-            by_address: addresses.is_some(),
+        let payload = match addresses {
+            Some(addresses) => {
+                protocol::store_addresses(&self.words, &self.layout, slot, addresses);
+                Payload::Elsewhere
+            }
+            None if part.arrives => Payload::Arriving,
+            None => Payload::Present,
         };
+        let (rows, version) = (part.rows as u16, version & (u32::MAX >> 2));
+        let descriptor = Descriptor { rows, slot, version, payload };
         protocol::publish(&self.words, &self.layout, part.sequence, descriptor);
     }
 
@@ -290,13 +389,54 @@ impl<T: Element> Ring<T> {
         }
     }
 
+    /// As [`is_complete`](Self::is_complete), with as much of the result as is there copied to
+    /// `values`, which have its size, and which were given for the part from the first time on.
+    pub(super) fn receive(&self, part: &mut Part<T>, values: &mut [T]) -> bool {
+        match &mut part.slot {
+            Slot::Pinned(slot) if part.awaited > 0 => {
+                let values = bytemuck::cast_slice_mut(values);
+                part.present = slot.receive(part.present, values, size_of::<T>());
+                part.present == part.awaited
+            }
+            slot => {
+                let is_done = self.is_done(part.sequence);
+                if is_done {
+                    slot.take(values);
+                }
+                is_done
+            }
+        }
+    }
+
     /// Takes back the slots of parts that have completed and been read.
     pub(super) fn give_back(&self, stream: usize, parts: &mut Vec<Part<T>>) {
         let mut state = lock(&self.state);
         if let Some(own) = &mut state.streams[stream] {
             *own = own.saturating_sub(parts.len());
         }
-        state.free.extend(parts.drain(..).map(|part| part.slot));
+        for part in parts.drain(..) {
+            state.keep(part.slot, self.layout.consumers);
+        }
+    }
+
+    /// Clears a slot that nobody holds, if there is one. For whoever has nothing else to do.
+    pub(super) fn clear_one(&self) -> bool {
+        let mut state = lock(&self.state);
+        let express = state
+            .express
+            .iter_mut()
+            .find_map(|express| express.slot.take_if(|slot| !slot.is_clear()));
+        let Some(mut slot) = express.or_else(|| state.used.pop()) else { return false };
+        drop(state);
+        if let Slot::Pinned(slot) = &mut slot {
+            slot.clear();
+        }
+        let mut state = lock(&self.state);
+        match state.express.get_mut(usize::from(slot.index())) {
+            Some(express) => express.slot = Some(slot),
+            None => state.free.push(slot),
+        }
+        true
     }
 
     /// Takes back the slots of parts that nobody will read, once they have completed.
@@ -312,12 +452,12 @@ impl<T: Element> Ring<T> {
             if self.is_complete(&mut state.abandoned[next].1) {
                 let (stream, mut part) = state.abandoned.swap_remove(next);
                 if let Slot::Pinned(slot) = &mut part.slot {
-                    slot.clear(part.awaited);
+                    slot.forget(part.awaited);
                 }
                 if let Some(Some(own)) = state.streams.get_mut(stream) {
                     *own = own.saturating_sub(1);
                 }
-                state.free.push(part.slot);
+                state.keep(part.slot, self.layout.consumers);
             } else {
                 next += 1;
             }

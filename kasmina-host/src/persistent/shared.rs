@@ -33,6 +33,9 @@ const NAP: Duration = Duration::from_micros(50);
 /// Blocks of a resident grid, at most: their polls delay each other, and four answer a batch of 32
 /// rows sooner than eight, and one row as soon as one does.
 const BLOCKS: u32 = 4;
+/// Express slots. With twice as many as there are blocks, batches one at a time find theirs clear;
+/// more would be further away, as caches go.
+const EXPRESS: u32 = 8;
 /// Slots begin on lines.
 const SLOT_ALIGN: usize = 64;
 const MAX_SLOTS: usize = 1 << 15;
@@ -345,7 +348,7 @@ impl Parts<'_> {
             .map(|index| Slot::Host { index, memory: Arc::clone(&payloads) })
             .collect();
         let streams = self.config.num_streams.max(1);
-        let ring = Arc::new(Ring::new(layout, RingWords::Host(words), slots, streams));
+        let ring = Arc::new(Ring::new(layout, RingWords::Host(words), slots, streams, false));
         let workers = Workers::new(&ring, payloads, stack);
         Ok(self.share(ring, tier, Backend::Threads { workers, device }))
     }
@@ -366,7 +369,12 @@ impl Parts<'_> {
         };
         let quarter = (stream.gpu().capability().sm_count / 4).max(1);
         let blocks = self.config.blocks.unwrap_or_else(|| quarter.min(BLOCKS)).max(1);
-        let layout = Layout::new(blocks, self.slots(blocks, 1));
+        // A bounded grid is launched after its batches were written.
+        let arriving = plan.takes_arriving() && !self.config.bounded;
+        let mut layout = Layout::new(blocks, self.slots(blocks, 1));
+        if arriving {
+            layout = layout.with_express(EXPRESS);
+        }
         let words = PinnedWords::new(stream, layout.words() as usize)?;
         let slot_bytes = [self.in_features, self.out_features].map(|features| {
             (features * PART_ROWS as usize * T::DTYPE.size()).next_multiple_of(SLOT_ALIGN)
@@ -388,7 +396,8 @@ impl Parts<'_> {
         let resident = Resident::new(stream, &setup, OP)?;
         let slots = slots.into_iter().map(Slot::Pinned).collect();
         let streams = self.config.num_streams.max(1);
-        let ring = Arc::new(Ring::new(layout, RingWords::Pinned(words), slots, streams));
+        let words = RingWords::Pinned(words);
+        let ring = Arc::new(Ring::new(layout, words, slots, streams, arriving));
         let heartbeat = Heartbeat::start(&ring, self.config.lease / BEATS);
         let (start_timeout, bounded) = (self.config.start_timeout, self.config.bounded);
         let backend = Backend::Resident(Box::new(Residence {

@@ -9,7 +9,7 @@ use std::task::{Context, Wake};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kasmina_kernels::persistent::protocol::{self, Command, Descriptor};
+use kasmina_kernels::persistent::protocol::{self, COMMAND, Command, Descriptor, Payload, Words};
 
 use super::ring::{Part, Request};
 use super::{StreamConfig, StreamSession, Ticket};
@@ -58,7 +58,7 @@ fn ends_with(session: &StreamSession<f32>, ticket: &mut Ticket<f32>, expected: S
 fn a_batch_that_fails_ends_the_session_and_says_why() {
     let session = session();
     let mut parts = reserve(&session);
-    parts[0].slot.write(&[1.0]);
+    parts[0].write(&[1.0]);
     session.shared().ring.publish(&parts[0], 0, None);
     let mut ticket = ticket(&session, parts);
     let cause = "its values are not the rows that it claims";
@@ -71,7 +71,7 @@ fn a_worker_that_panics_ends_the_session_and_says_so() {
     let parts = reserve(&session);
     let ring = &session.shared().ring;
     // There is no such slot.
-    let descriptor = Descriptor { rows: 3, slot: u16::MAX, version: 0, by_address: false };
+    let descriptor = Descriptor { rows: 3, slot: u16::MAX, version: 0, payload: Payload::Present };
     protocol::publish(ring.words(), &ring.layout, parts[0].sequence, descriptor);
     let mut ticket = ticket(&session, parts);
     ends_with(&session, &mut ticket, SessionFault::WorkerPanicked);
@@ -108,6 +108,18 @@ fn closing_gives_way_to_a_failure_and_not_the_other_way() {
         ring.fail(given);
         assert_eq!(ring.fault(), Some(kept));
     }
+}
+
+#[test]
+fn who_closes_behind_a_stop_does_not_make_consumers_go_on() {
+    let session = session();
+    let ring = &session.shared().ring;
+    let commanded = || Command::decode(ring.words().load(COMMAND));
+    ring.command(Command::Drain(3));
+    assert_eq!(commanded(), Command::Drain(3));
+    ring.command(Command::Stop);
+    ring.command(Command::Drain(4));
+    assert_eq!(commanded(), Command::Stop);
 }
 
 #[test]

@@ -57,18 +57,63 @@ impl<T: Element> Ticket<T> {
         true
     }
 
+    /// As [`is_complete`](Self::is_complete), with what is there of the result copied to `values`.
+    fn receive(&mut self, values: &mut [T]) -> bool {
+        let shared = &self.stream.shared;
+        while self.completed < self.parts.len() {
+            // Parts have as many rows as the first, but for the last one.
+            let first = self.completed * self.parts[0].rows;
+            let part = &mut self.parts[self.completed];
+            let own = first * shared.out_features..(first + part.rows) * shared.out_features;
+            if !shared.ring.receive(part, &mut values[own]) {
+                return false;
+            }
+            self.completed += 1;
+        }
+        true
+    }
+
     /// Waits until the batch, whose result was not taken yet, has been computed.
     pub(super) fn wait_until_complete(
         &mut self,
         op: &'static str,
         timeout: Duration,
     ) -> Result<()> {
+        self.wait_until(op, timeout, Self::is_complete)
+    }
+
+    /// Waits until the batch has been computed and takes its result.
+    pub(super) fn wait_and_take(
+        &mut self,
+        op: &'static str,
+        timeout: Duration,
+        values: &mut [T],
+    ) -> Result<()> {
+        // What was found before may have been copied elsewhere.
+        self.completed = 0;
+        for part in &mut self.parts {
+            part.forget_present();
+        }
+        self.wait_until(op, timeout, |ticket| ticket.receive(values))?;
+        self.finish();
+        Ok(())
+    }
+
+    fn wait_until(
+        &mut self,
+        op: &'static str,
+        timeout: Duration,
+        mut is_complete: impl FnMut(&mut Self) -> bool,
+    ) -> Result<()> {
         let mut start = None;
+        let mut idle = true;
         loop {
             for _ in 0..LOOKS {
-                if self.is_complete() {
+                if is_complete(self) {
                     return Ok(());
                 }
+                // Where there is a slot to make ready, this is the time.
+                idle = idle && self.stream.shared.ring.clear_one();
                 std::hint::spin_loop();
             }
             // The clock is read only now: most batches need no more.
@@ -82,7 +127,7 @@ impl<T: Element> Ticket<T> {
                     thread::sleep(NAP);
                 }
                 if let Some(fault) = self.stream.shared.futile()
-                    && !self.is_complete()
+                    && !is_complete(self)
                 {
                     return Err(Error::Session { op, fault });
                 }
@@ -97,6 +142,7 @@ impl<T: Element> Ticket<T> {
     pub(super) fn try_take(&mut self, op: &'static str) -> Result<Option<Vec<T>>> {
         if !self.is_complete() {
             self.stream.shared.begin_bounded_work()?;
+            self.stream.shared.ring.clear_one();
             if self.submitted.elapsed() > YIELD {
                 self.stream.shared.check_health();
             }

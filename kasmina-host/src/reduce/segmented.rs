@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use kasmina_kernels::reduce::{
-    self, MOST_EXTENT, Moments, Partial, SegmentParams, Segments as Cut,
+    self, ColumnParams, Columns, MOST_EXTENT, Moments, Partial, SegmentParams, Segments as Cut,
 };
 
 use super::pending::PendingMoments;
@@ -47,6 +47,21 @@ impl Workspace {
         arrived.fill(&0u32.to_ne_bytes(), segments as usize)?;
         let partials = stream.allocate(strips as usize * size_of::<Partial>())?;
         Ok(Self { arrived, segments, partials, strips })
+    }
+
+    /// The one that is kept, or a larger one in its place.
+    fn sufficient<'a>(
+        kept: &'a mut Option<Self>,
+        stream: &Arc<GpuStream>,
+        segments: u64,
+        strips: u64,
+    ) -> Result<&'a Self> {
+        let workspace = match kept.take() {
+            Some(kept) if kept.segments >= segments && kept.strips >= strips => kept,
+            Some(kept) => Self::new(stream, segments.max(kept.segments), strips.max(kept.strips))?,
+            None => Self::new(stream, segments, strips)?,
+        };
+        Ok(kept.insert(workspace))
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -140,6 +155,12 @@ impl TelemetryReducer {
             let count = each.len();
             return Ok((PendingMoments::KnownEach(each), count));
         };
+        let of_columns = parts.filter(|parts| parts.get() == columns);
+        if let Some(cut) = of_columns.and_then(|_| Columns::of(rows, columns, T::DTYPE)) {
+            let results = stream.allocate(columns as usize * size_of::<Moments>())?;
+            self.launch_columns(stream, tensor, cut, &results)?;
+            return Ok((PendingMoments::OnDevice(results), columns as usize));
+        }
         let cut = match parts {
             None => Cut::of_rows(rows, columns, T::DTYPE),
             Some(parts) => Cut::of_columns(rows, columns, parts, T::DTYPE),
@@ -161,24 +182,14 @@ impl TelemetryReducer {
         let kernel = kernel.ok_or_else(|| Obstacle::GpuMemory.refuse(OP, self.tier))?;
         let launcher = self.launcher(stream);
         launcher.prepare(kernel)?;
-        let limit = i32::MAX as u64;
-        let Some(grid) = Some(cut.grid()).filter(|&grid| grid <= limit) else {
-            return Err(Error::Overflow { op: OP, quantity: "the number of blocks", limit });
-        };
+        let grid = grid_of(cut.grid())?;
         let (segments, strips) = match cut.strips_of_each() {
             1 => (0, 0),
             _ => (cut.count(), cut.strips()),
         };
         // Held while launching, as for whole tensors.
         let mut kept = lock(&self.segment_workspace);
-        let before = kept.take();
-        let workspace = kept.insert(match before {
-            Some(kept) if kept.segments >= segments && kept.strips >= strips => kept,
-            Some(kept) => {
-                Workspace::new(stream, segments.max(kept.segments), strips.max(kept.strips))?
-            }
-            None => Workspace::new(stream, segments, strips)?,
-        });
+        let workspace = Workspace::sufficient(&mut kept, stream, segments, strips)?;
         let params = SegmentParams {
             data: tensor.as_device_ptr(),
             row_stride: (tensor.row_stride() * size_of::<T>()) as u64,
@@ -189,7 +200,44 @@ impl TelemetryReducer {
             epsilon: self.config.epsilon,
             skip_nan: u32::from(self.config.nan == NanPolicy::Skip),
         };
-        self.ordered(tensor, || launcher.run(kernel, grid as u32, &params))
+        self.ordered(tensor, || launcher.run(kernel, grid, &params))
+    }
+
+    fn launch_columns<T: Element>(
+        &self,
+        stream: &Arc<GpuStream>,
+        tensor: &Tensor<T>,
+        cut: Columns,
+        results: &Buffer,
+    ) -> Result<()> {
+        let kernel = reduce::column_kernel(self.tier, T::DTYPE);
+        let kernel = kernel.ok_or_else(|| Obstacle::GpuMemory.refuse(OP, self.tier))?;
+        let launcher = self.launcher(stream);
+        launcher.prepare(kernel)?;
+        let grid = grid_of(cut.grid(T::DTYPE))?;
+        let mut kept = lock(&self.segment_workspace);
+        let groups = u64::from(cut.groups(T::DTYPE));
+        let workspace = Workspace::sufficient(&mut kept, stream, groups, cut.slots())?;
+        let params = ColumnParams {
+            data: tensor.as_device_ptr(),
+            row_stride: (tensor.row_stride() * size_of::<T>()) as u64,
+            columns: cut,
+            partials: workspace.partials.address(),
+            arrived: workspace.arrived.address(),
+            results: results.address(),
+            epsilon: self.config.epsilon,
+            skip_nan: u32::from(self.config.nan == NanPolicy::Skip),
+        };
+        self.ordered(tensor, || launcher.run(kernel, grid, &params))
+    }
+}
+
+/// As many blocks as a grid may have.
+fn grid_of(blocks: u64) -> Result<u32> {
+    let limit = i32::MAX as u64;
+    match u32::try_from(blocks) {
+        Ok(grid) if blocks <= limit => Ok(grid),
+        _ => Err(Error::Overflow { op: OP, quantity: "the number of blocks", limit }),
     }
 }
 

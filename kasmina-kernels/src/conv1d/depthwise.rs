@@ -10,7 +10,8 @@
 //! first tap falls in the first of them is the same for all threads, and is a constant of the code:
 //! there are eight copies of it. The first vectors of the next four such windows are always on
 //! their way; the other two are those of the thread's neighbours, and so in the L1 cache. Threads
-//! of a block share rows if these are short.
+//! of a block share rows if these are short. On Hopper longer rows have a kernel of their own,
+//! [`hopper::depthwise`](super::hopper::depthwise).
 //!
 //! # Channels contiguous (NLC)
 //! A thread has two channels and walks along a run of positions, eight at a time; taps and the
@@ -211,7 +212,7 @@ pub const fn wgrad_splits(shape: &Conv1dShape, along_channels: bool, sm_count: u
     [splits as u32, per_split as u32]
 }
 
-#[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
+#[cfg(target_arch = "nvptx64")]
 pub(in crate::conv1d) mod device;
 
 #[cfg(test)]

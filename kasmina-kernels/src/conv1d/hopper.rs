@@ -7,10 +7,12 @@
 //! | [`gather`] | forward and dgrad: a walk over taps and channels for every tile of the output |
 //! | [`wgrad`] | the gradients of filter and bias, split over batch and length |
 //! | [`pack`] | the filter as a matrix for every tap |
+//! | [`depthwise`] | forward and dgrad of channels by themselves, which multiplies no matrices |
 //!
 //! Every tensor map has four axes, so that boxes end where a sequence or a group ends: channels
 //! and positions in the order of the layout, then the sequence, then the group.
 
+pub mod depthwise;
 pub mod gather;
 pub mod pack;
 pub mod wgrad;

@@ -17,12 +17,14 @@
 //! the one before it in the stream ends; it fetches its first stages into L2, and waits before it
 //! reads or writes global memory. Where tiles are few and k is long, 2 to 8 blocks share a tile
 //! (`device/exchange.rs`); where reading L2 takes longest, two blocks with tiles below each other
-//! share the columns of W (`device/share.rs`).
+//! share the columns of W (`device/share.rs`); where tiles are many and k is short, consumers have a
+//! tile each and take turns (`ping_pong.rs`).
 //!
 //! # Shape contract
 //! - m, k ≥ 1, and any edge may cut a tile: TMA fills with zeros on load and clips on store.
-//! - n is a multiple of 8: a store clips to whole pieces of 16 bytes and would write beyond Y.
-//! - Addresses and row strides of X, W and Y are multiples of 16 bytes: the rule of tensor maps.
+//! - Addresses and row strides of X and W are multiples of 16 bytes, the rule of tensor maps, and
+//!   those of Y and its n too, as a TMA store clips to whole pieces of 16 bytes and would write
+//!   beyond Y: else X and W are packed before, and Y is stored without TMA (`unaligned`).
 //! - The number of tiles plus a grid fits 32 bits.
 
 use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
@@ -30,10 +32,14 @@ use crate::activation::EpilogueActivation;
 use crate::gemm::WeightLayout;
 use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
+use unaligned::PlainRows;
 
 pub mod comparison;
+pub mod ping_pong;
 pub mod split;
 pub mod telemetry;
+pub mod tf32;
+pub mod unaligned;
 pub mod weight_gradient;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
@@ -142,6 +148,14 @@ impl Tile {
         self.block_n / self.cluster_m
     }
 
+    /// Rows of a box of W as `[k, n]`: fewer where a part of W's columns is less than a slab, and
+    /// blocks divide a stage along k.
+    #[must_use]
+    pub const fn w_depth(self) -> u32 {
+        let columns = self.block_n / self.cluster_m;
+        if columns < SLAB_N { BLOCK_K * columns / SLAB_N } else { BLOCK_K }
+    }
+
     /// Bytes of the boxes of X and W that make a stage.
     #[must_use]
     pub const fn stage_bytes(self, m: u32) -> u32 {
@@ -209,7 +223,15 @@ impl Tile {
     /// slowest counts. Each tile pays for its epilogue as for two steps, and 3000 cycles for what
     /// the blocks of a cluster do together.
     const fn cost(self, problem: Problem, multiprocessors: u32) -> u64 {
-        let Problem { m, n, k, x_straddles, w_straddles } = problem;
+        let (waves, step) = self.waves_and_step(problem, multiprocessors);
+        let steps = problem.k.div_ceil(BLOCK_K).div_ceil(self.split_k) + 2;
+        let together = if self.cluster() > 1 { 3000 } else { 0 };
+        waves * (steps as u64 * step as u64 + together)
+    }
+
+    /// Tiles that the busiest multiprocessor does, and the cycles of a step of k.
+    const fn waves_and_step(self, problem: Problem, multiprocessors: u32) -> (u64, u32) {
+        let Problem { m, n, x_straddles, w_straddles, .. } = problem;
         let TileScheduler { tiles_m, tiles_n, .. } = self.scheduler(m, n);
         // Not `num_tiles`, which wraps: whether the product fits is checked later.
         let blocks = tiles_m as u64 * tiles_n as u64 * self.cluster() as u64;
@@ -223,10 +245,7 @@ impl Tile {
         let loaded = if lines > arriving { lines } else { arriving };
         let read = at_once * lines / 60;
         let step = self.cycles_per_step(loaded);
-        let step = if step > read { step } else { read };
-        let steps = k.div_ceil(BLOCK_K).div_ceil(self.split_k) + 2;
-        let together = if self.cluster() > 1 { 3000 } else { 0 };
-        waves * (steps as u64 * step as u64 + together)
+        (waves, if step > read { step } else { read })
     }
 
     /// Estimated cycles in which a multiprocessor multiplies and loads a step of k, so many lines
@@ -278,8 +297,20 @@ pub struct HopperKernel {
     pub layout: WeightLayout,
     /// How it cuts the problem up.
     pub tile: Tile,
+    /// Whether consumers have a tile each and take turns.
+    pub ping_pong: bool,
     /// What to launch.
     pub kernel: Kernel<HopperGemmParams>,
+}
+
+impl HopperKernel {
+    const fn cost(&self, problem: Problem, multiprocessors: u32) -> u64 {
+        if self.ping_pong {
+            self.tile.cost_in_turns(problem, multiprocessors)
+        } else {
+            self.tile.cost(problem, multiprocessors)
+        }
+    }
 }
 
 /// Whether there are kernels here for this element type: not for f32, which wgmma would round and
@@ -298,13 +329,19 @@ pub struct Forced {
     pub split_k: Option<u32>,
     /// Blocks that share columns of W.
     pub cluster_m: Option<u32>,
+    /// Whether consumers have a tile each and take turns.
+    pub ping_pong: Option<bool>,
 }
 
 impl Forced {
     /// Whether there are kernels like this.
     #[must_use]
     pub fn exists(self) -> bool {
-        KERNELS.iter().any(|row| self.admits(row.tile, u32::MAX))
+        all_kernels().any(|row| self.admits_kernel(row, u32::MAX))
+    }
+
+    fn admits_kernel(self, row: &HopperKernel, k: u32) -> bool {
+        self.admits(row.tile, k) && self.ping_pong.is_none_or(|turns| row.ping_pong == turns)
     }
 
     fn admits(self, tile: Tile, k: u32) -> bool {
@@ -328,11 +365,14 @@ pub fn select(
     forced: Forced,
 ) -> Option<&'static HopperKernel> {
     // The first of equals: rows go from the largest tile, which reads least, to the smallest.
-    KERNELS
-        .iter()
+    all_kernels()
         .filter(|row| (row.dtype, row.layout) == (dtype, layout))
-        .filter(|row| forced.admits(row.tile, problem.k) && row.tile.can_split(problem.k))
-        .min_by_key(|row| row.tile.cost(problem, multiprocessors))
+        .filter(|row| forced.admits_kernel(row, problem.k) && row.tile.can_split(problem.k))
+        .min_by_key(|row| row.cost(problem, multiprocessors))
+}
+
+fn all_kernels() -> impl Iterator<Item = &'static HopperKernel> {
+    KERNELS.iter().chain(&ping_pong::KERNELS)
 }
 
 /// What a Hopper forward kernel takes.
@@ -342,7 +382,7 @@ pub struct HopperGemmParams {
     /// X `[m, k]`, box `[x_rows(m), BLOCK_K]`, 128-byte swizzle.
     pub x_map: TensorMap,
     /// W, 128-byte swizzle: as `[n, k]` with box `[w_rows(), BLOCK_K]`, as `[k, n]` with box
-    /// `[BLOCK_K, SLAB_N]`.
+    /// `[w_depth(), SLAB_N]`.
     pub w_map: TensorMap,
     /// Y `[m, n]`, box `[CONSUMER_M, SLAB_N]`, 128-byte swizzle.
     pub y_map: TensorMap,
@@ -358,11 +398,14 @@ pub struct HopperGemmParams {
     pub activation: EpilogueActivation,
     /// Bytes of the boxes of X and W that make a stage.
     pub stage_bytes: u32,
+    /// Y, where TMA cannot store it; then `y_map` is not used.
+    pub plain: PlainRows,
 }
 
-// SAFETY: repr(C); 384 bytes of maps, a u64 and sixteen 32-bit fields: no padding.
+// SAFETY: repr(C); 384 bytes of maps, three u64 and eighteen 32-bit fields, of which
+// sixteen stand after the first u64: no padding.
 unsafe impl KernelParams for HopperGemmParams {}
-const _: () = assert!(size_of::<HopperGemmParams>() == 3 * 128 + 8 + 16 * 4);
+const _: () = assert!(size_of::<HopperGemmParams>() == 3 * 128 + 3 * 8 + 18 * 4);
 
 /// One row makes a kernel's module, its host-side description and, on the device, its entry.
 macro_rules! kernels {
@@ -380,6 +423,7 @@ macro_rules! kernels {
                 dtype: DType::$element,
                 layout: WeightLayout::$layout,
                 tile,
+                ping_pong: false,
                 kernel: Kernel::new(
                     &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
                 )
@@ -402,6 +446,7 @@ kernels! {
     gemm_bf16_kn_64x128x64: BF16 "bf16", InOut MN, 64 x 128, 8 stages, 1 split, 1 share;
     gemm_bf16_kn_64x64x64: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_bf16_kn_64x128x64_c2: BF16 "bf16", InOut MN, 64 x 128, 8 stages, 1 split, 2 share;
+    gemm_bf16_kn_64x64x64_c2: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 1 split, 2 share;
     gemm_bf16_kn_64x64x64_k2: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 2 split, 1 share;
     gemm_bf16_kn_64x64x64_k4: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 4 split, 1 share;
     gemm_bf16_kn_64x64x64_k8: BF16 "bf16", InOut MN, 64 x 64, 8 stages, 8 split, 1 share;
@@ -410,6 +455,7 @@ kernels! {
     gemm_bf16_nk_64x128x64: BF16 "bf16", OutIn K, 64 x 128, 8 stages, 1 split, 1 share;
     gemm_bf16_nk_64x64x64: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_bf16_nk_64x128x64_c2: BF16 "bf16", OutIn K, 64 x 128, 8 stages, 1 split, 2 share;
+    gemm_bf16_nk_64x64x64_c2: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 1 split, 2 share;
     gemm_bf16_nk_64x64x64_k2: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 2 split, 1 share;
     gemm_bf16_nk_64x64x64_k4: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 4 split, 1 share;
     gemm_bf16_nk_64x64x64_k8: BF16 "bf16", OutIn K, 64 x 64, 8 stages, 8 split, 1 share;
@@ -418,6 +464,7 @@ kernels! {
     gemm_f16_kn_64x128x64: F16 "f16", InOut MN, 64 x 128, 8 stages, 1 split, 1 share;
     gemm_f16_kn_64x64x64: F16 "f16", InOut MN, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_f16_kn_64x128x64_c2: F16 "f16", InOut MN, 64 x 128, 8 stages, 1 split, 2 share;
+    gemm_f16_kn_64x64x64_c2: F16 "f16", InOut MN, 64 x 64, 8 stages, 1 split, 2 share;
     gemm_f16_kn_64x64x64_k2: F16 "f16", InOut MN, 64 x 64, 8 stages, 2 split, 1 share;
     gemm_f16_kn_64x64x64_k4: F16 "f16", InOut MN, 64 x 64, 8 stages, 4 split, 1 share;
     gemm_f16_kn_64x64x64_k8: F16 "f16", InOut MN, 64 x 64, 8 stages, 8 split, 1 share;
@@ -426,173 +473,11 @@ kernels! {
     gemm_f16_nk_64x128x64: F16 "f16", OutIn K, 64 x 128, 8 stages, 1 split, 1 share;
     gemm_f16_nk_64x64x64: F16 "f16", OutIn K, 64 x 64, 8 stages, 1 split, 1 share;
     gemm_f16_nk_64x128x64_c2: F16 "f16", OutIn K, 64 x 128, 8 stages, 1 split, 2 share;
+    gemm_f16_nk_64x64x64_c2: F16 "f16", OutIn K, 64 x 64, 8 stages, 1 split, 2 share;
     gemm_f16_nk_64x64x64_k2: F16 "f16", OutIn K, 64 x 64, 8 stages, 2 split, 1 share;
     gemm_f16_nk_64x64x64_k4: F16 "f16", OutIn K, 64 x 64, 8 stages, 4 split, 1 share;
     gemm_f16_nk_64x64x64_k8: F16 "f16", OutIn K, 64 x 64, 8 stages, 8 split, 1 share;
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// `(block_m, block_n, blocks of a cluster)` of the kernel for this problem.
-    fn selected(problem: Problem) -> (u32, u32, u32) {
-        let layout = WeightLayout::InOut;
-        let row = select(DType::BF16, layout, problem, 132, Forced::default()).expect("a kernel");
-        (row.tile.block_m, row.tile.block_n, row.tile.cluster())
-    }
-
-    #[test]
-    fn large_problems_get_the_tile_that_reads_least() {
-        assert_eq!(selected(Problem::aligned(8192, 8192, 8192)), (128, 256, 1));
-        assert_eq!(selected(Problem::aligned(4096, 4096, 4096)), (128, 256, 1));
-        assert_eq!(selected(Problem::aligned(2048, 2048, 2048)), (128, 256, 1));
-        assert_eq!(selected(Problem::aligned(8192, 1024, 256)), (128, 256, 1));
-    }
-
-    /// Timed on an H200 with bf16, each was the fastest, as were those of the next three tests.
-    #[test]
-    fn small_and_skinny_problems_get_tiles_that_fill_the_gpu() {
-        assert_eq!(selected(Problem::aligned(1024, 1024, 1024)), (64, 128, 1));
-        assert_eq!(selected(Problem::aligned(512, 512, 512)), (64, 64, 1));
-        assert_eq!(selected(Problem::aligned(128, 4096, 4096)), (64, 64, 1));
-        assert_eq!(selected(Problem::aligned(1, 8192, 8192)), (64, 64, 1));
-    }
-
-    #[test]
-    fn blocks_share_a_tile_where_tiles_are_few_and_k_is_long() {
-        assert_eq!(selected(Problem::aligned(32, 4096, 4096)), (64, 64, 2));
-        assert_eq!(selected(Problem::aligned(64, 4096, 4096)), (64, 64, 2));
-        assert_eq!(selected(Problem::aligned(512, 512, 4096)), (64, 64, 2));
-        assert_eq!(selected(Problem::aligned(32, 1024, 4096)), (64, 64, 4));
-        assert_eq!(selected(Problem::aligned(128, 512, 8192)), (64, 64, 4));
-        assert_eq!(selected(Problem::aligned(128, 256, 8192)), (64, 64, 8));
-        assert_eq!(selected(Problem::aligned(32, 64, 64)), (64, 64, 1));
-    }
-
-    #[test]
-    fn blocks_share_columns_where_reading_l2_takes_longest() {
-        assert_eq!(selected(Problem::aligned(256, 4096, 4096)), (64, 128, 2));
-    }
-
-    #[test]
-    fn rows_that_straddle_lines_call_for_tiles_that_read_less() {
-        let problem = Problem::aligned(1000, 1000, 1000);
-        assert_eq!(selected(problem), (64, 128, 1));
-        let straddling = Problem { x_straddles: true, w_straddles: true, ..problem };
-        assert_eq!(selected(straddling), (64, 128, 2));
-        assert!(Problem::straddles(2000) && !Problem::straddles(2048));
-    }
-
-    #[test]
-    fn the_parts_of_k_cover_every_step_once() {
-        for split_k in [1, 2, 4, 8] {
-            let tile = Tile { block_m: 64, block_n: 64, num_stages: 4, split_k, cluster_m: 1 };
-            for k_blocks in [8, 9, 11, 15, 64, 127] {
-                let mut next = 0;
-                for rank in 0..split_k {
-                    let (begin, end) = tile.steps(rank, k_blocks);
-                    assert!(begin == next && end > begin);
-                    next = end;
-                }
-                assert_eq!(next, k_blocks);
-            }
-        }
-    }
-
-    #[test]
-    fn blocks_below_each_other_have_a_row_of_tiles_each() {
-        let tile = Tile { block_m: 64, block_n: 128, num_stages: 8, split_k: 1, cluster_m: 2 };
-        for (m, pairs) in [(1, 1), (128, 1), (129, 2), (256, 2)] {
-            assert_eq!(tile.scheduler(m, 256).tiles_m, pairs);
-        }
-        assert_eq!((tile.num_blocks(3, 132), tile.num_blocks(100, 132)), (6, 132));
-        assert_eq!((tile.num_blocks(100, 131), tile.num_blocks(100, 1)), (130, 2));
-        assert_eq!((tile.w_rows(), tile.stage_bytes(64)), (64, 192 * 128));
-    }
-
-    #[test]
-    fn no_more_large_clusters_are_launched_than_run_at_once() {
-        for (split_k, clusters) in [(1, 132), (2, 66), (4, 30), (8, 15)] {
-            let tile = Tile { block_m: 64, block_n: 64, num_stages: 8, split_k, cluster_m: 1 };
-            assert_eq!(tile.num_blocks(1000, 132), clusters * split_k);
-            assert_eq!(tile.num_blocks(1, 132), split_k);
-            assert_eq!(tile.num_blocks(1000, 1), split_k);
-        }
-    }
-
-    #[test]
-    fn a_box_has_no_more_groups_of_rows_than_the_input() {
-        let tile = Tile { block_m: 64, block_n: 64, num_stages: 8, split_k: 1, cluster_m: 1 };
-        for (m, rows) in [(1, 8), (8, 8), (9, 16), (57, 64), (64, 64), (65, 64)] {
-            assert_eq!(tile.x_rows(m), rows);
-        }
-        assert_eq!(tile.stage_bytes(1), 8 * 128 + 8192);
-    }
-
-    #[test]
-    fn every_combination_of_a_16_bit_type_and_a_layout_has_a_kernel_and_f32_has_none() {
-        let select = |dtype, layout| {
-            select(dtype, layout, Problem::aligned(1, 1, 1), 132, Forced::default())
-        };
-        for layout in WeightLayout::ALL {
-            for dtype in [DType::F16, DType::BF16] {
-                let row = select(dtype, layout).expect("a kernel");
-                assert_eq!((row.dtype, row.layout), (dtype, layout));
-            }
-            assert!(!serves(DType::F32) && select(DType::F32, layout).is_none());
-        }
-    }
-
-    #[test]
-    fn what_is_forced_is_what_is_used_or_nothing_is() {
-        let select = |forced, k| {
-            let (layout, problem) = (WeightLayout::OutIn, Problem::aligned(8192, 8192, k));
-            select(DType::F16, layout, problem, 132, forced).map(|row| row.tile)
-        };
-        for tile in [[128, 256], [128, 128], [64, 128], [64, 64]] {
-            let forced = Forced { tile: Some(tile), ..Forced::default() };
-            assert_eq!(select(forced, 8192).expect("a kernel").extents(), tile);
-            assert!(forced.exists());
-        }
-        for split_k in [1, 2, 4, 8] {
-            let forced = Forced { split_k: Some(split_k), ..Forced::default() };
-            assert_eq!(select(forced, 8192).expect("a kernel").split_k, split_k);
-            assert_eq!(select(forced, 64).expect("a kernel").split_k, 1);
-            assert!(forced.exists());
-        }
-        for cluster_m in [1, 2] {
-            let forced = Forced { cluster_m: Some(cluster_m), ..Forced::default() };
-            assert_eq!(select(forced, 8192).expect("a kernel").cluster_m, cluster_m);
-            assert!(forced.exists());
-        }
-        let none = Forced::default();
-        for forced in [
-            Forced { tile: Some([64, 32]), ..none },
-            Forced { tile: Some([128, 256]), split_k: Some(2), ..none },
-            Forced { split_k: Some(3), ..none },
-            Forced { cluster_m: Some(3), ..none },
-            Forced { split_k: Some(2), cluster_m: Some(2), ..none },
-        ] {
-            assert!(select(forced, 8192).is_none() && !forced.exists());
-        }
-    }
-
-    #[test]
-    fn entry_names_say_what_the_kernel_serves() {
-        for row in &KERNELS {
-            let Tile { split_k, cluster_m, .. } = row.tile;
-            let expected = std::format!(
-                "gemm_{}_{}_{}x{}x{BLOCK_K}{}{}",
-                row.dtype,
-                row.layout.name(),
-                row.tile.block_m,
-                row.tile.block_n,
-                if split_k > 1 { std::format!("_k{split_k}") } else { std::string::String::new() },
-                if cluster_m > 1 { "_c2" } else { "" },
-            );
-            assert_eq!(row.kernel.entry, expected);
-            assert_eq!(row.kernel.module.entries, [row.kernel.entry]);
-        }
-    }
-}
+mod tests;

@@ -16,7 +16,7 @@ use super::EchoParams;
 #[cfg(kasmina_tier = "portable")]
 use super::protocol::LINE;
 use super::protocol::{
-    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Lease, Status, Words,
+    self, COMMAND, Command, Descriptor, HEARTBEAT, Layout, Lease, Payload, Status, Words,
 };
 use super::{LayerPlan, MAILBOX_BYTES, MAX_LAYERS, PersistentParams, THREADS};
 use crate::ptx;
@@ -26,8 +26,15 @@ use crate::ptx;
 const POLLS: u32 = 1024;
 /// Bytes of a plan.
 const PLAN_BYTES: u32 = size_of::<LayerPlan>() as u32;
-/// In the mailbox in place of rows: the block is to exit.
+/// In the mailbox in place of rows: the block is to exit; it is to wait again.
 const EXIT: u32 = u32::MAX;
+const AGAIN: u32 = 0;
+/// Where in the mailbox thread 0 says which express slot is looked at, and how many vectors of it
+/// are the unit's.
+const EXPRESS_SLOT: u32 = 32;
+const EXPRESS_VECTORS: u32 = 36;
+/// There: it does not know yet.
+const UNKNOWN: u32 = u32::MAX;
 
 /// The ring's words, by their device address.
 struct Mapped(u64);
@@ -63,6 +70,23 @@ pub(in crate::persistent) struct Unit {
     version: u32,
     input: u64,
     output: u64,
+    /// Whether the input may still be on its way.
+    #[cfg_attr(kasmina_tier = "portable", expect(dead_code, reason = "there it never is"))]
+    arriving: bool,
+    /// Vectors of 16 bytes of the input that are in registers already, one in each of so many
+    /// threads; 0 if it is to be loaded.
+    #[cfg_attr(kasmina_tier = "portable", expect(dead_code, reason = "there it always is"))]
+    early: u32,
+    /// How many to look for when the next unit is waited for.
+    expected: u32,
+}
+
+/// What a thread has of a unit's input before it knows the unit.
+#[derive(Clone, Copy)]
+pub(in crate::persistent) struct Early {
+    vector: [u32; 4],
+    /// Whether that is the unit's, if the unit is what was expected.
+    found: bool,
 }
 
 /// What the parameters say, in registers.
@@ -74,6 +98,13 @@ pub(in crate::persistent) struct Grid<'a> {
     smem: u32,
 }
 
+/// Whether an element of a vector is not there yet, of elements of 16 bits.
+#[inline(always)]
+fn is_absent(vector: [u32; 4]) -> bool {
+    let [a, b, c, d] = vector.map(protocol::is_absent_in_pair);
+    a || b || c || d
+}
+
 /// What thread 0 alone knows of the grid's work.
 struct Waiting {
     words: Mapped,
@@ -81,7 +112,8 @@ struct Waiting {
     /// The sequence it waits for or computes.
     sequence: u64,
     lease: Lease,
-    by_address: bool,
+    /// Whether somebody looks at the completion word to find the result.
+    announces: bool,
 }
 
 /// Answers units until told to exit.
@@ -97,7 +129,7 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
         status: params.layout.status(ptx::block_index()),
         sequence: 0,
         lease: Lease::new(0, ptx::globaltimer(), params.lease_ns),
-        by_address: false,
+        announces: false,
     };
     // SAFETY: this contract; all threads take the same way through the loop, by what thread 0 puts
     // into the mailbox, and meet at each barrier.
@@ -105,6 +137,7 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
         grid.load_plans();
         grid.load_weights(0);
         let mut version = 0;
+        let mut expected = 0;
         ptx::bar_sync_all();
         if grid.thread == 0 {
             waiting.words.store(waiting.status, Status::Running as u64);
@@ -112,8 +145,11 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
         }
         loop {
             ptx::nounroll();
-            let mut ahead = E::ahead(&grid);
-            if grid.thread == 0 {
+            let mut ahead = E::ahead(&grid, version);
+            let mut early = Early { vector: [0; 4], found: false };
+            if E::LOOKS_EARLY && expected > 0 {
+                early = grid.await_express(&mut waiting, expected);
+            } else if grid.thread == 0 {
                 grid.await_unit(&mut waiting);
             }
             ptx::bar_sync_all();
@@ -121,22 +157,39 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
             if unit.rows == EXIT {
                 return;
             }
+            expected = unit.expected;
+            if E::LOOKS_EARLY && unit.rows == AGAIN {
+                // Thread 0 writes the mailbox again, which the others have read.
+                ptx::bar_sync_all();
+                continue;
+            }
             if unit.version != version {
                 // The barrier above: nobody reads the old weights any more.
                 grid.load_weights(unit.version & 1);
                 version = unit.version;
-                ahead = E::ahead(&grid);
+                ahead = E::ahead(&grid, version);
             }
-            E::compute(&grid, unit, &ahead);
+            if !E::compute(&grid, unit, &ahead, early) {
+                // The payload did not arrive within the lease.
+                if ptx::opaque_u32(grid.thread) == 0 {
+                    waiting.words.store(waiting.status, Status::LeaseExpired as u64);
+                }
+                return;
+            }
             // Taken ahead of the barrier, which hides some of the time.
             let next = if grid.thread == 0 { grid.take_sequence() } else { 0 };
+            if E::LOOKS_EARLY && expected > 0 && ptx::opaque_u32(grid.thread) == 0 {
+                let slot = params.layout.express_slot(next);
+                ptx::st_relaxed_cta_shared_u32(grid.smem + EXPRESS_SLOT, slot);
+                ptx::st_relaxed_cta_shared_u32(grid.smem + EXPRESS_VECTORS, UNKNOWN);
+            }
             ptx::bar_sync_all();
             // The compiler, which does not know barriers, would take the branches on both sides of
             // this one together and give thread 0 a barrier of its own, at which the others of its
             // warp are not.
             if ptx::opaque_u32(grid.thread) == 0 {
-                let Waiting { words, sequence, by_address, .. } = &waiting;
-                if *by_address {
+                let Waiting { words, sequence, announces, .. } = &waiting;
+                if *announces {
                     protocol::complete(words, &params.layout, *sequence);
                 } else {
                     protocol::acknowledge(words, &params.layout, *sequence);
@@ -177,7 +230,7 @@ impl Grid<'_> {
             {
                 if descriptor.rows > 0 {
                     // SAFETY: this contract.
-                    unsafe { self.write_mailbox(waiting, descriptor) }
+                    unsafe { self.write_mailbox(waiting, descriptor, 0) }
                     return;
                 }
                 protocol::acknowledge(&waiting.words, &params.layout, waiting.sequence);
@@ -201,14 +254,85 @@ impl Grid<'_> {
         unsafe { ptx::st_shared_v4_u32(self.smem, [EXIT, 0, 0, 0]) }
     }
 
+    /// As [`await_unit`](Self::await_unit), while `expected` threads look in the express slot of
+    /// the sequence for what they will load of the unit's input. The wait is given up for a unit
+    /// that asks for nothing but an answer, and after a while, as looking keeps the bus busy.
+    ///
+    /// # Safety
+    /// Every thread of the block calls it, between two barriers, of which the first follows thread
+    /// 0's words about the slot. A slot has so many vectors.
+    #[inline(always)]
+    unsafe fn await_express(&self, waiting: &mut Waiting, expected: u32) -> Early {
+        let mut early = Early { vector: [0; 4], found: false };
+        let mut polls = 0;
+        // SAFETY: this contract; the mailbox is the first 64 bytes of shared memory.
+        unsafe {
+            let slot = ptx::ld_relaxed_cta_shared_u32(self.smem + EXPRESS_SLOT);
+            let params = self.params;
+            let address = params.inputs
+                + u64::from(slot) * u64::from(params.input_slot_bytes)
+                + u64::from(self.thread * 16);
+            let mut knows = self.thread != 0;
+            let mut looks = self.thread < expected;
+            let mut was_absent = false;
+            while looks || !knows {
+                ptx::nounroll();
+                if looks {
+                    early.vector = ptx::ld_relaxed_sys_v4_u32(address);
+                }
+                polls += 1;
+                if !knows {
+                    let found = protocol::poll(&waiting.words, &params.layout, waiting.sequence);
+                    if let Some(descriptor) = found
+                        && descriptor.rows > 0
+                    {
+                        let vectors = self.express_vectors(descriptor, waiting.sequence);
+                        let vectors = if vectors > expected { 0 } else { vectors };
+                        self.write_mailbox(waiting, descriptor, vectors);
+                        ptx::st_relaxed_cta_shared_u32(self.smem + EXPRESS_VECTORS, vectors);
+                        knows = true;
+                    } else if found.is_some() || polls == POLLS {
+                        ptx::st_shared_v4_u32(self.smem, [AGAIN, 0, 0, 0]);
+                        ptx::st_shared_v4_u32(self.smem + 16, [0; 4]);
+                        ptx::st_relaxed_cta_shared_u32(self.smem + EXPRESS_VECTORS, 0);
+                        knows = true;
+                    }
+                }
+                if looks {
+                    let vectors = ptx::ld_relaxed_cta_shared_u32(self.smem + EXPRESS_VECTORS);
+                    early.found = was_absent && !is_absent(early.vector);
+                    was_absent |= early.vector == [u32::MAX; 4];
+                    // What is older is left until the descriptor is known to all.
+                    let is_known = vectors != UNKNOWN && (!was_absent || polls > 2 * POLLS);
+                    looks = !early.found && self.thread < vectors && !is_known;
+                }
+            }
+        }
+        early
+    }
+
+    /// Vectors of 16 bytes that a unit's input in its express slot has, one for each of as many
+    /// threads; 0 if it is not there, or has more.
+    #[inline(always)]
+    fn express_vectors(&self, descriptor: Descriptor, sequence: u64) -> u32 {
+        let arriving = matches!(descriptor.payload, Payload::Arriving);
+        let express = self.params.layout.express_slot(sequence);
+        if !arriving || u32::from(descriptor.slot) != express {
+            return 0;
+        }
+        // SAFETY: every stack has a first layer.
+        let vectors = u32::from(descriptor.rows) * unsafe { self.plan(0, 0) } / 8;
+        if vectors > THREADS { 0 } else { vectors }
+    }
+
     /// # Safety
     /// As [`await_unit`](Self::await_unit).
     #[inline(always)]
-    unsafe fn write_mailbox(&self, waiting: &mut Waiting, descriptor: Descriptor) {
+    unsafe fn write_mailbox(&self, waiting: &mut Waiting, descriptor: Descriptor, early: u32) {
         let params = self.params;
         let slot = u32::from(descriptor.slot);
-        waiting.by_address = descriptor.by_address;
-        let [input, output] = if descriptor.by_address {
+        waiting.announces = matches!(descriptor.payload, Payload::Elsewhere);
+        let [input, output] = if waiting.announces {
             protocol::load_addresses(&waiting.words, &params.layout, descriptor.slot)
         } else {
             [
@@ -216,7 +340,10 @@ impl Grid<'_> {
                 params.outputs + u64::from(slot) * u64::from(params.output_slot_bytes),
             ]
         };
-        let head = [u32::from(descriptor.rows), descriptor.version, 0, 0];
+        let arriving = matches!(descriptor.payload, Payload::Arriving);
+        let expected = self.express_vectors(descriptor, waiting.sequence);
+        let how = u32::from(arriving) | expected << 1;
+        let head = [u32::from(descriptor.rows), descriptor.version, how, early];
         let addresses = [input as u32, (input >> 32) as u32, output as u32, (output >> 32) as u32];
         // SAFETY: this contract; the mailbox is the first 64 bytes of shared memory.
         unsafe {
@@ -230,13 +357,16 @@ impl Grid<'_> {
     #[inline(always)]
     unsafe fn read_mailbox(&self) -> Unit {
         // SAFETY: this contract.
-        let ([rows, version, ..], [input, input_high, output, output_high]) =
+        let ([rows, version, how, early], [input, input_high, output, output_high]) =
             unsafe { (ptx::ld_shared_v4_u32(self.smem), ptx::ld_shared_v4_u32(self.smem + 16)) };
         Unit {
             rows,
             version,
             input: u64::from(input) | u64::from(input_high) << 32,
             output: u64::from(output) | u64::from(output_high) << 32,
+            arriving: how & 1 != 0,
+            early,
+            expected: how >> 1,
         }
     }
 
@@ -284,7 +414,7 @@ impl Grid<'_> {
                     [2, 3, 4, 5, 6, 7].map(|word| self.plan(layer, word));
                 let (bias, target) = (packed + u64::from(bias_at), self.smem + bias_smem);
                 self.copy_to_smem(bias, target, bias_bytes);
-                if weight_smem != LayerPlan::STREAMED {
+                if weight_smem < LayerPlan::AHEAD {
                     let (weight, target) = (packed + u64::from(weight_at), self.smem + weight_smem);
                     self.copy_to_smem(weight, target, weight_bytes);
                 }

@@ -35,7 +35,8 @@ pub struct LayerPlan {
     pub bias_at: u32,
     /// Bytes of its bias, a multiple of 16.
     pub bias_bytes: u32,
-    /// Where in shared memory its matrix stays; [`STREAMED`](Self::STREAMED) if it does not fit.
+    /// Where in shared memory its matrix stays; [`STREAMED`](Self::STREAMED) if it does not fit,
+    /// [`AHEAD`](Self::AHEAD) if it need not.
     pub weight_smem: u32,
     /// Where in shared memory its bias stays.
     pub bias_smem: u32,
@@ -52,6 +53,15 @@ const _: () = assert!(size_of::<LayerPlan>() == 80);
 impl LayerPlan {
     /// In place of an address in shared memory: the matrix is read from the L2 cache.
     pub const STREAMED: u32 = u32::MAX;
+    /// In place of an address in shared memory: the matrix is read from the L2 cache into registers
+    /// while the block waits for a unit.
+    pub const AHEAD: u32 = u32::MAX - 1;
+
+    /// Whether each warp's part of the matrix is what it loads before a unit comes.
+    const fn fits_ahead(&self) -> bool {
+        self.in_features.div_ceil(32) == super::AHEAD_STEPS
+            && self.out_features.div_ceil(32) <= super::THREADS / 32
+    }
 
     /// The plan in words, as it lies in memory.
     #[must_use]
@@ -169,9 +179,13 @@ impl StackPlan {
         if smem > smem_limit {
             return Err(PlanFault::SharedMemory { needed: smem, limit: smem_limit });
         }
+        let whole: u32 = layers[..shapes.len()].iter().map(|layer| layer.weight_bytes).sum();
+        if tier == Tier::Hopper && smem + whole > smem_limit && layers[0].fits_ahead() {
+            layers[0].weight_smem = LayerPlan::AHEAD;
+        }
         // Those that fit, in order: one that does not leaves room for a smaller one after it.
         for layer in &mut layers[..shapes.len()] {
-            if smem + layer.weight_bytes <= smem_limit {
+            if layer.weight_smem == LayerPlan::STREAMED && smem + layer.weight_bytes <= smem_limit {
                 layer.weight_smem = smem;
                 smem += layer.weight_bytes;
             }
@@ -184,6 +198,12 @@ impl StackPlan {
     #[must_use]
     pub fn layers(&self) -> &[LayerPlan] {
         &self.layers[..self.count]
+    }
+
+    /// Whether the kernel reads a payload while it arrives in its slot.
+    #[must_use]
+    pub fn takes_arriving(&self) -> bool {
+        self.tier == Tier::Hopper && self.layers[0].in_features.is_multiple_of(8)
     }
 
     /// Puts a layer's matrix and bias where the kernel expects them in the packed weights.
@@ -297,14 +317,19 @@ mod tests {
     }
 
     #[test]
-    fn a_small_layer_stays_in_shared_memory_and_the_middle_of_a_large_mlp_does_not() {
+    fn a_small_layer_stays_in_shared_memory_and_so_does_all_but_the_first_of_an_mlp() {
         let limit = crate::abi::MAX_SMEM_BYTES;
         let one = StackPlan::new(Tier::Hopper, DType::BF16, &MLP[..1], limit).unwrap();
         assert_ne!(one.layers()[0].weight_smem, LayerPlan::STREAMED);
         let three = StackPlan::new(Tier::Hopper, DType::BF16, &MLP, limit).unwrap();
-        let resident = three.layers().iter().map(|plan| plan.weight_smem != LayerPlan::STREAMED);
-        assert!(resident.eq([true, false, true]));
+        assert_eq!(three.layers()[0].weight_smem, LayerPlan::AHEAD);
+        assert!(three.layers()[1..].iter().all(|plan| plan.weight_smem < three.smem_bytes));
         assert!(three.smem_bytes <= limit);
+        // A first layer that is not what a block holds in registers takes its place as the others.
+        let shapes = [shape(288, 256), shape(256, 256), shape(256, 64)];
+        let other = StackPlan::new(Tier::Hopper, DType::BF16, &shapes, limit).unwrap();
+        let resident = other.layers().iter().map(|plan| plan.weight_smem < other.smem_bytes);
+        assert!(resident.eq([true, false, true]));
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! The ring between a producer, the host, and consumers, blocks of a resident kernel or threads.
 //!
-//! Everything is a word of 64 bits that one side writes and the other reads, stored with release
-//! and loaded with acquire; there is no read-modify-write across the bus, which PCIe does not make
-//! atomic. Units of work are numbered by a *sequence* that never repeats.
+//! Everything is a word of 64 bits that one side writes and the other reads; there is no
+//! read-modify-write across the bus, which PCIe does not make atomic. A word that announces other
+//! memory is stored with release and loaded with acquire; one that announces nothing else is stored
+//! relaxed ([`Words::store_alone`]). Units of work are numbered by a *sequence* that never repeats.
 //!
 //! ```text
 //! line 0              command, heartbeat                        host → device
@@ -29,6 +30,23 @@
 //! without a release; it says that the position is vacant and the unit's weights are no longer used.
 //! Of other units, those without rows and those whose payload lies elsewhere, it is the answer.
 //!
+//! # Payloads may do the same
+//! A descriptor that follows its payload is found a poll after the payload was written, and the
+//! payload is fetched a trip over the bus after that. One that goes ahead of it
+//! ([`Payload::Arriving`]) is found while the host still writes. The slot's input was made
+//! [`ABSENT`] before, when the host had nothing else to do, and the kernel reads each element until
+//! it is there; an element that the user gives as that NaN is written as another ([`arriving`]).
+//! Nothing orders descriptor and payload, as each element tells of itself alone.
+//!
+//! # Payloads may be found before their descriptor
+//! The first slots are *express*: a unit that takes one takes that of its sequence's number
+//! ([`Layout::express_slot`]), so a kernel that holds a sequence knows where the payload will be if
+//! the unit is such a one, and saves a trip over the bus by looking there as it looks for the
+//! descriptor. What it finds there may be what the slot's last unit left. But once it has found
+//! elements absent, what it finds in their place later is of its own unit: the host gives the slot
+//! to a sequence only if no consumer can have taken that sequence before the last unit's payload
+//! was there, as consumers hold no more than one sequence each that was not given out.
+//!
 //! Consumers take sequences from a counter of their own, each once, and wait for the descriptor at
 //! that position. So several may wait at a time, each for another position, and work is taken in
 //! the order of submission by whoever is free.
@@ -39,6 +57,23 @@ pub const LINE: u32 = 8;
 /// Each byte of a result's element that is not there yet: as a number, a NaN with its sign set,
 /// which arithmetic on a GPU never gives.
 pub const ABSENT: u8 = 0xFF;
+
+/// Whether one of the two 16-bit elements of a word is not there yet.
+#[must_use]
+#[inline(always)]
+pub const fn is_absent_in_pair(pair: u32) -> bool {
+    // An element of the inverse is zero; a borrow begins only at one that is.
+    let inverse = !pair;
+    inverse.wrapping_sub(0x0001_0001) & pair & 0x8000_8000 != 0
+}
+
+/// A 16-bit element as it is written to a slot from which it is read as it arrives: of the NaN that
+/// means that nothing is there, the one without the sign.
+#[must_use]
+#[inline(always)]
+pub const fn arriving(bits: u16) -> u16 {
+    if bits == u16::MAX { bits >> 1 } else { bits }
+}
 
 /// Memory that both sides see, as words of 64 bits.
 pub trait Words {
@@ -64,8 +99,8 @@ pub struct Layout {
     pub log2_positions: u32,
     /// Payload slots, at most 65536.
     pub slots: u32,
-    /// Keeps the size a multiple of 8 without padding.
-    pub reserved: u32,
+    /// How many of them are express: a power of two, or none.
+    pub express: u32,
 }
 
 impl Layout {
@@ -73,7 +108,20 @@ impl Layout {
     #[must_use]
     pub const fn new(consumers: u32, slots: u32) -> Self {
         let log2_positions = slots.next_power_of_two().ilog2();
-        Self { consumers, log2_positions, slots, reserved: 0 }
+        Self { consumers, log2_positions, slots, express: 0 }
+    }
+
+    /// The same with express slots beside the others, a power of two of them.
+    #[must_use]
+    pub const fn with_express(self, express: u32) -> Self {
+        Self { express, ..Self::new(self.consumers, self.slots + express) }
+    }
+
+    /// The express slot of a sequence, if there are any.
+    #[must_use]
+    #[inline(always)]
+    pub const fn express_slot(&self, sequence: u64) -> u32 {
+        sequence as u32 & self.express.wrapping_sub(1)
     }
 
     /// Words in all.
@@ -210,16 +258,32 @@ pub struct Descriptor {
     pub rows: u16,
     /// The payload's slot.
     pub slot: u16,
-    /// Which weights to use: their number, modulo 2³¹.
+    /// Which weights to use: their number, modulo 2³⁰.
     pub version: u32,
-    /// Whether the payload lies at the slot's addresses instead of in the slot.
-    pub by_address: bool,
+    /// Where the payload is.
+    pub payload: Payload,
+}
+
+/// Where the payload of a unit is when its descriptor is committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Payload {
+    /// In the slot.
+    Present,
+    /// On its way to the slot, whose input was [`ABSENT`] before.
+    Arriving,
+    /// At the slot's addresses.
+    Elsewhere,
 }
 
 impl Descriptor {
     #[inline(always)]
     const fn encode(self, tag: u32) -> [u64; 2] {
-        let second = self.version << 1 | self.by_address as u32;
+        let payload = match self.payload {
+            Payload::Present => 0,
+            Payload::Arriving => 1,
+            Payload::Elsewhere => 2,
+        };
+        let second = self.version << 2 | payload;
         [
             tag as u64 | (self.rows as u64) << 32 | (self.slot as u64) << 48,
             tag as u64 | (second as u64) << 32,
@@ -234,8 +298,12 @@ impl Descriptor {
         Some(Self {
             rows: (first >> 32) as u16,
             slot: (first >> 48) as u16,
-            version: (second >> 33) as u32,
-            by_address: second >> 32 & 1 == 1,
+            version: (second >> 34) as u32,
+            payload: match second >> 32 & 3 {
+                0 => Payload::Present,
+                1 => Payload::Arriving,
+                _ => Payload::Elsewhere,
+            },
         })
     }
 }
@@ -284,7 +352,8 @@ pub fn is_vacant(words: &impl Words, layout: &Layout, sequence: u64) -> bool {
     }
 }
 
-/// Puts the payload's addresses where a descriptor with `by_address` says they are: in the slot's line.
+/// Puts the addresses of a payload that is [`Payload::Elsewhere`] where its descriptor says they are:
+/// in the slot's line.
 #[inline(always)]
 pub fn store_addresses(words: &impl Words, layout: &Layout, slot: u16, addresses: [u64; 2]) {
     let word = layout.addresses(slot as u32);
@@ -354,7 +423,8 @@ mod tests {
     }
 
     const fn descriptor(slot: u16) -> Descriptor {
-        Descriptor { rows: 32, slot, version: 0x7FFF_FFFF, by_address: slot % 2 == 1 }
+        let payload = [Payload::Present, Payload::Arriving, Payload::Elsewhere][slot as usize % 3];
+        Descriptor { rows: 32, slot, version: 0x3FFF_FFFF, payload }
     }
 
     #[test]
@@ -402,6 +472,21 @@ mod tests {
                 assert_eq!(poll(&words, &layout, sequence - 4), None, "the last lap");
             }
         }
+    }
+
+    #[test]
+    fn elements_of_all_ones_are_absent_and_are_written_as_another_nan() {
+        for other in [0, 1, 0x7FFF, 0x8000, 0xFFFE, 0x0100] {
+            for pair in [other << 16 | 0xFFFF, 0xFFFF_0000 | other] {
+                assert!(is_absent_in_pair(pair), "{pair:#x}");
+            }
+            for second in [0, 1, 0x7FFF, 0x8000, 0xFFFE] {
+                assert!(!is_absent_in_pair(second << 16 | other), "{second:#x} {other:#x}");
+            }
+            assert_eq!(arriving(other as u16), other as u16);
+        }
+        assert!(is_absent_in_pair(u32::MAX));
+        assert_eq!(arriving(u16::from_ne_bytes([ABSENT; 2])), 0x7FFF);
     }
 
     #[test]

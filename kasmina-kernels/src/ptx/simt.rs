@@ -81,6 +81,37 @@ pub unsafe fn ld_shared_u32(address: u32) -> u32 {
     value
 }
 
+/// Loads 4 bytes that another thread of the block may store at the same time with
+/// [`st_relaxed_cta_shared_u32`].
+///
+/// # Safety
+/// `address` is 4-aligned and inside the block's shared memory.
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_relaxed_cta_shared_u32(address: u32) -> u32 {
+    let value: u32;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.relaxed.cta.shared.u32 {}, [{}];", out(reg32) value, in(reg32) address,
+             options(nostack));
+    }
+    value
+}
+
+/// Stores 4 bytes that other threads of the block may load at the same time with
+/// [`ld_relaxed_cta_shared_u32`].
+///
+/// # Safety
+/// `address` is 4-aligned and inside the block's shared memory.
+#[inline(always)]
+pub unsafe fn st_relaxed_cta_shared_u32(address: u32, value: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("st.relaxed.cta.shared.u32 [{}], {};", in(reg32) address, in(reg32) value,
+             options(nostack));
+    }
+}
+
 /// Loads 16 bytes.
 ///
 /// # Safety

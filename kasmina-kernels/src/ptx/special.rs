@@ -60,11 +60,3 @@ pub fn trap() -> ! {
     // SAFETY: `trap` does not return and touches no memory.
     unsafe { asm!("trap;", options(noreturn, nomem, nostack)) }
 }
-
-/// Leaves the issue slots to others for about so many nanoseconds.
-#[cfg(kasmina_tier = "hopper")]
-#[inline(always)]
-pub fn nanosleep(nanoseconds: u32) {
-    // SAFETY: waits only.
-    unsafe { asm!("nanosleep.u32 {};", in(reg32) nanoseconds, options(nostack)) }
-}

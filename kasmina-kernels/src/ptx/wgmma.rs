@@ -68,7 +68,8 @@ macro_rules! with_accumulators {
     };
 }
 
-/// The accumulators of an m64 tile of 64, 128, 192 or 256 columns as asm operands, the first ones.
+/// The accumulators of an m64 tile of 64, 128, 192 or 256 columns as asm operands, the first ones;
+/// `lower 128` is those behind the first 128 columns'.
 macro_rules! accumulator_operands {
     (64) => {
         "{{{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, \
@@ -81,6 +82,14 @@ macro_rules! accumulator_operands {
              {29}, {30}, {31}, {32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, \
              {43}, {44}, {45}, {46}, {47}, {48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, \
              {57}, {58}, {59}, {60}, {61}, {62}, {63}}}"
+    };
+    (lower 128) => {
+        "{{{64}, {65}, {66}, {67}, {68}, {69}, {70}, {71}, {72}, {73}, {74}, {75}, \
+             {76}, {77}, {78}, {79}, {80}, {81}, {82}, {83}, {84}, {85}, {86}, {87}, \
+             {88}, {89}, {90}, {91}, {92}, {93}, {94}, {95}, {96}, {97}, {98}, {99}, \
+             {100}, {101}, {102}, {103}, {104}, {105}, {106}, {107}, {108}, {109}, {110}, {111}, \
+             {112}, {113}, {114}, {115}, {116}, {117}, {118}, {119}, {120}, {121}, {122}, {123}, \
+             {124}, {125}, {126}, {127}}}"
     };
     (192) => {
         "{{{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, \
@@ -152,6 +161,59 @@ macro_rules! wgmma_k64 {
             "wgmma.mma_async.sync.aligned.m64n", $n, "k16.f32.", $dtype, ".", $dtype, " ",
             $crate::ptx::wgmma::accumulator_operands!($n),
             ", a, b, ", $predicate, ", 1, 1, {transpose_a}, {transpose_b};"
+        )
+    };
+}
+
+/// As [`wgmma_k64`] for two m64n128 tiles below each other, with the same `$b`: first the upper 64
+/// accumulators, then the lower. The lower rows of A are `$below` further on, in units of 16 bytes.
+macro_rules! wgmma_two_k64 {
+    ($dtype:literal, $transpose_a:expr, $transpose_b:expr, $step_a:expr, $step_b:expr,
+     $below:expr, $a:expr, $b:expr, $accumulate:expr, $($c:ident)+) => {
+        core::arch::asm!(
+            "{{",
+            ".reg .pred first, rest;",
+            ".reg .b64 a, b, below;",
+            "setp.ne.b32 first, {accumulate}, 0;",
+            "setp.eq.b32 rest, 0, 0;",
+            "mov.b64 a, {a};",
+            "mov.b64 b, {b};",
+            "wgmma.fence.sync.aligned;",
+            $crate::ptx::wgmma::wgmma_two_k64!(@mma $dtype, "first"),
+            $crate::ptx::wgmma::wgmma_two_k64!(@next $dtype),
+            $crate::ptx::wgmma::wgmma_two_k64!(@next $dtype),
+            $crate::ptx::wgmma::wgmma_two_k64!(@next $dtype),
+            "wgmma.commit_group.sync.aligned;",
+            "wgmma.wait_group.sync.aligned 1;",
+            "}}",
+            $(inout(reg32) $c,)+
+            a = in(reg64) $a,
+            b = in(reg64) $b,
+            accumulate = in(reg32) $accumulate,
+            step_a = const $step_a,
+            step_b = const $step_b,
+            below = const $below,
+            transpose_a = const $transpose_a,
+            transpose_b = const $transpose_b,
+            options(nostack),
+        )
+    };
+    (@next $dtype:literal) => {
+        concat!(
+            "add.s64 a, a, {step_a};\n",
+            "add.s64 b, b, {step_b};\n",
+            $crate::ptx::wgmma::wgmma_two_k64!(@mma $dtype, "rest"),
+        )
+    };
+    (@mma $dtype:literal, $predicate:literal) => {
+        concat!(
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.", $dtype, ".", $dtype, " ",
+            $crate::ptx::wgmma::accumulator_operands!(128),
+            ", a, b, ", $predicate, ", 1, 1, {transpose_a}, {transpose_b};\n",
+            "add.s64 below, a, {below};\n",
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.", $dtype, ".", $dtype, " ",
+            $crate::ptx::wgmma::accumulator_operands!(lower 128),
+            ", below, b, ", $predicate, ", 1, 1, {transpose_a}, {transpose_b};"
         )
     };
 }
@@ -294,6 +356,106 @@ macro_rules! wgmma_parts_k32 {
     };
 }
 
+/// One stage of 32 k of f32 operands as four `wgmma.mma_async.m64nNk8` in TF32 and a commit, then a
+/// wait until at most this batch is in flight. Both operands are K-major, which is what there is.
+///
+/// `$a` and `$b` are descriptors of the stage's first k8. `$accumulate` 0 overwrites the
+/// accumulators. The tensor cores take no notice of the lower 13 bits of an element.
+macro_rules! wgmma_tf32_k32 {
+    ($n:tt, $a:expr, $b:expr, $accumulate:expr, $($c:ident)+) => {
+        core::arch::asm!(
+            "{{",
+            ".reg .pred first, rest;",
+            ".reg .b64 a, b;",
+            "setp.ne.b32 first, {accumulate}, 0;",
+            "setp.eq.b32 rest, 0, 0;",
+            "mov.b64 a, {a};",
+            "mov.b64 b, {b};",
+            "wgmma.fence.sync.aligned;",
+            $crate::ptx::wgmma::wgmma_tf32_k32!(@mma $n, "first"),
+            "add.s64 a, a, 2;",
+            "add.s64 b, b, 2;",
+            $crate::ptx::wgmma::wgmma_tf32_k32!(@mma $n, "rest"),
+            "add.s64 a, a, 2;",
+            "add.s64 b, b, 2;",
+            $crate::ptx::wgmma::wgmma_tf32_k32!(@mma $n, "rest"),
+            "add.s64 a, a, 2;",
+            "add.s64 b, b, 2;",
+            $crate::ptx::wgmma::wgmma_tf32_k32!(@mma $n, "rest"),
+            "wgmma.commit_group.sync.aligned;",
+            "wgmma.wait_group.sync.aligned 1;",
+            "}}",
+            $(inout(reg32) $c,)+
+            a = in(reg64) $a,
+            b = in(reg64) $b,
+            accumulate = in(reg32) $accumulate,
+            options(nostack),
+        )
+    };
+    (@mma $n:tt, $predicate:literal) => {
+        concat!(
+            "wgmma.mma_async.sync.aligned.m64n", $n, "k8.f32.tf32.tf32 ",
+            $crate::ptx::wgmma::accumulator_operands!($n),
+            ", a, b, ", $predicate, ", 1, 1;"
+        )
+    };
+}
+
+/// As [`wgmma_tf32_k32`] with the first operand in registers, so that it may lie in memory either
+/// way: `$a`, the fragments of four k8 of four registers each, which nothing may write before the
+/// batch is complete. `$done` are those of the batch before, complete now.
+macro_rules! wgmma_tf32_registers_k32 {
+    ($n:tt, [$a0:ident $a1:ident $a2:ident $a3:ident $a4:ident $a5:ident $a6:ident $a7:ident
+     $a8:ident $a9:ident $a10:ident $a11:ident $a12:ident $a13:ident $a14:ident $a15:ident],
+     [$d0:ident $d1:ident $d2:ident $d3:ident $d4:ident $d5:ident $d6:ident $d7:ident
+     $d8:ident $d9:ident $d10:ident $d11:ident $d12:ident $d13:ident $d14:ident $d15:ident],
+     $b:expr, $accumulate:expr, $($c:ident)+) => {
+        core::arch::asm!(
+            "{{",
+            ".reg .pred first, rest;",
+            ".reg .b64 b;",
+            "setp.ne.b32 first, {accumulate}, 0;",
+            "setp.eq.b32 rest, 0, 0;",
+            "mov.b64 b, {b};",
+            "wgmma.fence.sync.aligned;",
+            $crate::ptx::wgmma::wgmma_tf32_registers_k32!(@mma $n, "{{{a0}, {a1}, {a2}, {a3}}}", "first"),
+            "add.s64 b, b, 2;",
+            $crate::ptx::wgmma::wgmma_tf32_registers_k32!(@mma $n, "{{{a4}, {a5}, {a6}, {a7}}}", "rest"),
+            "add.s64 b, b, 2;",
+            $crate::ptx::wgmma::wgmma_tf32_registers_k32!(@mma $n, "{{{a8}, {a9}, {a10}, {a11}}}", "rest"),
+            "add.s64 b, b, 2;",
+            $crate::ptx::wgmma::wgmma_tf32_registers_k32!(@mma $n, "{{{a12}, {a13}, {a14}, {a15}}}", "rest"),
+            "wgmma.commit_group.sync.aligned;",
+            "wgmma.wait_group.sync.aligned 1;",
+            "// {d0} {d1} {d2} {d3} {d4} {d5} {d6} {d7} {d8} {d9} {d10} {d11} {d12} {d13} {d14} {d15}",
+            "}}",
+            $(inout(reg32) $c,)+
+            a0 = inout(reg32) $a0, a1 = inout(reg32) $a1, a2 = inout(reg32) $a2,
+            a3 = inout(reg32) $a3, a4 = inout(reg32) $a4, a5 = inout(reg32) $a5,
+            a6 = inout(reg32) $a6, a7 = inout(reg32) $a7, a8 = inout(reg32) $a8,
+            a9 = inout(reg32) $a9, a10 = inout(reg32) $a10, a11 = inout(reg32) $a11,
+            a12 = inout(reg32) $a12, a13 = inout(reg32) $a13, a14 = inout(reg32) $a14,
+            a15 = inout(reg32) $a15,
+            d0 = inout(reg32) $d0, d1 = inout(reg32) $d1, d2 = inout(reg32) $d2,
+            d3 = inout(reg32) $d3, d4 = inout(reg32) $d4, d5 = inout(reg32) $d5,
+            d6 = inout(reg32) $d6, d7 = inout(reg32) $d7, d8 = inout(reg32) $d8,
+            d9 = inout(reg32) $d9, d10 = inout(reg32) $d10, d11 = inout(reg32) $d11,
+            d12 = inout(reg32) $d12, d13 = inout(reg32) $d13, d14 = inout(reg32) $d14,
+            d15 = inout(reg32) $d15,
+            b = in(reg64) $b,
+            accumulate = in(reg32) $accumulate,
+            options(nostack),
+        )
+    };
+    (@mma $n:tt, $a:literal, $predicate:literal) => {
+        concat!(
+            "wgmma.mma_async.sync.aligned.m64n", $n, "k8.f32.tf32.tf32 ",
+            $crate::ptx::wgmma::accumulator_operands!($n),
+            ", ", $a, ", b, ", $predicate, ", 1, 1;"
+        )
+    };
+}
+
 /// Waits for every wgmma in flight and ties the accumulators to that point.
 macro_rules! wgmma_wait_all {
     ($n:tt, $($c:ident)+) => {
@@ -307,6 +469,7 @@ macro_rules! wgmma_wait_all {
 }
 
 pub(crate) use {
-    accumulator_operands, wgmma_k64, wgmma_parts_k32, wgmma_sums_k64, wgmma_wait_all,
-    wgmma_wait_sums, with_accumulators, with_promoted_accumulators,
+    accumulator_operands, wgmma_k64, wgmma_parts_k32, wgmma_sums_k64, wgmma_tf32_k32,
+    wgmma_tf32_registers_k32, wgmma_two_k64, wgmma_wait_all, wgmma_wait_sums, with_accumulators,
+    with_promoted_accumulators,
 };

@@ -13,6 +13,7 @@ mod blocks;
 mod chunk;
 #[cfg(kasmina_tier = "hopper")]
 mod cluster;
+mod columns;
 mod element;
 #[cfg(kasmina_tier = "hopper")]
 mod gram;
@@ -27,6 +28,7 @@ pub(crate) use blocks::{Source, summary_of_blocks};
 use chunk::At;
 #[cfg(kasmina_tier = "hopper")]
 pub(super) use cluster::few;
+pub(super) use columns::columns;
 pub(crate) use element::{BF16, Element, F16};
 pub(super) use element::{F32, Max, Min, Pairs, Statistic, Sum, Summary};
 #[cfg(kasmina_tier = "hopper")]
@@ -365,7 +367,7 @@ unsafe fn work<E: Element, S: Statistic>(params: &ReduceParams, workers: u32) ->
         if S::SQUARES {
             measure.pivot = at.pivot();
         }
-        let mut accumulator = Accumulator::new(measure.pivot);
+        let mut accumulator = Accumulator::new(number_or_zero(measure.pivot));
         let mut drawn = u32::MAX;
         if is_first_thread() && next_chunk < chunks.count {
             // SAFETY: the counter is the grid's. Looked at when the chunk is done.

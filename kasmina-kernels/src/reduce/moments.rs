@@ -78,21 +78,21 @@ impl Moments {
             let first = &run[..run.len().min(16)];
             let sum: f32 = first.iter().map(|&element| widen(element)).sum();
             let mean = sum / first.len() as f32;
-            let finite = || first.iter().map(|&element| widen(element)).find(|x| x.is_finite());
-            let pivot = if mean.is_finite() { mean } else { finite().unwrap_or(0.0) };
-            let mut accumulator = Accumulator::new(pivot);
+            // Relative to NaN no batch can be taken: each element is then added in f64.
+            let (pivot, of_sums) = if mean.is_finite() { (mean, mean) } else { (f32::NAN, 0.0) };
+            let mut accumulator = Accumulator::new(of_sums);
             for batch in run.chunks(BATCH) {
                 let mut sums = Batch::EMPTY;
                 let (groups, rest) = batch.as_chunks::<4>();
                 for group in groups {
-                    sums.add(group.map(&widen), accumulator.pivot, epsilon);
+                    sums.add(group.map(&widen), pivot, epsilon);
                 }
                 if !rest.is_empty() {
                     let mut group = [0.0; 4];
                     for (value, &element) in group.iter_mut().zip(rest) {
                         *value = widen(element);
                     }
-                    sums.add_first(group, rest.len() as i32, accumulator.pivot, epsilon);
+                    sums.add_first(group, rest.len() as i32, pivot, epsilon);
                 }
                 if !accumulator.take(&sums) {
                     batch
@@ -324,7 +324,7 @@ pub(super) fn centred(squares: f64, distances: f64, distance: f64) -> f64 {
 
 /// `count + 1` if `|x| < bound`, else `count`.
 #[inline(always)]
-fn count_if_below(count: f32, x: f32, bound: f32) -> f32 {
+pub(super) fn count_if_below(count: f32, x: f32, bound: f32) -> f32 {
     #[cfg(target_arch = "nvptx64")]
     return crate::ptx::count_if_below_f32(count, x, bound);
     #[cfg(not(target_arch = "nvptx64"))]

@@ -2,6 +2,7 @@
 
 use kasmina_kernels::abi::Tier;
 use kasmina_kernels::activation::Activation;
+use kasmina_kernels::gemm::hopper::unaligned::PlainRows;
 use kasmina_kernels::gemm::hopper::weight_gradient::{self, Plan, Summed, WeightGradientParams};
 use kasmina_kernels::gemm::hopper::{BLOCK_K, CONSUMER_M, SLAB_N};
 use kasmina_kernels::gemm::portable::{self, PortableGemmParams};
@@ -13,7 +14,7 @@ use super::partials::Partials;
 use crate::config::KernelConfig;
 use crate::element::Element;
 use crate::error::{Obstacle, Result};
-use crate::gemm::{check_tiles, extent, tensor_map_key};
+use crate::gemm::{Packed, check_tiles, extent, pack, plain_rows, tensor_map_key};
 use crate::gpu::{Gpu, Launch};
 use crate::tensor::Tensor;
 
@@ -105,12 +106,18 @@ impl<T: Element> Product<'_, T> {
         let [m, n] = self.extents();
         let tiles = plan.row.tile.scheduler(m, n);
         let gpu: &Gpu = launch.stream.gpu();
+        let packed = |operand| Packed::new(operand, dw.device(), launch, OP);
+        let (first, second) = (packed(self.first)?, packed(self.second)?);
+        pack(&[&first, &second], launch)?;
         let operand_box = [SLAB_N, BLOCK_K];
-        let [first_map, second_map, product_map] = gpu.tensor_maps(&[
-            tensor_map_key(self.first, [m, self.batch], operand_box),
-            tensor_map_key(self.second, [n, self.batch], operand_box),
-            tensor_map_key(dw, [n, m], [SLAB_N, CONSUMER_M]),
-        ])?;
+        let first_key = tensor_map_key(first.tensor(), [m, self.batch], operand_box);
+        let second_key = tensor_map_key(second.tensor(), [n, self.batch], operand_box);
+        let product_key = tensor_map_key(dw, [n, m], [SLAB_N, CONSUMER_M]);
+        let plain = plain_rows(dw, [m, n]);
+        // A map that nothing uses has to be one all the same.
+        let product_key = if plain == PlainRows::NONE { product_key } else { first_key };
+        let [first_map, second_map, product_map] =
+            gpu.tensor_maps(&[first_key, second_key, product_key])?;
         let parts = plan.parts;
         let mut params = WeightGradientParams {
             first_map,
@@ -126,6 +133,7 @@ impl<T: Element> Product<'_, T> {
             tiles,
             summed: Summed::Neither as u32,
             accumulate: u32::from(self.accumulate),
+            plain,
         };
         if parts > 1 {
             params.partials = partials.add(parts, dw, self.accumulate)?;

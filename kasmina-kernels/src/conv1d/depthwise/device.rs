@@ -5,11 +5,17 @@ use crate::activation::Activation;
 use crate::gemm::element::{BF16, Element, F16, F32};
 use crate::gemm::portable::bf16_from_f32;
 use crate::ptx;
+#[cfg(kasmina_tier = "portable")]
 use crate::tile_scheduler::div;
 use crate::unroll::unroll;
 
+#[cfg(kasmina_tier = "portable")]
 mod wgrad;
+#[cfg(kasmina_tier = "portable")]
 pub(in crate::conv1d) use wgrad::wgrad;
+
+/// Whether one instruction rounds two f32 to a 16-bit type: not on sm_75.
+const ROUNDS_PAIRS: bool = cfg!(kasmina_tier = "hopper");
 
 /// Rounds two results at once, as that is cheaper than one after the other.
 pub(in crate::conv1d) trait Pack: Element {
@@ -27,6 +33,9 @@ impl Pack for F32 {
 impl Pack for F16 {
     #[inline(always)]
     fn pack(a: f32, b: f32) -> [u32; 2] {
+        if ROUNDS_PAIRS {
+            return [ptx::cvt_rn_f16x2_f32(b, a), 0];
+        }
         [Self::round(a) | (Self::round(b) << 16), 0]
     }
 }
@@ -34,6 +43,9 @@ impl Pack for F16 {
 impl Pack for BF16 {
     #[inline(always)]
     fn pack(a: f32, b: f32) -> [u32; 2] {
+        if ROUNDS_PAIRS {
+            return [ptx::cvt_rn_bf16x2_f32(b, a), 0];
+        }
         // One test for both and no selection: NaN is rare, and rounding is most of what these
         // kernels compute.
         if a.is_nan() || b.is_nan() {
@@ -50,7 +62,7 @@ impl Pack for BF16 {
 
 /// Applies the activation, chosen once for all eight, in place.
 #[inline(always)]
-fn activate(activation: Activation, values: &mut [f32; 8]) {
+pub(in crate::conv1d) fn activate(activation: Activation, values: &mut [f32; 8]) {
     macro_rules! each {
         ($($variant:ident)+) => {
             match activation {
@@ -66,10 +78,11 @@ fn activate(activation: Activation, values: &mut [f32; 8]) {
 }
 
 /// Eight elements, of which 16-bit types use the first half.
-type Raw = [u32; 8];
+pub(in crate::conv1d) type Raw = [u32; 8];
 
 /// How many blocks are to share a multiprocessor, for elements of `size` bytes: as many as leave
 /// enough registers.
+#[cfg(kasmina_tier = "portable")]
 const fn blocks_per_multiprocessor(size: u32) -> u32 {
     if size == 4 { 2 } else { 3 }
 }
@@ -91,7 +104,7 @@ fn widened<E: Element>(raw: &Raw, index: usize) -> f32 {
 /// # Safety
 /// The row is readable, 16-aligned, and nothing writes it while the kernel runs.
 #[inline(always)]
-unsafe fn load_vector<E: Element>(row: u64, index: u32, count: u32) -> Raw {
+pub(in crate::conv1d) unsafe fn load_vector<E: Element>(row: u64, index: u32, count: u32) -> Raw {
     let mut raw = [0; 8];
     // As unsigned, an index before the first is beyond the last.
     if index < count {
@@ -112,7 +125,7 @@ unsafe fn load_vector<E: Element>(row: u64, index: u32, count: u32) -> Raw {
 /// # Safety
 /// The filter is readable, the bias 0 or readable; the channel exists.
 #[inline(always)]
-unsafe fn load_taps<E: Element>(
+pub(in crate::conv1d) unsafe fn load_taps<E: Element>(
     params: &DepthwiseParams,
     channel: u32,
 ) -> ([f32; MAX_TAPS as usize], f32) {
@@ -134,10 +147,11 @@ unsafe fn load_taps<E: Element>(
     (taps, bias)
 }
 
-/// Eight results from three vectors, the first tap of the first result at element `SHIFT`.
+/// Eight results of `count` taps from three vectors, the first tap of the first result at element
+/// `SHIFT`.
 #[inline(always)]
-fn convolve<E: Element, const SHIFT: usize>(
-    params: &DepthwiseParams,
+pub(in crate::conv1d) fn convolve<E: Element, const SHIFT: usize>(
+    count: u32,
     window: [&Raw; 3],
     taps: &[f32; 8],
     bias: f32,
@@ -145,7 +159,7 @@ fn convolve<E: Element, const SHIFT: usize>(
     let mut sums = [bias; 8];
     unroll!(t: usize in [0 1 2 3 4 5 6 7] {
         // Not a product with a zero: that would carry an infinity of a neighbour over.
-        if (t as u32) < params.taps {
+        if (t as u32) < count {
             unroll!(i: usize in [0 1 2 3 4 5 6 7] {
                 let at = SHIFT + t + i;
                 let value = widened::<E>(window[at / 8], at % 8);
@@ -156,10 +170,32 @@ fn convolve<E: Element, const SHIFT: usize>(
     sums
 }
 
+/// Stores vector `index` of a row at `row`.
+///
+/// # Safety
+/// The vector exists, is 16-aligned and this thread's own.
+#[inline(always)]
+pub(in crate::conv1d) unsafe fn store_vector<E: Pack>(row: u64, index: u32, sums: [f32; 8]) {
+    let [a, b, c, d, e, f, g, h] = sums;
+    let [[a, b], [c, d], [e, f], [g, h]] =
+        [E::pack(a, b), E::pack(c, d), E::pack(e, f), E::pack(g, h)];
+    let at = row + u64::from(index) * u64::from(RUN * E::SIZE);
+    // SAFETY: the caller's contract.
+    unsafe {
+        if E::SIZE == 4 {
+            ptx::st_global_v4_u32(at, [a, b, c, d]);
+            ptx::st_global_v4_u32(at + 16, [e, f, g, h]);
+        } else {
+            ptx::st_global_v4_u32(at, [a, c, e, g]);
+        }
+    }
+}
+
 /// A thread's part of a row: every `1 << log2_row_threads`th vector from `first` on.
 ///
 /// # Safety
 /// As [`ncl`]; `input` and `output` are the row's addresses.
+#[cfg(kasmina_tier = "portable")]
 #[inline(always)]
 unsafe fn row<E: Pack>(
     params: &DepthwiseParams,
@@ -204,28 +240,52 @@ unsafe fn row<E: Pack>(
         macro_rules! by_shift {
             ($($shift:literal)+) => {
                 match shift {
-                    $($shift => convolve::<E, $shift>(params, window, &taps, bias),)+
-                    _ => convolve::<E, 0>(params, window, &taps, bias),
+                    $($shift => convolve::<E, $shift>(params.taps, window, &taps, bias),)+
+                    _ => convolve::<E, 0>(params.taps, window, &taps, bias),
                 }
             };
         }
         let mut sums = by_shift!(1 2 3 4 5 6 7);
         activate(activation, &mut sums);
-        let [a, b, c, d, e, f, g, h] = sums;
-        let pairs = [E::pack(a, b), E::pack(c, d), E::pack(e, f), E::pack(g, h)];
-        let at = output + u64::from(vector) * u64::from(RUN * E::SIZE);
-        // SAFETY: an existing vector, 16-aligned, of this thread's own.
-        unsafe {
-            let [[a, b], [c, d], [e, f], [g, h]] = pairs;
-            if E::SIZE == 4 {
-                ptx::st_global_v4_u32(at, [a, b, c, d]);
-                ptx::st_global_v4_u32(at + 16, [e, f, g, h]);
-            } else {
-                ptx::st_global_v4_u32(at, [a, c, e, g]);
-            }
-        }
+        // SAFETY: an existing vector of this thread's own.
+        unsafe { store_vector::<E>(output, vector, sums) };
         vector += threads;
     }
+}
+
+/// The row of a thread.
+#[cfg(kasmina_tier = "portable")]
+struct OwnRow {
+    /// Where it begins in the input and in the output.
+    addresses: [u64; 2],
+    /// Its channel.
+    channel: u32,
+    /// The thread's number among those that share it.
+    thread: u32,
+}
+
+/// The row of this thread, where there is one.
+#[cfg(kasmina_tier = "portable")]
+#[inline(always)]
+fn own_row<E: Element>(params: &DepthwiseParams) -> Option<OwnRow> {
+    let log2 = params.log2_row_threads;
+    let thread = ptx::thread_index();
+    let index =
+        u64::from(ptx::block_index()) * u64::from(THREADS >> log2) + u64::from(thread >> log2);
+    let batch = index.checked_div(u64::from(params.channels)).unwrap_or(0);
+    if batch >= u64::from(params.batch) {
+        return None;
+    }
+    let channel = index - batch * u64::from(params.channels);
+    let at = |tensor: &Strided| {
+        let element = batch * tensor.batch + channel * tensor.channel;
+        tensor.address + element * u64::from(E::SIZE)
+    };
+    Some(OwnRow {
+        addresses: [at(&params.input), at(&params.output)],
+        channel: channel as u32,
+        thread: thread & ((1 << log2) - 1),
+    })
 }
 
 /// Rows of a tensor whose positions are contiguous.
@@ -234,6 +294,7 @@ unsafe fn row<E: Pack>(
 /// As the entries': [`serves_ncl`] holds, the tensors are as the strides say, and nothing else
 /// writes them while the kernel runs.
 #[inline(always)]
+#[cfg(kasmina_tier = "portable")]
 pub(in crate::conv1d) unsafe fn ncl<E: Pack>(params: &DepthwiseParams) {
     // SAFETY: comments for `cargo xtask ptx`.
     unsafe {
@@ -245,25 +306,14 @@ pub(in crate::conv1d) unsafe fn ncl<E: Pack>(params: &DepthwiseParams) {
             options(nomem, nostack, preserves_flags),
         );
     }
-    let log2 = params.log2_row_threads;
-    let thread = ptx::thread_index();
-    let row_index =
-        u64::from(ptx::block_index()) * u64::from(THREADS >> log2) + u64::from(thread >> log2);
-    let thread = thread & ((1 << log2) - 1);
-    let batch = row_index.checked_div(u64::from(params.channels)).unwrap_or(0);
-    if batch >= u64::from(params.batch) {
-        return;
-    }
-    let channel = row_index - batch * u64::from(params.channels);
-    let size = u64::from(E::SIZE);
-    let (from, to) = (&params.input, &params.output);
-    let input = from.address + (batch * from.batch + channel * from.channel) * size;
-    let output = to.address + (batch * to.batch + channel * to.channel) * size;
+    let Some(own) = own_row::<E>(params) else { return };
+    let OwnRow { addresses, channel, thread } = own;
     // SAFETY: the channel exists; rows as the strides say.
-    unsafe { row::<E>(params, [input, output], channel as u32, thread) };
+    unsafe { row::<E>(params, addresses, channel, thread) };
 }
 
 /// Two neighbouring channels of one position, of which 16-bit types use the first word.
+#[cfg(kasmina_tier = "portable")]
 type Pair = [u32; 2];
 
 /// Loads a pair; zeros where there is none.
@@ -271,6 +321,7 @@ type Pair = [u32; 2];
 /// # Safety
 /// The tensor is readable, pairs are aligned, and nothing writes it while the kernel runs.
 #[inline(always)]
+#[cfg(kasmina_tier = "portable")]
 unsafe fn load_pair<E: Element>(base: u64, stride: u64, position: u32, length: u32) -> Pair {
     // As unsigned, a position before the first is beyond the last.
     if position >= length {
@@ -285,6 +336,7 @@ unsafe fn load_pair<E: Element>(base: u64, stride: u64, position: u32, length: u
 
 /// A pair as f32.
 #[inline(always)]
+#[cfg(kasmina_tier = "portable")]
 fn widened_pair<E: Element>([a, b]: Pair) -> [f32; 2] {
     if E::SIZE == 4 {
         [E::widen(a), E::widen(b)]
@@ -299,6 +351,7 @@ fn widened_pair<E: Element>([a, b]: Pair) -> [f32; 2] {
 /// As the entries': [`serves_nlc`] holds, the tensors are as the strides say, and nothing else
 /// writes them while the kernel runs.
 #[inline(always)]
+#[cfg(kasmina_tier = "portable")]
 pub(in crate::conv1d) unsafe fn nlc<E: Pack>(params: &DepthwiseParams) {
     // SAFETY: comments for `cargo xtask ptx`.
     unsafe {

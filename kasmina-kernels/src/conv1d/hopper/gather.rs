@@ -218,8 +218,9 @@ impl GatherKernel {
     /// Estimated cycles of the busiest multiprocessor.
     ///
     /// A step multiplies at 2048 products a cycle and loads as [`load_cycles`] says, or transposes
-    /// as [`halo::TRANSPOSE_CYCLES`] says; the largest counts. A tile pays for its epilogue by its elements, unless another tile is multiplied
-    /// meanwhile: where two blocks share a multiprocessor, or two consumers take turns.
+    /// as [`halo::TRANSPOSE_CYCLES`] says; the largest counts. A tile pays for its epilogue by its
+    /// elements, unless another tile is multiplied meanwhile: where two blocks share a
+    /// multiprocessor, or two consumers take turns.
     const fn cost(&self, problem: &Problem, multiprocessors: u32) -> u64 {
         let [positions, channels] = self.extents();
         let tiles = problem.batch as u64

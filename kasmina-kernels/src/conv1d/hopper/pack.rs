@@ -2,8 +2,9 @@
 //! whose columns are the channels that are summed over. Rows are a multiple of 16 bytes apart; what
 //! lies beyond `columns` is never read.
 //!
-//! A block copies 32 × 32 elements of a tap through shared memory, so that both sides are accessed
-//! in runs; the blocks of neighbouring taps, which read the same lines, are neighbours.
+//! A block copies 64 output × 32 input channels through shared memory, all taps at once where these
+//! are neighbours in the filter and few ([`MAX_TAPS`]), else one tap. Both sides are accessed in
+//! pieces of 16 bytes, the filter's where they are whole and aligned.
 
 use crate::abi::{DType, Kernel, KernelParams, Module, module};
 use crate::conv1d::{Conv1dShape, FilterLayout};
@@ -12,12 +13,26 @@ use crate::tile_scheduler::div;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
 
-/// Rows and columns that a block copies.
-pub const TILE: u32 = 32;
-/// Threads: each copies four elements.
-const THREADS: u32 = 256;
-/// One more column, against bank conflicts.
-const SMEM_BYTES: u32 = TILE * (TILE + 1) * 4;
+/// Output channels that a block copies.
+pub const TILE_OUT: u32 = 64;
+/// Input channels that a block copies.
+pub const TILE_IN: u32 = 32;
+/// The most taps that a block copies.
+pub const MAX_TAPS: u32 = 11;
+/// Elements of a piece of 16 bytes.
+pub const PIECE: u32 = 8;
+/// Threads: each writes a piece of every tap.
+const THREADS: u32 = TILE_OUT * TILE_IN / PIECE;
+const SMEM_BYTES: u32 = TILE_OUT * pitch(MAX_TAPS) * 2;
+const _: () = assert!(SMEM_BYTES <= 48 * 1024, "what every block may have");
+
+/// Elements from output channel to output channel in shared memory: an odd number of words, so that
+/// neighbours start on different banks.
+#[must_use]
+#[inline(always)]
+pub const fn pitch(taps: u32) -> u32 {
+    TILE_IN * taps + 2
+}
 
 /// Its module.
 pub static MODULE: Module = module!(Hopper, "hopper", "conv1d_pack_filter", ["conv1d_pack_filter"]);
@@ -42,33 +57,35 @@ pub struct PackParams {
     pub filter: u64,
     /// Device address of the packed filter.
     pub packed: u64,
-    /// From group to group of the filter.
-    pub group_stride: u64,
-    /// From row to row.
-    pub row_stride: u64,
-    /// From column to column.
-    pub column_stride: u64,
+    /// From output channel to output channel of the filter.
+    pub out_stride: u64,
+    /// From input channel to input channel.
+    pub in_stride: u64,
     /// From tap to tap.
     pub tap_stride: u64,
     /// From row to row of the packed filter.
     pub packed_stride: u64,
     /// Groups.
     pub groups: u32,
-    /// Rows of a group.
-    pub rows: u32,
-    /// Columns of a group.
-    pub columns: u32,
+    /// Output channels of a group.
+    pub group_out: u32,
+    /// Input channels of a group.
+    pub group_in: u32,
     /// Taps.
     pub taps: u32,
-    /// 1 where neighbours in the filter are rows, 0 where they are columns.
-    pub rows_are_neighbours: u32,
+    /// Taps that a block copies: all, which are neighbours as are the input channels, or 1.
+    pub block_taps: u32,
+    /// 1 where rows are the channels of the output.
+    pub rows_are_out: u32,
+    /// 1 where the filter is read in pieces of 16 bytes.
+    pub in_pieces: u32,
     /// Keeps the size a multiple of 8 without padding.
     pub reserved: u32,
 }
 
-// SAFETY: repr(C); seven u64 and six u32: no padding.
+// SAFETY: repr(C); six u64 and eight u32: no padding.
 unsafe impl KernelParams for PackParams {}
-const _: () = assert!(size_of::<PackParams>() == 7 * 8 + 6 * 4);
+const _: () = assert!(size_of::<PackParams>() == 6 * 8 + 8 * 4);
 
 impl PackParams {
     /// What packs the filter of `shape` at `filter`, whose rows are `row_stride` elements apart.
@@ -82,54 +99,77 @@ impl PackParams {
     ) -> Self {
         let [out_stride, in_stride, tap_stride] = layout.strides(shape, row_stride);
         let (group_out, group_in) = (shape.group_out(), shape.group_in());
-        let (rows_count, columns, row_stride, column_stride) = match rows {
-            Rows::Out => (group_out, group_in, out_stride, in_stride),
-            Rows::In => (group_in, group_out, in_stride, out_stride),
-        };
+        let taps = shape.kernel_size;
+        let dense = tap_stride == 1 && in_stride == taps as u64 && taps <= MAX_TAPS;
+        let block_taps = if dense { taps } else { 1 };
+        let neighbours = in_stride == block_taps as u64;
+        let run = group_in as u64 * block_taps as u64;
+        let whole = (run | out_stride).is_multiple_of(PIECE as u64)
+            && (dense || tap_stride.is_multiple_of(PIECE as u64));
         Self {
             filter,
             packed,
-            group_stride: out_stride * group_out as u64,
-            row_stride,
-            column_stride,
+            out_stride,
+            in_stride,
             tap_stride,
-            packed_stride: packed_stride(columns),
+            packed_stride: packed_stride(match rows {
+                Rows::Out => group_in,
+                Rows::In => group_out,
+            }),
             groups: shape.groups,
-            rows: rows_count,
-            columns,
-            taps: shape.kernel_size,
-            rows_are_neighbours: (row_stride < column_stride) as u32,
+            group_out,
+            group_in,
+            taps,
+            block_taps,
+            rows_are_out: matches!(rows, Rows::Out) as u32,
+            in_pieces: (neighbours && whole && filter.is_multiple_of(16)) as u32,
             reserved: 0,
         }
+    }
+
+    /// Rows of a group.
+    #[must_use]
+    #[inline(always)]
+    pub const fn rows(&self) -> u32 {
+        if self.rows_are_out != 0 { self.group_out } else { self.group_in }
+    }
+
+    /// Columns of a group.
+    #[must_use]
+    #[inline(always)]
+    pub const fn columns(&self) -> u32 {
+        if self.rows_are_out != 0 { self.group_in } else { self.group_out }
     }
 
     /// Blocks to launch; more than a grid may have where the filter is too large.
     #[must_use]
     pub const fn blocks(&self) -> u64 {
         self.groups as u64
-            * self.rows.div_ceil(TILE) as u64
-            * self.columns.div_ceil(TILE) as u64
-            * self.taps as u64
+            * self.group_out.div_ceil(TILE_OUT) as u64
+            * self.group_in.div_ceil(TILE_IN) as u64
+            * (self.taps / self.block_taps) as u64
     }
 
     /// Elements of the packed filter.
     #[must_use]
     pub const fn packed_elements(&self) -> u64 {
-        self.packed_stride * self.rows as u64 * self.groups as u64 * self.taps as u64
+        self.packed_stride * self.rows() as u64 * self.groups as u64 * self.taps as u64
     }
 
-    /// Group, first row, first column and tap of a block.
+    /// Group, first output channel, first input channel and first tap of a block.
     #[must_use]
     #[inline(always)]
     pub const fn place(&self, block: u32) -> [u32; 4] {
-        let tile = div(block, self.taps);
-        let tap = block.wrapping_sub(tile.wrapping_mul(self.taps));
-        let (tiles_r, tiles_c) = (self.rows.div_ceil(TILE), self.columns.div_ceil(TILE));
-        let row_tile = div(tile, tiles_c);
-        let group = div(row_tile, tiles_r);
-        let row = row_tile.wrapping_sub(group.wrapping_mul(tiles_r));
-        let column = tile.wrapping_sub(row_tile.wrapping_mul(tiles_c));
-        [group, row.wrapping_mul(TILE), column.wrapping_mul(TILE), tap]
+        let tap_blocks = div(self.taps, self.block_taps);
+        let tile = div(block, tap_blocks);
+        let tap = block.wrapping_sub(tile.wrapping_mul(tap_blocks));
+        let (tiles_out, tiles_in) =
+            (self.group_out.div_ceil(TILE_OUT), self.group_in.div_ceil(TILE_IN));
+        let out_tile = div(tile, tiles_in);
+        let group = div(out_tile, tiles_out);
+        let out = out_tile.wrapping_sub(group.wrapping_mul(tiles_out));
+        let input = tile.wrapping_sub(out_tile.wrapping_mul(tiles_in));
+        [group, out.wrapping_mul(TILE_OUT), input.wrapping_mul(TILE_IN), tap]
     }
 }
 
@@ -175,14 +215,18 @@ mod tests {
     }
 
     #[test]
-    fn blocks_cover_every_row_and_column_of_every_group_once() {
-        for rows in [Rows::Out, Rows::In] {
-            let params = PackParams::new(&shape(), rows, [0; 2], FilterLayout::OutInTap, 3);
+    fn blocks_cover_all_channels_of_every_group_once() {
+        for row_stride in [3, 4] {
+            let params =
+                PackParams::new(&shape(), Rows::In, [0; 2], FilterLayout::OutInTap, row_stride);
+            let tap_blocks = if row_stride == 3 { 1 } else { 3 };
             let places: HashSet<_> =
                 (0..params.blocks() as u32).map(|block| params.place(block)).collect();
             assert_eq!(places.len() as u64, params.blocks());
-            for [group, row, column, tap] in places {
-                assert!(group < 2 && row < params.rows && column < params.columns && tap < 3);
+            // 33 output and 70 input channels of 2 groups.
+            assert_eq!(params.blocks(), 2 * 3 * tap_blocks);
+            for [group, out, input, tap] in places {
+                assert!(group < 2 && out == 0 && input < 70 && u64::from(tap) < tap_blocks);
             }
         }
     }
@@ -193,13 +237,32 @@ mod tests {
         for (layout, row_stride) in [(FilterLayout::OutInTap, 3), (FilterLayout::TapOutIn, 70)] {
             for rows in [Rows::Out, Rows::In] {
                 let p = PackParams::new(&shape, rows, [0; 2], layout, row_stride);
-                let last = u64::from(p.groups - 1) * p.group_stride
-                    + u64::from(p.rows - 1) * p.row_stride
-                    + u64::from(p.columns - 1) * p.column_stride
+                let last = u64::from(p.groups * p.group_out - 1) * p.out_stride
+                    + u64::from(p.group_in - 1) * p.in_stride
                     + u64::from(p.taps - 1) * p.tap_stride;
                 assert_eq!(last + 1, shape.filter_elements());
             }
         }
+    }
+
+    #[test]
+    fn only_whole_aligned_runs_are_read_in_pieces() {
+        let even = Conv1dShape { in_channels: 2 * 72, ..shape() };
+        let in_pieces = |shape: &Conv1dShape, address, layout, row_stride| {
+            PackParams::new(shape, Rows::Out, [address, 0], layout, row_stride).in_pieces == 1
+        };
+        assert!(in_pieces(&even, 4096, FilterLayout::OutInTap, 3));
+        assert!(!in_pieces(&even, 4098, FilterLayout::OutInTap, 3));
+        assert!(!in_pieces(&even, 4096, FilterLayout::OutInTap, 4));
+        assert!(in_pieces(&even, 4096, FilterLayout::TapOutIn, 72));
+        assert!(!in_pieces(&shape(), 4096, FilterLayout::OutInTap, 3));
+        assert!(!in_pieces(&shape(), 4096, FilterLayout::TapOutIn, 72));
+    }
+
+    #[test]
+    fn rows_of_a_tile_are_an_odd_number_of_words_apart() {
+        assert_eq!(pitch(1) / 2 % 2, 1);
+        assert_eq!(pitch(MAX_TAPS) / 2 % 2, 1);
     }
 
     #[test]

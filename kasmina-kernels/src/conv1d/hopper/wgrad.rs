@@ -3,12 +3,15 @@
 //! For every tap, `dw = dz · xᵀ` over all sequences and positions: rows are output channels,
 //! columns the input channels of all taps in blocks of 64 ([`Walk`]), k the positions. wgmma takes
 //! both operands K-major (NCL) or MN-major (NLC), each by itself, so no layout needs a transposed
-//! copy.
+//! copy in global memory.
 //!
-//! Of a channels-last x, one haloed box can serve three or four taps ([`WgradKernel::tile_taps`]):
-//! their operands overlap in shared memory, each a few rows of positions further on than the last.
-//! To wgmma these are slabs of 64 columns, whose distance is the descriptor's leading offset
-//! (confirmed on an H200 for distances of any number of rows).
+//! One haloed tile of x with positions as rows can serve three or four taps
+//! ([`WgradKernel::tile_taps`]): their operands overlap in shared memory, each a few rows further on
+//! than the last. To wgmma these are slabs of 64 columns, whose distance is the descriptor's leading
+//! offset (confirmed on an H200 for distances of any number of rows). A channels-last x arrives so.
+//! Of a channels-first x a box for every tap would start on any position, where TMA takes multiples
+//! of 16 bytes alone: one box for all taps starts on such a multiple, and a warpgroup of its own
+//! transposes it on chip ([`WgradKernel::transposes`]).
 //!
 //! There are few tiles and many steps of k, so the steps of all tiles in a row are cut into equal
 //! parts ([`Split`]), one for a block. A block writes its sums of each tile that its part meets, in
@@ -19,12 +22,14 @@
 //! ```text
 //! producer      one thread: TMA of dz and x, as in `gemm::hopper`
 //! warps 1, 2    bias: add up the rows of dz that they find in the stage; tiles of a row take turns
+//! transposers   channels-first x: raw box ─ ldmatrix.trans ─ stmatrix ─ haloed tile of the stage
 //! consumers     wgmma over the part's steps ─ sums to the workspace
 //! ```
 //!
 //! # Shape contract
-//! - Input NCL: stride 1. Input NLC: at most [`super::MAX_STEP`]; 1 where a box serves several taps,
-//!   which then reach no further than it holds ([`HALO_ROWS`]).
+//! - Input NCL: stride 1, and without transposition every tap meets multiples of eight positions.
+//!   Input NLC: at most [`super::MAX_STEP`]. Where a tile serves several taps, stride 1, and they
+//!   reach no further than it holds ([`HALO_ROWS`]).
 //! - Steps of all tiles fit 31 bits.
 //! - Positions of the output beyond its end count as zeros and are multiplied by what x has there,
 //!   so an infinity or NaN of x may reach further taps than it should.
@@ -33,6 +38,7 @@ use super::{BLOCK_K, SLAB_N, box_positions, load_cycles};
 use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
 use crate::conv1d::{Conv1dShape, SequenceLayout};
 use crate::gemm::hopper::Tile;
+use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::div;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
@@ -178,7 +184,7 @@ pub struct Walk {
     pub sequence_blocks: u32,
     /// Sequences.
     pub batch: u32,
-    /// Positions that one box of a channels-last x holds.
+    /// Positions that one box of a channels-last x holds, or a tile that is transposed.
     pub box_positions: u32,
     /// Rows of tiles in a group.
     pub tiles_m: u32,
@@ -250,6 +256,16 @@ impl Walk {
         }
     }
 
+    /// Position of x that the first tap of a column of tiles meets for position 0 of dz, where taps
+    /// share boxes; as the two's complement of a signed number.
+    #[must_use]
+    #[inline(always)]
+    pub const fn first_met(&self, column: u32) -> u32 {
+        let block = div(column, self.tap_tiles);
+        let tap = column.wrapping_sub(block.wrapping_mul(self.tap_tiles)) * self.tile_taps;
+        (self.in_first as u32).wrapping_add(tap.wrapping_mul(self.tap_step))
+    }
+
     /// Where the sum for an input channel of a group and a tap stands: the column of tiles, and the
     /// column in the tile.
     #[must_use]
@@ -286,8 +302,46 @@ pub struct WgradKernel {
     pub kernel: Kernel<WgradParams>,
 }
 
-/// The most positions of a box of x that serves several taps.
+/// The most positions of a tile of x that serves several taps.
 pub const HALO_ROWS: u32 = 96;
+
+/// Boxes of a channels-first x on their way to the transposers.
+pub const RAW_STAGES: u32 = 3;
+/// Bytes of the largest of them.
+pub const RAW_BYTES: u32 = raw_positions(HALO_ROWS) * SLAB_N * 2;
+/// Warps that transpose: a warpgroup.
+pub const TRANSPOSERS: u32 = 4;
+
+/// Positions of a box of 64 channels of which so many are transposed: an odd number of pieces of 16
+/// bytes, so that neighbouring rows, which follow each other without a swizzle, lie on different
+/// banks.
+#[must_use]
+#[inline(always)]
+pub const fn raw_positions(rows: u32) -> u32 {
+    if rows / 8 % 2 == 1 { rows } else { rows + 8 }
+}
+
+/// Where the boxes to be transposed begin in shared memory, behind what a tile with such stages has.
+const fn raw_offset(stages: Tile) -> u32 {
+    stages.smem_bytes().next_multiple_of(128)
+}
+
+/// Shared memory with the boxes and their barriers.
+const fn smem_bytes(stages: Tile, transposes: bool) -> u32 {
+    if transposes {
+        raw_offset(stages) + RAW_STAGES * RAW_BYTES + RingBarriers::bytes(RAW_STAGES)
+    } else {
+        stages.smem_bytes()
+    }
+}
+
+/// Offset in a raw box of the row that `lane` gives to the `ldmatrix.x4.trans` of a piece of 8
+/// positions and 32 channels: eight positions of a channel.
+#[must_use]
+#[inline(always)]
+pub const fn piece_in_raw(piece: u32, lane: u32, positions: u32) -> u32 {
+    (32 * (piece % 2) + lane) * 2 * positions + piece / 2 * 16
+}
 
 /// A stage of the ring where taps share a box of x, as the tile that has such stages.
 const fn haloed_stages(tile: Tile) -> Tile {
@@ -305,16 +359,30 @@ impl WgradKernel {
         };
         let x = match self.x {
             SequenceLayout::Nlc => [SLAB_N, self.x_positions(in_step, tap_step) * in_step],
+            SequenceLayout::Ncl if self.transposes() => {
+                [raw_positions(self.x_positions(in_step, tap_step)), SLAB_N]
+            }
             SequenceLayout::Ncl => [BLOCK_K, SLAB_N],
         };
         [dz, x]
     }
 
-    /// Positions that one box of a channels-last x holds.
+    /// Whether boxes of a channels-first x are transposed, so that taps share them.
+    #[must_use]
+    pub const fn transposes(&self) -> bool {
+        self.tile_taps > 0 && matches!(self.x, SequenceLayout::Ncl)
+    }
+
+    /// Positions before the first that a tap meets, at most, that a tile of x holds.
+    const fn lead(&self) -> u32 {
+        if self.transposes() { 7 } else { 0 }
+    }
+
+    /// Positions that one box of a channels-last x holds, or a tile that is transposed.
     const fn x_positions(&self, in_step: u32, tap_step: u32) -> u32 {
         if self.tile_taps > 0 {
             // Whole groups of 8 rows, the period of the swizzle.
-            (BLOCK_K + (self.tile_taps - 1) * tap_step).next_multiple_of(8)
+            (BLOCK_K + self.lead() + (self.tile_taps - 1) * tap_step).next_multiple_of(8)
         } else {
             box_positions(BLOCK_K, in_step)
         }
@@ -323,9 +391,12 @@ impl WgradKernel {
     /// Whether it serves a convolution of its type and layouts.
     #[must_use]
     pub const fn serves(&self, shape: &Conv1dShape) -> bool {
-        let most = (HALO_ROWS - BLOCK_K) as u64;
-        self.tile_taps == 0
-            || shape.stride == 1 && (self.tile_taps as u64 - 1) * shape.dilation as u64 <= most
+        let most = (HALO_ROWS - BLOCK_K - self.lead()) as u64;
+        if self.tile_taps > 0 {
+            shape.stride == 1 && (self.tile_taps as u64 - 1) * shape.dilation as u64 <= most
+        } else {
+            matches!(self.x, SequenceLayout::Nlc) || meets_whole_pieces(shape)
+        }
     }
 
     /// Bytes of a slot: the sums of a tile.
@@ -338,14 +409,28 @@ impl WgradKernel {
     const fn cost(&self, shape: &Conv1dShape) -> u64 {
         let walk = Walk::new(shape, self);
         let multiply = self.tile.block_m * self.tile.block_n / 32;
-        let x_rows = if self.tile_taps > 0 { walk.box_positions } else { self.tile.block_n };
+        let x_rows = if self.transposes() {
+            raw_positions(walk.box_positions)
+        } else if self.tile_taps > 0 {
+            walk.box_positions
+        } else {
+            self.tile.block_n
+        };
         let load = load_cycles(self.tile.block_m + x_rows);
         let step = if multiply > load { multiply } else { load } as u64;
         walk.tiles_m as u64 * walk.tiles_n as u64 * step
     }
 }
 
-/// The kernel expected to be fastest; `None` for a type that no kernel serves.
+/// Whether every tap meets positions that TMA can begin a box with where positions are contiguous:
+/// multiples of 16 bytes.
+const fn meets_whole_pieces(shape: &Conv1dShape) -> bool {
+    shape.stride == 1
+        && shape.padding_left.is_multiple_of(8)
+        && (shape.kernel_size == 1 || shape.dilation.is_multiple_of(8))
+}
+
+/// The kernel expected to be fastest; `None` for what no kernel serves.
 #[must_use]
 pub fn select(
     dtype: DType,
@@ -399,6 +484,8 @@ macro_rules! kernels {
                 cluster_m: 1,
             };
             let stages = if $tile_taps > 0 { haloed_stages(tile) } else { tile };
+            let transposes = $tile_taps > 0 && matches!(SequenceLayout::$x, SequenceLayout::Ncl);
+            let transposers = if transposes { 32 * TRANSPOSERS } else { 0 };
             WgradKernel {
                 dtype: DType::$element,
                 dz: SequenceLayout::$dz,
@@ -406,7 +493,8 @@ macro_rules! kernels {
                 tile,
                 tile_taps: $tile_taps,
                 kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), stages.smem_bytes(),
+                    &MODULE, stringify!($entry), tile.block_dim() + transposers,
+                    smem_bytes(stages, transposes),
                 )
                 .waiting_for_predecessors(),
             }
@@ -414,8 +502,8 @@ macro_rules! kernels {
         $(
             #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
             device::entry!(
-                $entry, $element, $ptx_type, $dz_major, $x_major, $block_m, $block_n, $num_stages,
-                $tile_taps
+                $entry, $element, $ptx_type, $dz_major, $x $x_major, $block_m, $block_n,
+                $num_stages, $tile_taps
             );
         )+
     };
@@ -424,6 +512,13 @@ macro_rules! kernels {
 kernels! {
     conv1d_wgrad_bf16_ncl_ncl_128x256x64: BF16 "bf16", Ncl K x Ncl K, 128 x 256, 4 stages, 0 taps;
     conv1d_wgrad_bf16_ncl_ncl_64x256x64: BF16 "bf16", Ncl K x Ncl K, 64 x 256, 5 stages, 0 taps;
+    conv1d_wgrad_taps_bf16_ncl_ncl_128x192x64: BF16 "bf16", Ncl K x Ncl MN, 128 x 192, 5 stages, 3 taps;
+    conv1d_wgrad_taps_bf16_ncl_ncl_64x256x64: BF16 "bf16", Ncl K x Ncl MN, 64 x 256, 8 stages, 4 taps;
+    conv1d_wgrad_taps_bf16_ncl_ncl_64x192x64: BF16 "bf16", Ncl K x Ncl MN, 64 x 192, 8 stages, 3 taps;
+    conv1d_wgrad_taps_bf16_nlc_ncl_128x192x64: BF16 "bf16", Nlc MN x Ncl MN, 128 x 192, 5 stages, 3 taps;
+    conv1d_wgrad_taps_bf16_nlc_ncl_64x192x64: BF16 "bf16", Nlc MN x Ncl MN, 64 x 192, 8 stages, 3 taps;
+    conv1d_wgrad_taps_bf16_ncl_nlc_128x192x64: BF16 "bf16", Ncl K x Nlc MN, 128 x 192, 6 stages, 3 taps;
+    conv1d_wgrad_taps_bf16_ncl_nlc_64x192x64: BF16 "bf16", Ncl K x Nlc MN, 64 x 192, 10 stages, 3 taps;
     conv1d_wgrad_taps_bf16_nlc_nlc_128x256x64: BF16 "bf16", Nlc MN x Nlc MN, 128 x 256, 6 stages, 4 taps;
     conv1d_wgrad_taps_bf16_nlc_nlc_128x192x64: BF16 "bf16", Nlc MN x Nlc MN, 128 x 192, 6 stages, 3 taps;
     conv1d_wgrad_taps_bf16_nlc_nlc_64x256x64: BF16 "bf16", Nlc MN x Nlc MN, 64 x 256, 10 stages, 4 taps;
@@ -436,6 +531,13 @@ kernels! {
     conv1d_wgrad_bf16_nlc_ncl_64x256x64: BF16 "bf16", Nlc MN x Ncl K, 64 x 256, 5 stages, 0 taps;
     conv1d_wgrad_f16_ncl_ncl_128x256x64: F16 "f16", Ncl K x Ncl K, 128 x 256, 4 stages, 0 taps;
     conv1d_wgrad_f16_ncl_ncl_64x256x64: F16 "f16", Ncl K x Ncl K, 64 x 256, 5 stages, 0 taps;
+    conv1d_wgrad_taps_f16_ncl_ncl_128x192x64: F16 "f16", Ncl K x Ncl MN, 128 x 192, 5 stages, 3 taps;
+    conv1d_wgrad_taps_f16_ncl_ncl_64x256x64: F16 "f16", Ncl K x Ncl MN, 64 x 256, 8 stages, 4 taps;
+    conv1d_wgrad_taps_f16_ncl_ncl_64x192x64: F16 "f16", Ncl K x Ncl MN, 64 x 192, 8 stages, 3 taps;
+    conv1d_wgrad_taps_f16_nlc_ncl_128x192x64: F16 "f16", Nlc MN x Ncl MN, 128 x 192, 5 stages, 3 taps;
+    conv1d_wgrad_taps_f16_nlc_ncl_64x192x64: F16 "f16", Nlc MN x Ncl MN, 64 x 192, 8 stages, 3 taps;
+    conv1d_wgrad_taps_f16_ncl_nlc_128x192x64: F16 "f16", Ncl K x Nlc MN, 128 x 192, 6 stages, 3 taps;
+    conv1d_wgrad_taps_f16_ncl_nlc_64x192x64: F16 "f16", Ncl K x Nlc MN, 64 x 192, 10 stages, 3 taps;
     conv1d_wgrad_taps_f16_nlc_nlc_128x256x64: F16 "f16", Nlc MN x Nlc MN, 128 x 256, 6 stages, 4 taps;
     conv1d_wgrad_taps_f16_nlc_nlc_128x192x64: F16 "f16", Nlc MN x Nlc MN, 128 x 192, 6 stages, 3 taps;
     conv1d_wgrad_taps_f16_nlc_nlc_64x256x64: F16 "f16", Nlc MN x Nlc MN, 64 x 256, 10 stages, 4 taps;

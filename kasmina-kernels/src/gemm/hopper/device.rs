@@ -1,16 +1,23 @@
 //! Device side of the Hopper forward kernels.
 
+use super::unaligned::device::{Slab, store_slab};
 use super::*;
+use crate::ptx;
 use crate::smem_layout::{SWIZZLE_ROW_BYTES, stmatrix_offset};
-use crate::{pipeline::RingPosition, ptx};
 
+mod element;
 mod exchange;
+mod f32_epilogue;
 mod multiply;
 mod operands;
+mod producer;
 mod share;
-pub(super) use exchange::Exchange;
+pub(crate) use element::{BF16, Element, F16};
+pub(crate) use exchange::Exchange;
+pub(crate) use f32_epilogue::{F32Epilogue, Output, TransposedEpilogue};
 pub(crate) use multiply::multiply_tile;
 pub(crate) use operands::{Matrices, Operands, Stage};
+pub(crate) use producer::{Work, produce};
 pub(super) use share::Shared;
 
 // Three warpgroups start with 168 registers a thread each, 504 together: 40 + 2 · 232.
@@ -20,46 +27,6 @@ pub(crate) const CONSUMER_REGISTERS: u32 = 232;
 /// Whether consumers need more registers than the block starts with.
 pub(crate) const fn needs_registers(tile: Tile) -> bool {
     tile.block_n == 256
-}
-
-/// A 16-bit element type: how it leaves and enters f32.
-pub(crate) trait Element {
-    fn pack(high: f32, low: f32) -> u32;
-    fn widen(bits: u16) -> f32;
-    /// The two elements of a pair, the one in the lower half first.
-    fn widen_pair(bits: u32) -> (f32, f32);
-}
-
-pub(crate) struct BF16;
-impl Element for BF16 {
-    #[inline(always)]
-    fn pack(high: f32, low: f32) -> u32 {
-        ptx::cvt_rn_bf16x2_f32(high, low)
-    }
-    #[inline(always)]
-    fn widen(bits: u16) -> f32 {
-        ptx::cvt_f32_bf16(bits)
-    }
-    #[inline(always)]
-    fn widen_pair(bits: u32) -> (f32, f32) {
-        (f32::from_bits(bits << 16), f32::from_bits(bits & 0xFFFF_0000))
-    }
-}
-
-pub(crate) struct F16;
-impl Element for F16 {
-    #[inline(always)]
-    fn pack(high: f32, low: f32) -> u32 {
-        ptx::cvt_rn_f16x2_f32(high, low)
-    }
-    #[inline(always)]
-    fn widen(bits: u16) -> f32 {
-        ptx::cvt_f32_f16(bits)
-    }
-    #[inline(always)]
-    fn widen_pair(bits: u32) -> (f32, f32) {
-        (Self::widen(bits as u16), Self::widen((bits >> 16) as u16))
-    }
 }
 
 /// Where the block's shared memory and its ring lie.
@@ -159,79 +126,6 @@ pub(crate) fn wait_for_predecessors() {
     ptx::griddepcontrol_launch_dependents();
 }
 
-/// Fetches into L2 what the first lap of the ring loads. Tiles that share rows or columns divide
-/// the steps. More than a lap was slower on an H200: it delays the loads themselves.
-///
-/// # Safety
-/// As [`produce`].
-#[inline(always)]
-unsafe fn prefetch_first_lap(block: Block, operands: impl Operands, work: Work) {
-    let (tile, tiles) = (block.tile, work.tiles);
-    let (m, n) = block.corner(tiles, block.first_tile());
-    let (begin, end) = tile.steps(block.rank_of_k(), work.k_blocks);
-    let lap = begin + tile.num_stages;
-    let end = if end < lap { end } else { lap };
-    let mut k_block = begin + m / tile.block_m;
-    while k_block < end {
-        // SAFETY: the caller's contract.
-        unsafe { operands.prefetch_w(tile, n, k_block) };
-        k_block += tiles.tiles_m * tile.cluster_m;
-    }
-    let mut k_block = begin + n / tile.block_n;
-    while k_block < end {
-        // SAFETY: the caller's contract.
-        unsafe { operands.prefetch_x(tile, m, k_block) };
-        k_block += tiles.tiles_n;
-    }
-}
-
-/// What there is to do.
-#[derive(Clone, Copy)]
-pub(super) struct Work {
-    pub(super) tiles: TileScheduler,
-    pub(super) k_blocks: u32,
-    /// Bytes of the boxes of a stage.
-    pub(super) stage_bytes: u32,
-}
-
-/// Feeds the ring for every tile of this block.
-///
-/// # Safety
-/// One thread of the block calls it; the operands' maps are 64-aligned addresses of maps with the
-/// boxes that their parameters name, of `stage_bytes` together (the host encodes them).
-#[inline(always)]
-pub(super) unsafe fn produce(block: Block, operands: impl Operands, work: Work) {
-    let tiles = work.tiles;
-    // SAFETY: valid maps by the caller's contract. Prefetching may run ahead of the grid before:
-    // 0.1 to 0.7 µs less per small product in a graph on an H200.
-    unsafe {
-        operands.prefetch_maps();
-        prefetch_first_lap(block, operands, work);
-    }
-    wait_for_predecessors();
-    let mut position = RingPosition::START;
-    let mut tile = block.first_tile();
-    let (begin, end) = block.tile.steps(block.rank_of_k(), work.k_blocks);
-    while tile < tiles.num_tiles() {
-        let (m, n) = block.corner(tiles, tile);
-        let mut k_block = begin;
-        while k_block < end {
-            let full = block.ring.full(position.stage);
-            let (x, w) = (block.x_stage(position.stage), block.w_stage(position.stage));
-            // SAFETY: the stage is free once `empty` completes; the bytes expected are those of
-            // the boxes issued; destinations are whole stages, 1024-aligned.
-            unsafe {
-                block.ring.wait_empty(position);
-                ptx::mbarrier_arrive_expect_tx(full, work.stage_bytes);
-                operands.load(block.tile, Stage { x, w, full }, m, n, k_block);
-            }
-            position = position.next(block.tile.num_stages);
-            k_block += 1;
-        }
-        tile += block.tile_step();
-    }
-}
-
 /// Applies the activation.
 #[inline(always)]
 pub(crate) fn activate(activation: EpilogueActivation, c: [f32; 8]) -> [f32; 8] {
@@ -251,6 +145,8 @@ pub(crate) struct Epilogue {
     tile: Tile,
     /// 0 or 1.
     consumer: u32,
+    /// First row of the tile that is this consumer's.
+    first_row: u32,
     /// Which of the blocks that share the tile this is.
     rank: u32,
     /// Of the warpgroup, 0 to 127.
@@ -258,6 +154,8 @@ pub(crate) struct Epilogue {
     slabs: u32,
     bias_smem: u32,
     y_map: u64,
+    /// Y, if TMA does not store it.
+    plain: PlainRows,
     bias: u64,
     n: u32,
     activation: EpilogueActivation,
@@ -277,11 +175,13 @@ impl Epilogue {
         Self {
             tile,
             consumer,
+            first_row: consumer * CONSUMER_M,
             rank: block.rank_of_k(),
             thread: ptx::thread_index() % WARPGROUP,
             slabs: block.smem + tile.y_offset() + consumer * (tile.slab_buffers() * SLAB_BYTES),
             bias_smem: block.smem + tile.bias_offset() + consumer * (tile.block_n * 4),
             y_map,
+            plain: PlainRows::NONE,
             bias,
             n,
             activation,
@@ -292,6 +192,18 @@ impl Epilogue {
     #[inline(always)]
     fn slab(self, slab: u32) -> u32 {
         self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES
+    }
+
+    /// The same, which stores Y as `plain` says unless that is none.
+    #[inline(always)]
+    pub(crate) fn storing(self, plain: PlainRows) -> Self {
+        Self { plain, ..self }
+    }
+
+    /// The same of a consumer that has tiles to itself: 64 rows are stored where `end_slab` says.
+    #[inline(always)]
+    pub(crate) fn of_whole_tiles(self) -> Self {
+        Self { first_row: 0, ..self }
     }
 
     /// This thread's two bias elements of the tile at column `n`, as bits; 0 beyond the edge.
@@ -393,16 +305,36 @@ impl Epilogue {
     /// # Safety
     /// The whole warpgroup calls it, after the slab's four `columns`.
     #[inline(always)]
-    pub(crate) unsafe fn end_slab(self, slab: u32, m: u32, n: u32) {
+    pub(crate) unsafe fn end_slab<E: Element>(self, slab: u32, m: u32, n: u32) {
         let first = self.rank * self.tile.store_rows();
-        let row = m + self.consumer * CONSUMER_M + first;
-        // SAFETY: by the caller's contract; `end_slab_with` calls back when the buffer is complete.
+        let row = m + self.first_row + first;
+        let column = n + slab * SLAB_N;
+        // SAFETY: by the caller's contract; the buffer is complete, and is not written before
+        // `begin_slab` has waited for the store, or for every thread.
         unsafe {
-            self.end_slab_with(slab, |map, buffer| {
+            let buffer = self.complete_slab(slab);
+            if self.plain.address != 0 {
+                let rows = self.tile.store_rows();
+                let slab = Slab { buffer, first, rows, row, column };
+                store_slab::<E>(self.plain, slab, self.thread, false);
+            } else if self.thread == 0 {
                 let buffer = buffer + first * SWIZZLE_ROW_BYTES;
-                ptx::cp_async_bulk_tensor_2d_store(map, n + slab * SLAB_N, row, buffer);
-            });
+                ptx::cp_async_bulk_tensor_2d_store(self.y_map, column, row, buffer);
+                ptx::cp_async_bulk_commit_group();
+            }
         }
+    }
+
+    /// Makes what all threads have written of a slab visible, to TMA too; the slab's address.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it.
+    #[inline(always)]
+    unsafe fn complete_slab(self, slab: u32) -> u32 {
+        ptx::fence_proxy_async_shared();
+        // SAFETY: the whole warpgroup, by the caller's contract.
+        unsafe { self.sync() };
+        self.slab(slab)
     }
 
     /// Stores slab `slab` as `store` says, which gets Y's map and the buffer's address in one
@@ -413,11 +345,10 @@ impl Epilogue {
     /// The whole warpgroup calls it, after the slab's four `columns`.
     #[inline(always)]
     pub(crate) unsafe fn end_slab_with(self, slab: u32, store: impl FnOnce(u64, u32)) {
-        ptx::fence_proxy_async_shared();
         // SAFETY: the whole warpgroup, by the caller's contract.
-        unsafe { self.sync() };
+        let buffer = unsafe { self.complete_slab(slab) };
         if self.thread == 0 {
-            store(self.y_map, self.slab(slab));
+            store(self.y_map, buffer);
             ptx::cp_async_bulk_commit_group();
         }
     }
@@ -481,13 +412,13 @@ macro_rules! cluster_marker {
         ""
     };
     ($blocks:literal 1) => {
-        device::cluster_marker!(1 $blocks)
+        $crate::gemm::hopper::device::cluster_marker!(1 $blocks)
     };
     (1 $blocks:literal) => {
         concat!("// kasmina: .reqnctapercluster ", $blocks, ", 1, 1")
     };
 }
-pub(super) use cluster_marker;
+pub(crate) use cluster_marker;
 
 /// Defines the entry for one element type, major order of W and tile.
 macro_rules! entry {
@@ -562,7 +493,8 @@ macro_rules! entry {
                 let consumer = warpgroup - 1;
                 let epilogue = Epilogue::new(
                     block, consumer, y_map, params.bias, params.n, params.activation,
-                );
+                )
+                .storing(params.plain);
                 let elected = block.releases();
                 wait_for_predecessors();
                 let k_steps = block.steps(k_blocks);
@@ -609,7 +541,7 @@ macro_rules! entry {
                                 epilogue.columns::<$element>(group, [$($c),+]);
                             }
                             if group % 4 == 3 {
-                                epilogue.end_slab(group / 4, m, n);
+                                epilogue.end_slab::<$element>(group / 4, m, n);
                             }
                         }
                         group += 1;

@@ -11,15 +11,17 @@
 //! slot for it. The host merges the slots of a chunk by number when somebody reads them: done by the
 //! last block of the grid, that took as long as everything else here. So the bits of a result depend
 //! on elements, shape and tile alone: not on the grid, nor on the order in which tiles are done.
-//! Elements are those of Y, rounded to its type. Error bounds are those of the segmented reduction of
-//! Y (`reduce.rs`).
+//! Elements are those of Y, rounded to its type. What tensor cores add up has the error bounds that
+//! `reduce/device/gram.rs` derives, and says what it assumes for that: 170u for m2, where the segmented
+//! reduction of Y has 108u, and 35u·Σ|x| for the sum, where that has 90u (`reduce.rs`).
 //!
 //! Units that Y's edge cuts, and those with which tensor cores would not be accurate enough (a mean
 //! larger than the standard deviation, NaN, infinities, squares that leave the range of f32), a warp
-//! reads back once they are stored, and summarises them as that reduction does.
+//! reads back once they are stored, and summarises them as that reduction does. The consumer waits
+//! for its stores before that, so outputs that are mostly far from zero gain less from the fusion.
 //!
 //! # Shape contract
-//! - As `hopper.rs`, and chunks of columns that are whole halves of a tile or more, or one chunk.
+//! - As `hopper.rs`, with operands and rows of Y that TMA can address, and chunks of columns that are whole halves of a tile or more, or one chunk.
 
 use core::num::NonZeroU32;
 

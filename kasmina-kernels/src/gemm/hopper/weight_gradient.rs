@@ -20,9 +20,10 @@
 //! ```
 //!
 //! # Shape contract
-//! As the forward kernels': n is a multiple of 8, addresses and row strides are multiples of 16
-//! bytes; the number of work items plus a grid fits 32 bits.
+//! As the forward kernels', for both operands and the product; the number of work items plus a grid
+//! fits 32 bits.
 
+use super::unaligned::PlainRows;
 use super::{BLOCK_K, Tile};
 use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
 use crate::tile_scheduler::TileScheduler;
@@ -81,11 +82,14 @@ pub struct WeightGradientParams {
     pub summed: u32,
     /// 1 to add to what product and sums hold, with one part; else 0.
     pub accumulate: u32,
+    /// The product, where TMA cannot store it; then `product_map` is not used.
+    pub plain: PlainRows,
 }
 
-// SAFETY: repr(C); 384 bytes of maps, two u64 and ten 32-bit fields: no padding.
+// SAFETY: repr(C); 384 bytes of maps, four u64 and twelve 32-bit fields, of which ten
+// stand after the first two u64: no padding.
 unsafe impl KernelParams for WeightGradientParams {}
-const _: () = assert!(size_of::<WeightGradientParams>() == 3 * 128 + 2 * 8 + 10 * 4);
+const _: () = assert!(size_of::<WeightGradientParams>() == 3 * 128 + 4 * 8 + 12 * 4);
 
 /// A weight-gradient kernel and what it serves.
 pub struct WeightGradientKernel {

@@ -1,6 +1,6 @@
 //! Layers without tensor cores: each thread an output, eight rows of the batch at a time.
 
-use super::{Grid, Unit};
+use super::{Early, Grid, Unit};
 use crate::activation::Activation;
 use crate::gemm::portable::bf16_from_f32;
 use crate::persistent::{LayerPlan, PORTABLE_ROWS, SCRATCH_BYTES, THREADS};
@@ -10,19 +10,21 @@ const ROWS: usize = PORTABLE_ROWS as usize;
 
 /// An element type of the kernels.
 pub(in crate::persistent) trait Stack {
+    /// Whether inputs may be looked for before their unit is known.
+    const LOOKS_EARLY: bool;
     /// What a thread keeps in registers while it waits for a unit.
     type Ahead;
-    /// Loads that, of the weights in shared memory.
+    /// Loads that, of the weights of a version.
     ///
     /// # Safety
     /// Every thread of the block calls it, after a barrier that follows the loading of the weights.
-    unsafe fn ahead(grid: &Grid<'_>) -> Self::Ahead;
-    /// Computes a unit.
+    unsafe fn ahead(grid: &Grid<'_>, version: u32) -> Self::Ahead;
+    /// Computes a unit, whose input is there; false never.
     ///
     /// # Safety
     /// Every thread of the block calls it, between two barriers, with a unit of this grid and what
     /// `ahead` gave for the unit's weights.
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead);
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, ahead: &Self::Ahead, early: Early) -> bool;
 }
 
 /// What differs between the element types. Bits travel in the lower end of a `u32`.
@@ -108,13 +110,14 @@ sixteen_bit_element!(F16, |bits: u32| ptx::cvt_f32_f16(bits as u16), ptx::cvt_rn
 sixteen_bit_element!(BF16, |bits: u32| f32::from_bits(bits << 16), bf16_from_f32);
 
 impl<E: Element> Stack for E {
+    const LOOKS_EARLY: bool = false;
     type Ahead = ();
 
     #[inline(always)]
-    unsafe fn ahead(_: &Grid<'_>) {}
+    unsafe fn ahead(_: &Grid<'_>, _: u32) {}
 
     #[inline(always)]
-    unsafe fn compute(grid: &Grid<'_>, unit: Unit, (): &()) {
+    unsafe fn compute(grid: &Grid<'_>, unit: Unit, (): &(), _: Early) -> bool {
         let mut first = 0;
         while first < unit.rows {
             ptx::nounroll();
@@ -124,6 +127,7 @@ impl<E: Element> Stack for E {
             unsafe { run::<E>(grid, unit, first, rows) }
             first += PORTABLE_ROWS;
         }
+        true
     }
 }
 

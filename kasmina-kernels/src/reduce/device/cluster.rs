@@ -27,12 +27,15 @@ pub(in crate::reduce) unsafe fn few<E: Element, S: Statistic>(params: &ReducePar
         if rank == 0 && is_first_thread() {
             ptx::mbarrier_init(barrier, 1);
             ptx::fence_mbarrier_init();
-            ptx::mbarrier_arrive_expect_tx(barrier, num_records * CLUSTER_RECORD_BYTES);
         }
         if team < chunks.count && ptx::opaque_u32(thread) == 0 {
             prefetch::<E>(params, team);
         }
         ptx::barrier_cluster_relaxed();
+        // Records may come before: the phase cannot end without this arrival.
+        if rank == 0 && is_first_thread() {
+            ptx::mbarrier_arrive_expect_tx(barrier, num_records * CLUSTER_RECORD_BYTES);
+        }
     }
     wait_for_predecessors();
 
@@ -44,7 +47,7 @@ pub(in crate::reduce) unsafe fn few<E: Element, S: Statistic>(params: &ReducePar
     if S::SQUARES {
         measure.pivot = at.pivot();
     }
-    let mut accumulator = Accumulator::new(measure.pivot);
+    let mut accumulator = Accumulator::new(number_or_zero(measure.pivot));
     // SAFETY: as above.
     unsafe { at.add_chunk::<S>(&mut accumulator, measure, rule, || (0, 0)) };
 

@@ -44,6 +44,10 @@ pub(crate) trait Element {
     /// As there.
     #[cfg(kasmina_tier = "hopper")]
     unsafe fn multiply(_: &mut [f32; 4], _: [u32; 4], _: [u32; 2]) {}
+    /// Smallest, largest and number of dead in the lower and in the upper half.
+    fn split(_: Pairs) -> [(f32, f32, f32); 2] {
+        [(0.0, 0.0, 0.0); 2]
+    }
     /// Adds what was found in pairs to what was found in f32.
     fn add_pairs(_: Pairs, _: &mut Batch) {}
 }
@@ -145,6 +149,13 @@ macro_rules! sixteen_bit_element {
             unsafe fn multiply(sum: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
                 // SAFETY: the caller's contract.
                 unsafe { ptx::mma::$multiply(sum, a, b) }
+            }
+            #[inline(always)]
+            fn split(pairs: Pairs) -> [(f32, f32, f32); 2] {
+                [
+                    ($low(pairs.min), $low(pairs.max), $low(pairs.dead)),
+                    ($high(pairs.min), $high(pairs.max), $high(pairs.dead)),
+                ]
             }
             #[cfg(kasmina_tier = "hopper")]
             #[inline(always)]

@@ -5,12 +5,18 @@
 //! ones, gives the sums of the rows. That is three instructions for 256 elements, where plain
 //! arithmetic takes four for each. Then `m2 = Σx² − (Σx)² / n`.
 //!
-//! Products are exact. With `u` the unit roundoff of f32, a product of 16 terms and what it is added
-//! to loses at most 10u of the sum of magnitudes (tensor cores cut off bits, two or more beyond those
-//! of f32); four in a row, of a slab, lose 25u, and the additions of slabs and lanes another 10u. So
-//! `Σx²` errs by at most 35u of itself and `(Σx)²/n` by 70u of `|mean|·Σ|x|`. A summary is given only
-//! where `m2 ≥ Σx²/2`, so that the mean is no larger than the standard deviation: then m2 errs by at
-//! most 170u of itself, and the sum by 35u of Σ|x|, within what a reduction promises (`reduce.rs`).
+//! # Errors
+//! Assumed, as measurements of tensor cores show it but no manual promises it: products of two
+//! 16-bit elements are exact, and adding up 16 of them and what was there before cuts off bits below
+//! those of the largest, two or more beyond f32's, before one rounding or cut to f32. With `u` the
+//! unit roundoff of f32, that loses at most 10u of the sum of magnitudes; were less kept, the factors
+//! below would grow in proportion, and nothing else would change.
+//!
+//! Derived from it: four such products in a row, of a slab, lose 25u, and the additions of slabs and
+//! lanes another 10u. So `Σx²` errs by at most 35u of itself, and `(Σx)²/n` by 70u of `|mean|·Σ|x|`. A
+//! summary is given only where `m2 ≥ Σx²/2`, so that the mean is no larger than the standard
+//! deviation: then `|mean|·Σ|x| ≤ √2·m2`, and m2 errs by at most 170u of itself, the sum by 35u of
+//! `Σ|x|`.
 
 use super::Element;
 use super::node::{other_f32, sum_u32};
@@ -67,8 +73,7 @@ impl Gram {
     /// Of these elements and others of the same rows.
     #[inline(always)]
     pub(crate) fn with<E: Element>(self, other: Self) -> Self {
-        let squares =
-            [self.squares[0] + other.squares[0], self.squares[1] + other.squares[1]];
+        let squares = [self.squares[0] + other.squares[0], self.squares[1] + other.squares[1]];
         Self { sum: self.sum + other.sum, squares, pairs: E::joined(self.pairs, other.pairs) }
     }
 
@@ -82,8 +87,13 @@ impl Gram {
         let lane = ptx::opaque_u32(ptx::lane_index());
         let (row, column) = (lane / 4, 2 * (lane % 4));
         let [even, odd] = self.squares;
-        let mut squares =
-            if row == column { even } else if row == column + 1 { odd } else { 0.0 };
+        let mut squares = if row == column {
+            even
+        } else if row == column + 1 {
+            odd
+        } else {
+            0.0
+        };
         let mut sum = self.sum;
         let (min, max, dead) = E::of_pairs(self.pairs);
         // SAFETY: the caller's contract.
@@ -107,7 +117,8 @@ impl Gram {
         let (squares, sum) = (f64::from(squares), f64::from(sum));
         let m2 = ptx::fma_rn_f64(-sum * inverse, sum, squares);
         let zero = min == 0.0 && max == 0.0;
-        let accurate = squares >= SMALLEST_SQUARES && squares < LARGEST_SQUARES && m2 >= 0.5 * squares;
+        let accurate =
+            squares >= SMALLEST_SQUARES && squares < LARGEST_SQUARES && m2 >= 0.5 * squares;
         let partial = Partial { sum, m2, min, max, counts: Counts::new(0, 0, dead) };
         if accurate || zero && squares == 0.0 { Some(partial) } else { None }
     }

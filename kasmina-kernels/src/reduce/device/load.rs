@@ -116,7 +116,8 @@ unsafe fn load_rest<E: Element>(vector: &mut [u32; 4], (address, left): (u64, i3
 }
 
 /// What is subtracted from the elements that are added next: the mean of these, of which `count`
-/// exist and the others are zero, or one of them where that is not finite; 0 if none is.
+/// exist and the others are zero; NaN where that is not finite. What is left of a number then is
+/// NaN as well, so that every batch is added in f64: no other element stands for all.
 #[inline(always)]
 pub(super) fn pivot<E: Element>(vectors: &Vectors, count: u32) -> f32 {
     let mut sums = [0.0; 4];
@@ -130,33 +131,19 @@ pub(super) fn pivot<E: Element>(vectors: &Vectors, count: u32) -> f32 {
     });
     let [a, b, c, d] = sums;
     let sum = (a + b) + (c + d);
-    if count == VECTORS * E::WIDTH {
-        let mean = sum * (1.0 / (VECTORS * E::WIDTH) as f32);
-        if mean.is_finite() {
-            return mean;
-        }
-    } else if sum.is_finite() {
-        let count = if count == 0 { 1 } else { count };
-        return sum * ptx::rcp_approx_f32(count as f32);
-    }
-    let mut pivot = f32::NAN;
-    each_vector(&mut vectors.clone(), |vector| {
-        pivot = first_finite(E::four(vector.map(ptx::opaque_u32), false), pivot);
-        if E::WIDTH == 8 {
-            pivot = first_finite(E::four(vector.map(ptx::opaque_u32), true), pivot);
-        }
-    });
-    if pivot.is_nan() { 0.0 } else { pivot }
+    let inverse = match count {
+        count if count == VECTORS * E::WIDTH => 1.0 / (VECTORS * E::WIDTH) as f32,
+        0 => 1.0,
+        count => ptx::rcp_approx_f32(count as f32),
+    };
+    let mean = sum * inverse;
+    if mean.is_finite() { mean } else { f32::NAN }
 }
 
+/// The pivot of f64 sums, for which any number will do.
 #[inline(always)]
-fn first_finite(four: [f32; 4], mut pivot: f32) -> f32 {
-    unroll!(i: usize in [0 1 2 3] {
-        if pivot.is_nan() && four[i].is_finite() {
-            pivot = four[i];
-        }
-    });
-    pivot
+pub(super) fn number_or_zero(pivot: f32) -> f32 {
+    if pivot.is_nan() { 0.0 } else { pivot }
 }
 
 #[inline(always)]

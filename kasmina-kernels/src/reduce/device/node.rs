@@ -3,6 +3,7 @@
 use super::Statistic;
 use crate::ptx;
 use crate::reduce::Accumulator;
+use crate::reduce::columns::{packed, unpacked};
 use crate::reduce::moments::{max_nan, min_nan};
 
 /// Sums of a chunk's elements relative to a pivot: of a lane, of a warp, of the block.
@@ -112,6 +113,47 @@ impl Node {
         }
     }
 
+    /// Puts a node of at most 1023 elements of each kind to place `place` of a warp's two halves of
+    /// `half` bytes, so that neighbouring places are neighbours in each.
+    ///
+    /// # Safety
+    /// As [`put`](Self::put), of these places.
+    #[inline(always)]
+    pub(super) unsafe fn put_in_halves(&self, smem: u32, half: u32, warp: u32, place: u32) {
+        let [a, b] = halves(self.distances.to_bits());
+        let [c, d] = halves(self.squares.to_bits());
+        let counts = f32::from_bits(packed([self.dead, self.non_finite, self.skipped]));
+        let address = smem + warp * 2 * half + place * 16;
+        // SAFETY: the caller's contract; places are multiples of 16.
+        unsafe {
+            ptx::st_shared_v4_f32(address, [a, b, c, d]);
+            ptx::st_shared_v4_f32(address + half, [self.pivot, self.min, self.max, counts]);
+        }
+    }
+
+    /// What was put there.
+    ///
+    /// # Safety
+    /// As [`get`](Self::get), of these places.
+    #[inline(always)]
+    pub(super) unsafe fn get_from_halves(smem: u32, half: u32, warp: u32, place: u32) -> Self {
+        let address = smem + warp * 2 * half + place * 16;
+        // SAFETY: the caller's contract; places are multiples of 16.
+        let ([a, b, c, d], [pivot, min, max, counts]) =
+            unsafe { (ptx::ld_shared_v4_f32(address), ptx::ld_shared_v4_f32(address + half)) };
+        let [dead, non_finite, skipped] = unpacked(counts.to_bits());
+        Self {
+            distances: f64::from_bits(joined(a, b)),
+            squares: f64::from_bits(joined(c, d)),
+            pivot,
+            min,
+            max,
+            non_finite,
+            skipped,
+            dead,
+        }
+    }
+
     /// Sends the node, of so many elements, to another block's shared memory.
     ///
     /// # Safety
@@ -164,7 +206,6 @@ impl Node {
 
     /// Adds another node, of `count` elements without those that were skipped, relative to this
     /// one's pivot.
-    #[cfg(kasmina_tier = "hopper")]
     #[inline(always)]
     pub(super) fn absorb<S: Statistic>(&mut self, other: &Self, count: u32) {
         let (mut distances, mut squares) = (other.distances, other.squares);

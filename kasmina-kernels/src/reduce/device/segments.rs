@@ -204,12 +204,13 @@ unsafe fn summary_of_lane<E: Element>(
     loop {
         if batches % BATCHES_PER_PIVOT == 0 {
             measure.pivot = pivot::<E>(&vectors, count);
+            let of_run = number_or_zero(measure.pivot);
             if batches == 0 {
-                sums_of_lane.first_pivot = measure.pivot;
+                sums_of_lane.first_pivot = of_run;
             } else {
                 sums_of_lane.fold();
             }
-            sums_of_lane.run.pivot = measure.pivot;
+            sums_of_lane.run.pivot = of_run;
         }
         batches += 1;
         let (mut sums, mut pairs) = (Batch::EMPTY, E::NO_PAIRS);

@@ -1,14 +1,23 @@
 //! Device side of wgrad.
 
 use super::*;
-use crate::gemm::hopper::device::{Block, Element};
+use crate::gemm::hopper::device::Block;
 use crate::pipeline::RingPosition;
 use crate::ptx;
 use crate::smem_layout::Major;
 
-// Of 504: what the warps that sum for the bias need, and 2 · 224 for the consumers.
+mod bias;
+mod transpose;
+pub(super) use bias::sum_rows;
+pub(super) use transpose::Raw;
+
+/// What the warps that sum for the bias, and those that transpose, need.
 pub(super) const PRODUCER_REGISTERS: u32 = 56;
-pub(super) const CONSUMER_REGISTERS: u32 = 224;
+
+/// What is left of 504 for each of two consumers, or of 512 with a warpgroup that transposes.
+pub(super) const fn consumer_registers(transposes: bool) -> u32 {
+    if transposes { 200 } else { 224 }
+}
 
 /// Whether consumers need more registers than the block starts with.
 pub(super) const fn needs_registers(tile: Tile) -> bool {
@@ -24,6 +33,8 @@ pub(super) struct Source {
     pub(super) x_major: Major,
     /// [`WgradKernel::tile_taps`].
     pub(super) tile_taps: u32,
+    /// Where boxes of a channels-first x wait for their transposition.
+    pub(super) raw: Option<Raw>,
 }
 
 /// One step: the group, sequence and first position of dz.
@@ -47,13 +58,16 @@ impl Source {
             ptx::prefetch_tensormap(self.dz_map);
             ptx::prefetch_tensormap(self.x_map);
         }
-        let x_bytes = if self.tile_taps > 0 {
+        let x_bytes = if self.raw.is_some() {
+            // Those of the raw box have a barrier of their own.
+            0
+        } else if self.tile_taps > 0 {
             walk.box_positions * (SLAB_N * 2)
         } else {
             tile.block_n * (BLOCK_K * 2)
         };
         let stage_bytes = tile.x_stage_bytes() + x_bytes;
-        let mut ring = RingPosition::START;
+        let (mut ring, mut raw_ring) = (RingPosition::START, RingPosition::START);
         let mut part = ptx::block_index();
         while part < split.num_parts() {
             let (mut step, end) = split.range(part);
@@ -75,11 +89,22 @@ impl Source {
                     // SAFETY: the stage is free once `empty` completes; the bytes expected are
                     // those of the boxes issued; destinations are whole stages, 1024-aligned.
                     unsafe {
+                        if let Some(raw) = self.raw {
+                            raw.ring.wait_empty(raw_ring);
+                            let full = raw.ring.full(raw_ring.stage);
+                            let bytes = raw_positions(walk.box_positions) * (SLAB_N * 2);
+                            ptx::mbarrier_arrive_expect_tx(full, bytes);
+                            let dst = raw.stage(raw_ring.stage);
+                            self.load_haloed_x(walk, dst, place.column, at, full);
+                            raw_ring = raw_ring.next(RAW_STAGES);
+                        }
                         block.ring.wait_empty(ring);
                         ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
                         self.load_dz(tile, block.x_stage(ring.stage), out_channel, at, full);
                         let dst = block.w_stage(ring.stage);
-                        if self.tile_taps > 0 {
+                        if self.raw.is_some() {
+                            // The transposers fill the rest of the stage.
+                        } else if self.tile_taps > 0 {
                             self.load_haloed_x(walk, dst, place.column, at, full);
                         } else {
                             self.load_x(tile, walk, dst, [first_tap, first_block], at, full);
@@ -131,11 +156,13 @@ impl Source {
     /// As [`produce`](Self::produce); the stage is free and `full` expects its bytes.
     #[inline(always)]
     unsafe fn load_haloed_x(self, walk: Walk, dst: u32, column: u32, at: Step, full: u32) {
-        let channel_block = div(column, walk.tap_tiles);
-        let tap = (column - channel_block * walk.tap_tiles) * self.tile_taps;
-        let start = at.position.wrapping_add(walk.in_first as u32);
-        let position = start.wrapping_add(tap.wrapping_mul(walk.tap_step));
-        let at = [channel_block * SLAB_N, position, at.sequence, at.group];
+        let channel = div(column, walk.tap_tiles) * SLAB_N;
+        let position = at.position.wrapping_add(walk.first_met(column));
+        let at = if self.raw.is_some() {
+            [position & !7, channel, at.sequence, at.group]
+        } else {
+            [channel, position, at.sequence, at.group]
+        };
         // SAFETY: by the caller's contract; the box has whole groups of 8 rows.
         unsafe { ptx::cp_async_bulk_tensor_4d_load(dst, self.x_map, at, full) };
     }
@@ -197,158 +224,6 @@ impl Source {
     }
 }
 
-/// Eight 16-bit elements added to eight sums.
-#[inline(always)]
-fn add<E: Element>(sums: [f32; 8], elements: [f32; 4]) -> [f32; 8] {
-    let [(a, b), (c, d), (e, f), (g, h)] = elements.map(|pair| E::widen_pair(pair.to_bits()));
-    [
-        sums[0] + a,
-        sums[1] + b,
-        sums[2] + c,
-        sums[3] + d,
-        sums[4] + e,
-        sums[5] + f,
-        sums[6] + g,
-        sums[7] + h,
-    ]
-}
-
-/// The value of eight sums in a fixed order.
-#[inline(always)]
-fn total(s: [f32; 8]) -> f32 {
-    ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
-}
-
-/// Releases every stage together with the consumers, and adds up the rows of dz that are this
-/// tile's to add.
-///
-/// K-major, a thread adds a row of 64 positions, or two of 128 rows. MN-major, it adds eight
-/// channels at every eighth position of its warp's slab, or, of one slab, of its warp's half.
-///
-/// # Safety
-/// The whole of warps 1 and 2 call it; `bias_partials` is [`WgradParams::bias_partials`].
-#[inline(always)]
-pub(super) unsafe fn sum_rows<E: Element>(
-    block: Block,
-    tile: Tile,
-    dz_major: Major,
-    split: Split,
-    walk: Walk,
-    bias_partials: u64,
-) {
-    let thread = ptx::thread_index() - 32;
-    let (warp, lane) = (thread / 32, thread % 32);
-    let mut ring = RingPosition::START;
-    let mut part = ptx::block_index();
-    while part < split.num_parts() {
-        let (mut step, end) = split.range(part);
-        while step < end {
-            let segment = split.segment(part, step, end);
-            step = segment.next;
-            let wanted = bias_partials != 0;
-            // Of the tiles of a row, which load the same rows of dz, each sums every so many steps.
-            let column = walk.place(segment.tile).column;
-            let mut turn = segment.first - div(segment.first, walk.tiles_n) * walk.tiles_n;
-            let (mut near, mut far) = ([0.0f32; 8], [0.0f32; 8]);
-            let mut left = segment.count;
-            while left > 0 {
-                let stage = block.x_stage(ring.stage);
-                // SAFETY: the stage has landed and stays until this warp has released it.
-                unsafe {
-                    block.ring.wait_full(ring);
-                    if wanted && turn == column {
-                        let mut index = 0;
-                        while index < 8 {
-                            match dz_major {
-                                Major::K => {
-                                    let chunk = thread * 128 + (index ^ (thread % 8)) * 16;
-                                    let row = ptx::ld_shared_v4_f32(stage + chunk);
-                                    near = add::<E>(near, row);
-                                    if tile.block_m == 128 {
-                                        let row = ptx::ld_shared_v4_f32(stage + 8192 + chunk);
-                                        far = add::<E>(far, row);
-                                    }
-                                }
-                                Major::MN => {
-                                    let first = stage
-                                        + if tile.block_m == 128 {
-                                            warp * 8192
-                                        } else {
-                                            warp * 4096
-                                        };
-                                    let k = 4 * index + lane / 8;
-                                    let chunk = k * 128 + ((lane % 8) ^ (k % 8)) * 16;
-                                    near = add::<E>(near, ptx::ld_shared_v4_f32(first + chunk));
-                                    if tile.block_m == 128 {
-                                        let half = first + 4096 + chunk;
-                                        far = add::<E>(far, ptx::ld_shared_v4_f32(half));
-                                    }
-                                }
-                            }
-                            index += 1;
-                        }
-                    }
-                    ptx::bar_warp_sync();
-                    if lane == 0 {
-                        ptx::mbarrier_arrive(block.ring.empty(ring.stage));
-                    }
-                }
-                ring = ring.next(tile.num_stages);
-                left -= 1;
-                turn += 1;
-                if turn == walk.tiles_n {
-                    turn = 0;
-                }
-            }
-            if wanted {
-                let slot = bias_partials + segment.slot as u64 * (BIAS_SLOT as u64 * 4);
-                // SAFETY: 128 sums of this segment's slot, each written by one thread.
-                unsafe {
-                    match dz_major {
-                        Major::K => {
-                            let address = slot + thread as u64 * 4;
-                            ptx::st_global_u32(address, total(near).to_bits());
-                            ptx::st_global_u32(address + 256, total(far).to_bits());
-                        }
-                        Major::MN => {
-                            let sums = across_positions(near, far);
-                            if lane < 8 {
-                                let address = slot + (warp * 64 + lane * 8) as u64 * 4;
-                                let bits = sums.map(f32::to_bits);
-                                let [a, b, c, d, e, f, g, h] = bits;
-                                ptx::st_global_v4_u32(address, [a, b, c, d]);
-                                ptx::st_global_v4_u32(address + 16, [e, f, g, h]);
-                            }
-                        }
-                    }
-                }
-            }
-        }
-        part += ptx::grid_size();
-    }
-}
-
-/// The sums of the four lanes that hold the same channels.
-///
-/// # Safety
-/// The whole warp calls it.
-#[inline(always)]
-unsafe fn across_positions(near: [f32; 8], far: [f32; 8]) -> [f32; 8] {
-    let mut sums = near;
-    let mut channel = 0;
-    while channel < 8 {
-        let mut sum = near[channel] + far[channel];
-        // SAFETY: the whole warp, by the caller's contract.
-        unsafe {
-            sum += f32::from_bits(ptx::shfl_sync_bfly::<8>(sum.to_bits()));
-            sum += f32::from_bits(ptx::shfl_sync_bfly::<16>(sum.to_bits()));
-        }
-        sums[channel] = sum;
-        channel += 1;
-    }
-    sums
-}
-
 /// Where this thread's sums of a segment go: the address of its first row and its first column.
 #[inline(always)]
 pub(super) fn partials_of_thread(partials: u64, slot: u32, tile: Tile, consumer: u32) -> u64 {
@@ -378,19 +253,29 @@ pub(super) unsafe fn store_columns(address: u64, tile: Tile, group: u32, c: [f32
     }
 }
 
+/// Row of a stage's x that the first tap of a tile meets for the first position.
+#[inline(always)]
+pub(super) fn first_row(transposes: bool, walk: Walk, tile: u32) -> u32 {
+    // A transposed tile begins on a multiple of eight positions.
+    if transposes { walk.first_met(walk.place(tile).column) % 8 } else { 0 }
+}
+
 /// As [`crate::gemm::hopper::device::multiply_tile`] for an x of which one box serves all columns.
 macro_rules! multiply_taps {
     ($ptx_type:literal, $block_n:tt, $num_stages:expr, $dz_major:expr, $block:expr, $consumer:expr,
-     $elected:expr, $position:ident, $steps:expr, $tap_step:expr, $($c:ident)+) => {
+     $elected:expr, $position:ident, $steps:expr, $first_row:expr, $tap_step:expr,
+     $($c:ident)+) => {
         let mut previous = $position.stage;
         let mut step = 0u32;
+        let first_row = $first_row * (SLAB_N * 2);
         while step < $steps {
             let stage = $position.stage;
             // 64 rows of dz, or one slab: as many bytes.
             let rows = $crate::gemm::hopper::CONSUMER_M * BLOCK_K * 2;
             let dz = $block.x_stage(stage) + $consumer * rows;
             let a = $crate::smem_layout::wgmma_descriptor(dz, $dz_major);
-            let b = $crate::smem_layout::wgmma_descriptor_slabs($block.w_stage(stage), $tap_step);
+            let x = $block.w_stage(stage) + first_row;
+            let b = $crate::smem_layout::wgmma_descriptor_slabs(x, $tap_step);
             // SAFETY: the stage has landed; the whole warpgroup executes it.
             unsafe {
                 $block.ring.wait_full($position);
@@ -423,19 +308,19 @@ pub(super) use multiply_taps;
 /// Multiplies a segment as the kernel's taps have it.
 macro_rules! multiply_segment {
     (0, $ptx_type:literal, $block_n:tt, $tile:expr, $dz_major:expr, $x_major:expr, $block:expr,
-     $consumer:expr, $elected:expr, $position:ident, $steps:expr, $tap_step:expr,
-     $($c:ident)+) => {
+     $consumer:expr, $elected:expr, $position:ident, $steps:expr, $first_row:expr,
+     $tap_step:expr, $($c:ident)+) => {
         $crate::gemm::hopper::device::multiply_tile! {
             $ptx_type, $block_n, $tile, $dz_major, $x_major, $block, $consumer, $elected,
             $position, $steps, $($c)+
         }
     };
     ($tile_taps:tt, $ptx_type:literal, $block_n:tt, $tile:expr, $dz_major:expr, $x_major:expr,
-     $block:expr, $consumer:expr, $elected:expr, $position:ident, $steps:expr, $tap_step:expr,
-     $($c:ident)+) => {
+     $block:expr, $consumer:expr, $elected:expr, $position:ident, $steps:expr,
+     $first_row:expr, $tap_step:expr, $($c:ident)+) => {
         device::multiply_taps! {
             $ptx_type, $block_n, $tile.num_stages, $dz_major, $block, $consumer, $elected,
-            $position, $steps, $tap_step, $($c)+
+            $position, $steps, $first_row, $tap_step, $($c)+
         }
     };
 }
@@ -443,14 +328,14 @@ pub(super) use multiply_segment;
 
 /// Defines the entry for one element type, major orders of dz and x, and tile.
 macro_rules! entry {
-    ($entry:ident, $element:ident, $ptx_type:literal, $dz_major:ident, $x_major:ident,
+    ($entry:ident, $element:ident, $ptx_type:literal, $dz_major:ident, $x:ident $x_major:ident,
      $block_m:literal, $block_n:tt, $num_stages:literal, $tile_taps:tt) => {
         $crate::ptx::wgmma::with_accumulators! { $block_n, device::entry! {
-            @body $entry, $element, $ptx_type, $dz_major, $x_major, $block_m, $block_n, $num_stages,
-            $tile_taps
+            @body $entry, $element, $ptx_type, $dz_major, $x $x_major, $block_m, $block_n,
+            $num_stages, $tile_taps
         } }
     };
-    (@body $entry:ident, $element:ident, $ptx_type:literal, $dz_major:ident, $x_major:ident,
+    (@body $entry:ident, $element:ident, $ptx_type:literal, $dz_major:ident, $x:ident $x_major:ident,
      $block_m:literal, $block_n:tt, $num_stages:literal, $tile_taps:tt $([$($c:ident)+])+) => {
         /// # Safety
         /// Launched by `launch` on the host with the geometry of its `Kernel` and parameters that
@@ -472,6 +357,9 @@ macro_rules! entry {
             const X: Major = Major::$x_major;
             // The stages are laid out as this one's.
             const STAGES: Tile = if $tile_taps > 0 { haloed_stages(TILE) } else { TILE };
+            const TRANSPOSES: bool =
+                $tile_taps > 0 && matches!(SequenceLayout::$x, SequenceLayout::Ncl);
+            const TRANSPOSING_WARPS: u32 = if TRANSPOSES { TRANSPOSERS } else { 0 };
             type Elements = crate::gemm::hopper::device::$element;
             let dz_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
@@ -484,17 +372,19 @@ macro_rules! entry {
                     concat!("mov.b64 {address}, ", stringify!($entry), "_param_0;"),
                     "cvta.param.u64 {address}, {address};",
                     address = out(reg64) dz_map,
-                    threads = const TILE.block_dim(),
+                    threads = const TILE.block_dim() + 32 * TRANSPOSING_WARPS,
                     options(pure, nomem, nostack, preserves_flags),
                 );
             }
             let (split, walk) = (params.split, params.walk);
 
-            // SAFETY: the whole block is here; a stage is released by the consumers and by warps
-            // 1 and 2.
-            let (block, warpgroup) = unsafe {
-                let block = Block::start_with(STAGES, 1, TILE.num_consumers() + 2);
-                (block, ptx::shfl_sync_idx_first(ptx::thread_index() / 128))
+            // SAFETY: the whole block is here; a stage is filled by TMA and by the transposers, and
+            // released by the consumers and by warps 1 and 2.
+            let (raw, block, warpgroup) = unsafe {
+                let raw = if TRANSPOSES { Some(Raw::start(STAGES)) } else { None };
+                let block =
+                    Block::start_with(STAGES, 1 + TRANSPOSING_WARPS, TILE.num_consumers() + 2);
+                (raw, block, ptx::shfl_sync_idx_first(ptx::thread_index() / 128))
             };
             $crate::gemm::hopper::device::wait_for_predecessors();
             if warpgroup == 0 {
@@ -511,15 +401,25 @@ macro_rules! entry {
                     } else if ptx::thread_index() == 0 {
                         let x_map = dz_map + 128;
                         let source = Source {
-                            dz_map, x_map, dz_major: DZ, x_major: X, tile_taps: $tile_taps,
+                            dz_map, x_map, dz_major: DZ, x_major: X, tile_taps: $tile_taps, raw,
                         };
                         source.produce(block, TILE, split, walk);
                     }
                 }
+            } else if TRANSPOSES && warpgroup > TILE.num_consumers() {
+                // SAFETY: the whole warpgroup, which starts with more registers.
+                unsafe {
+                    if needs_registers(TILE) {
+                        ptx::setmaxnreg_dec::<PRODUCER_REGISTERS>();
+                    }
+                    if let Some(raw) = raw {
+                        raw.transpose(block, TILE, split, walk);
+                    }
+                }
             } else {
                 if needs_registers(TILE) {
-                    // SAFETY: whole consumer warpgroups; the producer frees what they take.
-                    unsafe { ptx::setmaxnreg_inc::<CONSUMER_REGISTERS>() };
+                    // SAFETY: whole consumer warpgroups; the others free what they take.
+                    unsafe { ptx::setmaxnreg_inc::<{ consumer_registers(TRANSPOSES) }>() };
                 }
                 let consumer = warpgroup - 1;
                 let elected = block.releases();
@@ -533,7 +433,8 @@ macro_rules! entry {
                         step = segment.next;
                         device::multiply_segment! {
                             $tile_taps, $ptx_type, $block_n, TILE, DZ, X, block, consumer, elected,
-                            position, segment.count, walk.tap_step, $($($c)+)+
+                            position, segment.count,
+                            (first_row(TRANSPOSES, walk, segment.tile)), walk.tap_step, $($($c)+)+
                         }
                         let address =
                             partials_of_thread(params.partials, segment.slot, TILE, consumer);

@@ -1,5 +1,7 @@
 use super::*;
+use crate::conv1d::hopper::gather::halo::piece_in_tile;
 use crate::conv1d::{Conv1dExtents, Padding};
+use crate::smem_layout::swizzle_128b;
 use std::collections::{HashMap, HashSet};
 use std::vec;
 
@@ -153,11 +155,16 @@ fn boxes_that_taps_share_hold_what_the_last_of_them_meets() {
         assert_eq!(row.tile.block_n, row.tile_taps * SLAB_N);
         for dilation in 1..40 {
             let shape = Conv1dShape { dilation, ..shape([64, 64], 5, 1) };
-            let needed = BLOCK_K + (row.tile_taps - 1) * dilation;
+            // A tile that is transposed may begin seven positions before the first.
+            let lead = if row.transposes() { 7 } else { 0 };
+            let needed = BLOCK_K + lead + (row.tile_taps - 1) * dilation;
             assert_eq!(row.serves(&shape), needed <= HALO_ROWS);
             if row.serves(&shape) {
-                let [_, [_, rows]] = row.boxes([1, dilation]);
+                let rows = Walk::new(&shape, row).box_positions;
                 assert!((needed..=HALO_ROWS).contains(&rows) && rows.is_multiple_of(8));
+                let expected =
+                    if row.transposes() { [raw_positions(rows), SLAB_N] } else { [SLAB_N, rows] };
+                assert_eq!(row.boxes([1, dilation])[1], expected);
             }
         }
         let strided = Conv1dShape { stride: 2, ..shape([64, 64], 5, 1) };
@@ -165,11 +172,53 @@ fn boxes_that_taps_share_hold_what_the_last_of_them_meets() {
     }
 }
 
+/// Plays TMA, `ldmatrix.trans` and `stmatrix` on the CPU: each position must hold its 64 channels
+/// where wgmma looks for them.
+#[test]
+fn raw_boxes_become_tiles_with_positions_as_rows() {
+    for rows in [72, 80, HALO_ROWS] {
+        let positions = raw_positions(rows);
+        assert!(positions * SLAB_N * 2 <= RAW_BYTES);
+        let mut tile = vec![u32::MAX; (rows * SLAB_N) as usize];
+        for piece in 0..rows / 4 {
+            for matrix in 0..4 {
+                let banks: HashSet<_> = (8 * matrix..8 * matrix + 8)
+                    .map(|lane| piece_in_raw(piece, lane, positions) % 128 / 16)
+                    .collect();
+                assert_eq!(banks.len(), 8);
+                for (row, column) in (0..8).flat_map(|row| (0..8).map(move |column| (row, column)))
+                {
+                    // Transposed on the way: row and column change places.
+                    let from = piece_in_raw(piece, 8 * matrix + column, positions) / 2 + row;
+                    let to = piece_in_tile(piece, 8 * matrix + row) / 2 + column;
+                    tile[to as usize] = (from / positions) << 16 | (from % positions);
+                }
+            }
+        }
+        for (position, channel) in (0..rows).flat_map(|p| (0..SLAB_N).map(move |c| (p, c))) {
+            let place = swizzle_128b(position, channel * 2) / 2;
+            assert_eq!(tile[place as usize], channel << 16 | position);
+        }
+    }
+}
+
+#[test]
+fn channels_first_taps_meet_whole_pieces_or_are_transposed() {
+    let plain = KERNELS.iter().find(|row| row.x == SequenceLayout::Ncl && row.tile_taps == 0);
+    let serves = |taps, dilation, padding_left| {
+        let shape = Conv1dShape { dilation, padding_left, ..shape([64, 64], taps, 1) };
+        plain.expect("a kernel").serves(&shape)
+    };
+    assert!(serves(1, 1, 0) && serves(3, 8, 16));
+    assert!(!serves(3, 1, 0) && !serves(1, 1, 1));
+}
+
 #[cfg(feature = "ptx")]
 #[test]
 fn operands_are_transposed_as_their_layouts_say() {
     for row in &KERNELS {
-        let [dz, x] = [row.dz, row.x].map(|layout| u32::from(layout == SequenceLayout::Nlc));
+        let [dz, x] = [row.dz, row.x].map(|layout| layout == SequenceLayout::Nlc);
+        let [dz, x] = [dz, x || row.transposes()].map(u32::from);
         let expected = std::format!(", 1, 1, {dz}, {x};");
         let ptx = row.kernel.module.ptx();
         let products = ptx.lines().filter(|line| line.contains("wgmma.mma_async"));

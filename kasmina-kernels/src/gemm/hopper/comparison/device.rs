@@ -281,7 +281,8 @@ macro_rules! entry {
                 let consumer = warpgroup - if BY_POINTERS { 1 } else { 0 };
                 let epilogue = Epilogue::new(
                     block, consumer, y_map, forward.bias, forward.n, forward.activation,
-                );
+                )
+                .storing(params.forward.plain);
                 let elected = ptx::thread_index() % WARPGROUP == 0;
                 let feeds = !BY_POINTERS && ptx::thread_index() == 0;
                 let (x_major, w_major) = (Major::K, Major::MN);
@@ -351,7 +352,7 @@ macro_rules! entry {
                             }
                             epilogue.columns::<BF16>(group, [$($c),+]);
                             if group % 4 == 3 {
-                                epilogue.end_slab(group / 4, m, n);
+                                epilogue.end_slab::<BF16>(group / 4, m, n);
                             }
                         }
                         group += 1;

@@ -102,7 +102,13 @@ impl Operands for Shared {
             unsafe {
                 match w_major {
                     Major::K => ptx::cp_async_bulk_prefetch_tensor_2d(w_map, k, n + part),
-                    Major::MN => ptx::cp_async_bulk_prefetch_tensor_2d(w_map, n + part, k),
+                    Major::MN => {
+                        let mut row = k;
+                        while row < k + BLOCK_K {
+                            ptx::cp_async_bulk_prefetch_tensor_2d(w_map, n + part, row);
+                            row += tile.w_depth();
+                        }
+                    }
                 }
             }
             part += columns;
@@ -127,6 +133,11 @@ impl Operands for Shared {
                 Major::K => {
                     let dst = w + first * SWIZZLE_ROW_BYTES;
                     ptx::cp_async_bulk_tensor_2d_multicast(dst, w_map, k, n + first, full, mask);
+                }
+                Major::MN if columns < SLAB_N => {
+                    let row = self.rank * tile.w_depth();
+                    let dst = w + row * SWIZZLE_ROW_BYTES;
+                    ptx::cp_async_bulk_tensor_2d_multicast(dst, w_map, n, k + row, full, mask);
                 }
                 Major::MN => {
                     let mut column = first;

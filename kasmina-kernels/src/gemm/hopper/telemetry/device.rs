@@ -268,7 +268,7 @@ macro_rules! entry {
                             blocks[group as usize % 4] =
                                 epilogue.columns::<forward::$element>(group, [$($c),+]);
                             if group % 4 == 3 {
-                                epilogue.end_slab(group / 4, m, n);
+                                epilogue.end_slab::<forward::$element>(group / 4, m, n);
                                 grams[group as usize / 4] =
                                     reduce::Gram::of::<reduce::$element>(blocks, rule);
                             }

@@ -4,6 +4,7 @@ use super::*;
 use crate::gemm::hopper::device::{
     BF16, Block, Element, F16, Matrices, Operands, Stage, wait_for_predecessors,
 };
+use crate::gemm::hopper::unaligned::device::{Slab, store_slab};
 use crate::gemm::hopper::{CONSUMER_M, SLAB_BYTES, SLAB_N, WARPGROUP};
 use crate::pipeline::RingPosition;
 use crate::ptx;
@@ -223,19 +224,29 @@ pub(super) struct Epilogue {
     thread: u32,
     slabs: u32,
     product_map: u64,
+    /// The product, if TMA does not store it.
+    plain: PlainRows,
     /// Whether the product is added to what is there.
     accumulate: bool,
 }
 
 impl Epilogue {
     #[inline(always)]
-    pub(super) fn new(block: Block, tile: Tile, consumer: u32, map: u64, accumulate: bool) -> Self {
+    pub(super) fn new(
+        block: Block,
+        tile: Tile,
+        consumer: u32,
+        product_map: u64,
+        plain: PlainRows,
+        accumulate: bool,
+    ) -> Self {
         Self {
             tile,
             consumer,
             thread: ptx::thread_index() % WARPGROUP,
             slabs: block.epilogue() + consumer * (tile.slab_buffers() * SLAB_BYTES),
-            product_map: map,
+            product_map,
+            plain,
             accumulate,
         }
     }
@@ -275,11 +286,14 @@ impl Epilogue {
         }
         ptx::fence_proxy_async_shared();
         // SAFETY: every writer has fenced before the barrier; the buffer is not written again
-        // before this store has read it.
+        // before this store, or every thread, has read it.
         unsafe {
             self.sync();
-            if self.thread == 0 {
-                let (row, column) = (item.m + self.consumer * CONSUMER_M, item.n + slab * SLAB_N);
+            let (row, column) = (item.m + self.consumer * CONSUMER_M, item.n + slab * SLAB_N);
+            if self.plain.address != 0 {
+                let slab = Slab { buffer, first: 0, rows: CONSUMER_M, row, column };
+                store_slab::<E>(self.plain, slab, self.thread, self.accumulate);
+            } else if self.thread == 0 {
                 if self.accumulate {
                     ptx::cp_reduce_async_bulk_tensor_2d_add(self.product_map, column, row, buffer);
                 } else {
@@ -311,9 +325,20 @@ impl Epilogue {
         let below = address + 32 * u64::from(n);
         macro_rules! pair {
             ($row:expr, $column:expr, $address:expr, $a:literal, $b:literal) => {
+                let pair = [c[$a].to_bits(), c[$b].to_bits()];
                 if $row < m && $column < n {
-                    // SAFETY: n is even, so both exist; 8-aligned as the column is even.
-                    unsafe { ptx::st_global_v2_u32($address, [c[$a].to_bits(), c[$b].to_bits()]) };
+                    // SAFETY: where n is even both exist, and the even column is 8-aligned; else the
+                    // second exists where it is checked.
+                    unsafe {
+                        if n % 2 == 0 {
+                            ptx::st_global_v2_u32($address, pair);
+                        } else {
+                            ptx::st_global_u32($address, pair[0]);
+                            if $column + 1 < n {
+                                ptx::st_global_u32($address + 4, pair[1]);
+                            }
+                        }
+                    }
                 }
             };
         }
@@ -436,7 +461,9 @@ macro_rules! entry {
                 let two_slabs = !of_first && TILE.block_n / SLAB_N > TILE.num_consumers();
                 let second_slab = TILE.num_consumers() * SLAB_N;
                 let ones = wgmma_descriptor_plain(ones);
-                let epilogue = Epilogue::new(block, TILE, consumer, product_map, accumulate);
+                let epilogue = Epilogue::new(
+                    block, TILE, consumer, product_map, params.plain, accumulate,
+                );
                 let elected = ptx::thread_index() % WARPGROUP == 0;
                 wait_for_predecessors();
                 let mut position = RingPosition::START;

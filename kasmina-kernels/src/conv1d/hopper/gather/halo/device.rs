@@ -18,7 +18,7 @@ pub(super) struct Block {
     pub(super) filter: RingBarriers,
     /// Of the haloed tiles.
     pub(super) input: RingBarriers,
-    /// Of the slabs of a channels-first input.
+    /// Of the slabs of a channels-first input: each lap is a haloed tile.
     slabs: RingBarriers,
     /// Where consumers that alternate wait for their turns.
     turns: u32,
@@ -41,8 +41,8 @@ impl Block {
         let base = base + RingBarriers::bytes(tile.filter_stages);
         let input = RingBarriers { base, num_stages: tile.buffers };
         let base = base + RingBarriers::bytes(tile.buffers);
-        let slabs = RingBarriers { base, num_stages: 1 };
-        let turns = base + RingBarriers::bytes(1);
+        let slabs = RingBarriers { base, num_stages: tile.input_slabs() };
+        let turns = base + RingBarriers::bytes(tile.input_slabs());
         let fillers = if tile.transposes { TRANSPOSERS } else { 1 };
         // SAFETY: one thread, before the barrier, inside the shared memory; the whole block is here.
         unsafe {
@@ -116,7 +116,7 @@ impl Block {
     #[inline(always)]
     pub(super) unsafe fn transpose(self, tiles: TileScheduler, walk: Walk) {
         let (warp, lane) = (ptx::thread_index() / 32 - 1, ptx::thread_index() % 32);
-        let (mut slabs, mut buffer) = (RingPosition::START, RingPosition::START);
+        let (mut slab, mut buffer) = (RingPosition::START, RingPosition::START);
         let mut index = ptx::block_index();
         while index < tiles.num_tiles() {
             let mut block_channel = 0;
@@ -130,29 +130,45 @@ impl Block {
                     // SAFETY: a position of a tile that its readers have released.
                     unsafe { ptx::stmatrix_x4(dst + piece_in_tile(piece, lane), a, b, c, d) };
                 };
-                // SAFETY: whole warps, by the caller's contract.
+                // SAFETY: whole warps, by the caller's contract; a slab is released after its loads.
                 unsafe {
-                    self.slabs.wait_full(slabs);
                     self.input.wait_empty(buffer);
-                    let mut piece = warp;
-                    while piece < PIECES {
+                    let mut first = 0;
+                    while first < PIECES {
                         ptx::nounroll();
-                        // Two at a time; at the end the same twice.
-                        let next = piece + TRANSPOSERS;
-                        let next = if next < PIECES { next } else { piece };
-                        let (near, far) = (load(piece), load(next));
-                        store(piece, near);
-                        store(next, far);
-                        piece += 2 * TRANSPOSERS;
+                        // A warp's pieces of the slab, at most six: all are loaded before the
+                        // first is stored. Beyond the last piece, the last is moved once more.
+                        let most =
+                            if first + SLAB_PIECES < PIECES { first + SLAB_PIECES } else { PIECES };
+                        let piece = |number: u32| {
+                            let piece = first + warp + number * TRANSPOSERS;
+                            if piece < most { piece } else { most - 1 }
+                        };
+                        self.slabs.wait_full(slab);
+                        let (a, b) = (load(piece(0)), load(piece(1)));
+                        if most - first == SLAB_PIECES {
+                            let (c, d) = (load(piece(2)), load(piece(3)));
+                            let (e, f) = (load(piece(4)), load(piece(5)));
+                            store(piece(2), c);
+                            store(piece(3), d);
+                            store(piece(4), e);
+                            store(piece(5), f);
+                        }
+                        store(piece(0), a);
+                        store(piece(1), b);
+                        ptx::bar_warp_sync();
+                        if lane == 0 {
+                            ptx::mbarrier_arrive(self.slabs.empty(slab.stage));
+                        }
+                        slab = slab.next(self.tile.input_slabs());
+                        first += SLAB_PIECES;
                     }
                     ptx::fence_proxy_async_shared();
                     ptx::bar_warp_sync();
                     if lane == 0 {
                         ptx::mbarrier_arrive(self.input.full(buffer.stage));
-                        ptx::mbarrier_arrive(self.slabs.empty(0));
                     }
                 }
-                slabs = slabs.next(1);
                 buffer = buffer.next(self.tile.buffers);
                 block_channel += 1;
             }
@@ -184,7 +200,7 @@ impl Block {
             ptx::prefetch_tensormap(w_map);
         }
         let (mut stage, mut buffer) = (RingPosition::START, RingPosition::START);
-        let mut slabs = RingPosition::START;
+        let mut slab = RingPosition::START;
         let mut index = ptx::block_index();
         while index < tiles.num_tiles() {
             let place = self.place(walk, tiles.tile(index));
@@ -196,18 +212,18 @@ impl Block {
                 // issued; destinations are multiples of 1024.
                 unsafe {
                     if self.tile.transposes {
-                        let full = self.slabs.full(0);
-                        self.slabs.wait_empty(slabs);
-                        ptx::mbarrier_arrive_expect_tx(full, self.tile.input_slabs() * SLAB_BYTES);
-                        let mut slab = 0;
-                        while slab < self.tile.input_slabs() {
-                            let dst = self.input_slabs() + slab * SLAB_BYTES;
-                            let position = (first & !7).wrapping_add(slab * SLAB_POSITIONS);
+                        let mut number = 0;
+                        while number < self.tile.input_slabs() {
+                            let full = self.slabs.full(slab.stage);
+                            self.slabs.wait_empty(slab);
+                            ptx::mbarrier_arrive_expect_tx(full, SLAB_BYTES);
+                            let dst = self.input_slabs() + slab.stage * SLAB_BYTES;
+                            let position = (first & !7).wrapping_add(number * SLAB_POSITIONS);
                             let at = [position, channel, place.sequence, place.group];
                             ptx::cp_async_bulk_tensor_4d_load(dst, in_map, at, full);
-                            slab += 1;
+                            slab = slab.next(self.tile.input_slabs());
+                            number += 1;
                         }
-                        slabs = slabs.next(1);
                     } else {
                         let full = self.input.full(buffer.stage);
                         let dst = self.buffer(buffer.stage);
