@@ -183,8 +183,14 @@ impl Pass {
     ) -> anyhow::Result<Record> {
         let input = |call: usize| &self.inputs[call % INPUTS];
         let (layer, reducer, chunks) = (&self.layer, &self.reducer, self.chunks);
-        let plain = |call| Ok(drop(layer.forward(input(call))?));
-        let fused = |call| Ok(drop(layer.forward_with_telemetry(input(call), reducer, chunks)?));
+        let plain = |call| {
+            drop(layer.forward(input(call))?);
+            Ok(())
+        };
+        let fused = |call| {
+            drop(layer.forward_with_telemetry(input(call), reducer, chunks)?);
+            Ok(())
+        };
         let reduced = |call| {
             let y = layer.forward(input(call))?;
             drop(reducer.segmented_async(&y, Segments::Chunks(chunks))?);
@@ -284,7 +290,8 @@ impl Record {
     fn row(&self) -> String {
         let Self { m, n, k, layout, regime, fused, peer, details, .. } = self;
         format!(
-            "{m}x{n}x{k} | {layout} | {regime} | {:.2} | {:.2} | {:+.2} | {:.2} | {:+.2} | {:.1} | {:.1}",
+            "{m}x{n}x{k} | {layout} | {regime} | {:.2} | {:.2} | {:+.2} | {:.2} | {:+.2} | \
+             {:.1} | {:.1}",
             details.forward.median_us,
             fused.median_us,
             100.0 * details.fused_cost,

@@ -122,6 +122,9 @@ fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
             (Some("max" | "min"), _) if few => (0, 8),
             (Some("segments"), true) => (0, 54),
             (Some("segments"), false) => (0, 86),
+            // One between the block's warps.
+            (Some("bands"), true) => (1, 80),
+            (Some("bands"), false) => (1, 142),
             // One per four columns of a lane and between these, and two for the counter.
             (Some("columns"), _) if name.contains("_f32_") => (3, 0),
             (Some("columns"), _) => (5, 0),

@@ -3,6 +3,9 @@
 //! `KASMINA_TEST_SEED` repeats a run, `KASMINA_TEST_REDUCED=1` takes lists short enough for
 //! compute-sanitizer.
 
+/// Wide chunks of columns.
+#[path = "reduce/bands.rs"]
+mod bands;
 /// Columns of wide matrices.
 #[path = "reduce/columns.rs"]
 mod columns;
@@ -95,6 +98,9 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
             ("segments_keep_their_bits_over_repetitions_and_alignments", segmented::keep_bits::<T>),
             ("columns_of_adversarial_values_match_reference", columns::match_reference::<T>),
             ("columns_without_their_nan_match_reference", columns::skip_nan::<T>),
+            ("wide_chunks_of_adversarial_values_match_reference", bands::match_reference::<T>),
+            ("wide_chunks_without_their_nan_match_reference", bands::skip_nan::<T>),
+            ("wide_chunks_of_views_have_the_bits_of_whole_matrices", bands::of_views::<T>),
         ]
     }
     of_each_type(tier, of::<f32>(), of::<f16>(), of::<bf16>())

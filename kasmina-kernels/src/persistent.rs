@@ -9,7 +9,7 @@
 //! thread 0   takes a sequence from the grid's counter, polls its descriptor ┐
 //!            reads the control line every few polls: command, lease         │ per unit
 //! block      mailbox in shared memory                                  bar  │
-//! block      input, perhaps as it arrives → shared memory              bar  │
+//! block      input, unless it came already → shared memory             bar  │
 //! block      layer after layer, between two buffers of shared memory   bar* │
 //! block      shared memory → output                                    bar  │
 //! thread 0   completion word: a release if the result lies elsewhere        ┘
@@ -19,8 +19,13 @@
 //! one for each: the next unit is seen by a block that can begin with it at once. A single poller
 //! that hands units on through device memory would add a trip through the L2 cache to each. What
 //! polling costs is one read of 16 bytes per idle block and trip over the bus. No block has more
-//! than one poll under way: reads of one place follow each other at 0.6 µs (H200), so that a second
-//! poller delays both. For the same reason a grid has few blocks.
+//! than one poll of a place under way: reads of one place follow each other at 0.6 µs (H200), so
+//! that a second poller delays both. For the same reason a grid has few blocks.
+//!
+//! A block whose last unit had few rows and came in an *express* slot expects another such: while
+//! thread 0 polls the descriptor, as many threads as the last unit had vectors of 16 bytes poll the
+//! express slot of the sequence. So descriptor and payload come with one trip over the bus and not
+//! with two. After a millisecond without a unit, or one of another kind, thread 0 polls alone again.
 //!
 //! A batch is cut into *parts* of rows, each a unit of its own ([`part_rows`]): rows do not depend on
 //! each other, so several blocks share a batch without talking to each other, and the bits of a

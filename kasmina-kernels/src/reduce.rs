@@ -5,7 +5,8 @@
 //! a fixed order ([`Partial`]), and the chunks' summaries are merged in a fixed order, so that the
 //! result depends on the elements alone: not on the grid, nor on which block finishes first. A
 //! matrix may also be cut into segments, each with statistics of its own ([`Segments`]); where each
-//! column is one and the rows are wide, by a kernel that has as many sums as columns ([`Columns`]).
+//! column is one and the rows are wide, by a kernel that has as many sums as columns ([`Columns`]), and
+//! where it is a wide chunk of columns, by one whose blocks take all of its columns ([`Bands`]).
 //!
 //! A block of 256 threads takes chunk after chunk. Per batch a thread holds four vectors of 16
 //! bytes, neighbouring threads neighbouring vectors, while the next four are on their way:
@@ -35,7 +36,7 @@
 //! # Errors
 //! Rounding happens in a batch and is relative to it; everything else is f64. With u = 2⁻²⁴ and
 //! r = elements per thread and chunk divided by elements per batch (at most 16 below 2³² elements, and
-//! 8 in segments):
+//! in segments):
 //! - m2, so the variance too: relative error at most 12·(1 + r)·u, whatever the mean.
 //! - sum with [`Statistic::Summary`]: at most 10·(1 + r)·u·Σ|x|, and far less unless single elements
 //!   dwarf the rest; with [`Statistic::Sum`]: at most 10·u·Σ|x|.
@@ -52,6 +53,7 @@
 //!   the same elements go to the same threads one by one, so the result has the same bits.
 //! - Nothing writes the elements between the end of the grid before and that of this one.
 
+mod bands;
 mod chunks;
 mod columns;
 #[cfg(target_arch = "nvptx64")]
@@ -59,6 +61,7 @@ pub(crate) mod device;
 mod moments;
 mod segments;
 
+pub use bands::{BandParams, Bands};
 pub use chunks::{Chunks, Counts, Partial, share};
 pub use columns::{ColumnParams, Columns};
 pub use moments::{Accumulator, Batch, Moments, Rule};
@@ -108,6 +111,9 @@ const BLOCKS_PER_MULTIPROCESSOR: u32 = 3;
 /// Batches of a lane that share a pivot, in segments.
 #[cfg(target_arch = "nvptx64")]
 const BATCHES_PER_PIVOT: u32 = 8;
+/// Blocks of the kernel for bands that share a multiprocessor, which leaves 64 registers a thread.
+#[cfg(target_arch = "nvptx64")]
+const BAND_BLOCKS_PER_MULTIPROCESSOR: u32 = 4;
 /// Blocks of the kernel for columns that share a multiprocessor, which leaves 128 registers a thread.
 #[cfg(target_arch = "nvptx64")]
 const COLUMN_BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
@@ -115,6 +121,8 @@ const COLUMN_BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
 const COLUMN_SMEM_BYTES: u32 = THREADS * 4 * 32;
 /// Bytes a warp hands to the block.
 const WARP_BYTES: u32 = 64;
+/// Shared memory of the kernel for bands.
+const BAND_SMEM_BYTES: u32 = WARPS * WARP_BYTES;
 /// Bytes of a set: the records of all warps, and the chunk that thread 0 drew.
 const SET_BYTES: u32 = WARPS * WARP_BYTES + 16;
 /// Two sets, used in turn, and the block's ticket.
@@ -218,13 +226,14 @@ pub const fn naive_blocks(len: u64) -> u32 {
 macro_rules! kernels {
     ($($tier:ident $folder:literal $module:ident $dtype:ident $name:literal:
         $($statistic:ident $entry:ident $(few $few:ident)?),+;
-        segments $segments:ident; columns $columns:ident; naive $naive:ident;)+) => {
+        segments $segments:ident; bands $bands:ident; columns $columns:ident; naive $naive:ident;)+) => {
         $(
             /// Every reduction of this element type and tier.
             pub static $module: Module =
                 module!($tier, $folder, $name, [
                     $(stringify!($entry), $(stringify!($few),)?)+
-                    stringify!($segments), stringify!($columns), stringify!($naive)
+                    stringify!($segments), stringify!($bands), stringify!($columns),
+                    stringify!($naive)
                 ]);
         )+
 
@@ -276,6 +285,20 @@ macro_rules! kernels {
             }
         }
 
+        /// The kernel that gives every statistic of each of a few wide chunks of columns; `None` for
+        /// the CPU.
+        #[must_use]
+        pub fn band_kernel(tier: Tier, dtype: DType) -> Option<&'static Kernel<BandParams>> {
+            match (tier, dtype) {
+                $((Tier::$tier, DType::$dtype) => {
+                    static KERNEL: Kernel<BandParams> = launched(Tier::$tier,
+                        Kernel::new(&$module, stringify!($bands), THREADS, BAND_SMEM_BYTES));
+                    Some(&KERNEL)
+                })+
+                (Tier::Cpu, _) => None,
+            }
+        }
+
         /// The kernel that gives every statistic of each column of a matrix of wide rows; `None` for
         /// the CPU.
         #[must_use]
@@ -308,7 +331,10 @@ macro_rules! kernels {
             #[cfg(all(target_arch = "nvptx64", kasmina_tier = $folder))]
             #[expect(non_snake_case, reason = "a module for each element type, named by it")]
             mod $dtype {
-                use super::{ColumnParams, NaiveReduceParams, ReduceParams, SegmentParams, device};
+                use super::{
+                    BandParams, ColumnParams, NaiveReduceParams, ReduceParams, SegmentParams,
+                    device,
+                };
 
                 $(
                     /// # Safety
@@ -343,6 +369,14 @@ macro_rules! kernels {
                 }
 
                 /// # Safety
+                /// As for segments, where the grid is that of the bands.
+                #[unsafe(no_mangle)]
+                pub(super) unsafe extern "ptx-kernel" fn $bands(params: BandParams) {
+                    // SAFETY: as above.
+                    unsafe { device::bands::<device::$dtype>(&params) }
+                }
+
+                /// # Safety
                 /// As for segments, where the grid is that of the columns.
                 #[unsafe(no_mangle)]
                 pub(super) unsafe extern "ptx-kernel" fn $columns(params: ColumnParams) {
@@ -373,31 +407,37 @@ const fn launched<P: KernelParams>(tier: Tier, kernel: Kernel<P>) -> Kernel<P> {
 kernels! {
     Portable "portable" PORTABLE_F32 F32 "reduce_f32":
         Summary reduce_f32_summary, Sum reduce_f32_sum, Max reduce_f32_max, Min reduce_f32_min;
-        segments reduce_f32_segments; columns reduce_f32_columns; naive reduce_f32_naive;
+        segments reduce_f32_segments; bands reduce_f32_bands;
+        columns reduce_f32_columns; naive reduce_f32_naive;
     Portable "portable" PORTABLE_F16 F16 "reduce_f16":
         Summary reduce_f16_summary, Sum reduce_f16_sum, Max reduce_f16_max, Min reduce_f16_min;
-        segments reduce_f16_segments; columns reduce_f16_columns; naive reduce_f16_naive;
+        segments reduce_f16_segments; bands reduce_f16_bands;
+        columns reduce_f16_columns; naive reduce_f16_naive;
     Portable "portable" PORTABLE_BF16 BF16 "reduce_bf16":
         Summary reduce_bf16_summary, Sum reduce_bf16_sum, Max reduce_bf16_max,
-        Min reduce_bf16_min; segments reduce_bf16_segments; columns reduce_bf16_columns; naive reduce_bf16_naive;
+        Min reduce_bf16_min; segments reduce_bf16_segments; bands reduce_bf16_bands;
+        columns reduce_bf16_columns; naive reduce_bf16_naive;
     Hopper "hopper" HOPPER_F32 F32 "reduce_f32":
         Summary reduce_f32_summary few reduce_f32_few_summary,
         Sum reduce_f32_sum few reduce_f32_few_sum,
         Max reduce_f32_max few reduce_f32_few_max,
         Min reduce_f32_min few reduce_f32_few_min;
-        segments reduce_f32_segments; columns reduce_f32_columns; naive reduce_f32_naive;
+        segments reduce_f32_segments; bands reduce_f32_bands;
+        columns reduce_f32_columns; naive reduce_f32_naive;
     Hopper "hopper" HOPPER_F16 F16 "reduce_f16":
         Summary reduce_f16_summary few reduce_f16_few_summary,
         Sum reduce_f16_sum few reduce_f16_few_sum,
         Max reduce_f16_max few reduce_f16_few_max,
         Min reduce_f16_min few reduce_f16_few_min;
-        segments reduce_f16_segments; columns reduce_f16_columns; naive reduce_f16_naive;
+        segments reduce_f16_segments; bands reduce_f16_bands;
+        columns reduce_f16_columns; naive reduce_f16_naive;
     Hopper "hopper" HOPPER_BF16 BF16 "reduce_bf16":
         Summary reduce_bf16_summary few reduce_bf16_few_summary,
         Sum reduce_bf16_sum few reduce_bf16_few_sum,
         Max reduce_bf16_max few reduce_bf16_few_max,
         Min reduce_bf16_min few reduce_bf16_few_min;
-        segments reduce_bf16_segments; columns reduce_bf16_columns; naive reduce_bf16_naive;
+        segments reduce_bf16_segments; bands reduce_bf16_bands;
+        columns reduce_bf16_columns; naive reduce_bf16_naive;
 }
 
 #[cfg(test)]
@@ -419,6 +459,9 @@ mod tests {
                 let segments = segment_kernel(tier, dtype).expect("a kernel");
                 assert_eq!(segments.entry, format!("reduce_{dtype}_segments"));
                 assert_eq!(segments.waits_for_predecessors, tier == Tier::Hopper);
+                let bands = band_kernel(tier, dtype).expect("a kernel");
+                assert_eq!(bands.entry, format!("reduce_{dtype}_bands"));
+                assert_eq!(bands.waits_for_predecessors, tier == Tier::Hopper);
                 let columns = column_kernel(tier, dtype).expect("a kernel");
                 assert_eq!(columns.entry, format!("reduce_{dtype}_columns"));
                 assert_eq!(columns.waits_for_predecessors, tier == Tier::Hopper);

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// Rows around the four that make a pivot, the eight warps and the 512 of the longest stripe, of
+/// Rows around the 16 of each of eight warps that make a pivot and the 1024 of the longest stripe, of
 /// columns on both sides of half a group, of groups, and enough for the longest stripes.
 fn shapes(dtype: DType) -> Vec<[usize; 2]> {
     let group = 512 / dtype.size();
@@ -11,6 +11,7 @@ fn shapes(dtype: DType) -> Vec<[usize; 2]> {
         vec![[1009, 3], [1, group], [5, group / 2], [27, group + 1], [70, group / 2 + 1]];
     if !reduced() {
         shapes.extend([[33, 3 * group - 1], [1009, 2 * group], [4099, group / 2 + 3]]);
+        shapes.extend([[8, group], [129, group - 1], [1025, group]]);
         // With so many groups one stripe would be enough for the GPU.
         shapes.push([1031, 133 * group + 3]);
     }
@@ -27,7 +28,7 @@ fn adversary<T: Element>(row: usize, column: usize, rows: usize, noise: f32) -> 
         2 => row as f32 / rows as f32,
         // Far from a pivot that the first rows make.
         3 => {
-            if row < 4 {
+            if row < 96 {
                 3e4
             } else {
                 noise

@@ -3,15 +3,17 @@
 #![forbid(unsafe_code)]
 
 use std::future::{Future, IntoFuture};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Wake};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kasmina_kernels::persistent::protocol::{self, COMMAND, Command, Descriptor, Payload, Words};
+use kasmina_kernels::persistent::protocol::{
+    self, COMMAND, Command, Descriptor, Layout, Payload, Words,
+};
 
-use super::ring::{Part, Request};
+use super::ring::{HostPayload, Part, Request, Ring, RingWords, Slot};
 use super::{StreamConfig, StreamSession, Ticket};
 use crate::device::Device;
 use crate::error::{Error, Result, SessionFault};
@@ -137,6 +139,47 @@ fn a_batch_is_cut_into_no_more_parts_than_its_stream_may_still_hold() {
         ring.reserve(request(1, Some(1))).unwrap();
     }
     assert_eq!(ring.reserve(request(24, None)).unwrap().0.len(), 1);
+}
+
+#[test]
+fn an_express_slot_goes_to_no_sequence_that_a_consumer_may_have_taken_before() {
+    let layout = Layout::new(2, 16).with_express(4);
+    let words = (0..layout.words()).map(|_| AtomicU64::new(0)).collect();
+    let memory: Arc<[_]> = (0..layout.slots)
+        .map(|_| Mutex::new(HostPayload { input: Vec::new(), output: Vec::new() }))
+        .collect();
+    let slots = (0..layout.slots as u16)
+        .map(|index| Slot::Host { index, memory: Arc::clone(&memory) })
+        .collect();
+    let ring: Ring<f32> = Ring::new(layout, RingWords::Host(words), slots, 1, true);
+    let stream = ring.open_stream("test").unwrap();
+    let reserve = |columns| {
+        let request = Request { op: "test", rows: 1, part_rows: Some(8), stream, columns };
+        let parts = ring.reserve(request).unwrap().0;
+        protocol::complete(ring.words(), &layout, parts[0].sequence);
+        parts
+    };
+    let is_express = |parts: &[Part<f32>]| {
+        let own = layout.express_slot(parts[0].sequence);
+        let slot = u32::from(parts[0].slot.index());
+        assert!(slot == own || slot >= layout.express);
+        slot == own
+    };
+    let mut held: Vec<_> = (0..3).map(|_| reserve(1)).collect();
+    assert!(held.iter().all(|parts| is_express(parts)));
+    // Sequence 3 is the last given out: the two consumers may have taken 4 and 5.
+    held.push(reserve(1));
+    ring.give_back(stream, &mut held[0]);
+    let four = reserve(1);
+    assert!(!is_express(&four));
+    ring.give_back(stream, &mut held[2]);
+    ring.give_back(stream, &mut held[3]);
+    // They may have taken 5 and 6 now, and 1 still holds the slot of 5.
+    let (five, six, seven) = (reserve(1), reserve(1), reserve(1));
+    assert_eq!([&five, &six, &seven].map(|parts| is_express(parts)), [false, false, true]);
+    // Where no result is to lie in it, a slot is of no use for that.
+    assert!(!is_express(&reserve(0)));
+    drop(four);
 }
 
 /// Wakes by panicking, or by counting.

@@ -5,7 +5,8 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use kasmina_kernels::reduce::{
-    self, ColumnParams, Columns, MOST_EXTENT, Moments, Partial, SegmentParams, Segments as Cut,
+    self, BandParams, Bands, ColumnParams, Columns, MOST_EXTENT, Moments, Partial, SegmentParams,
+    Segments as Cut,
 };
 
 use super::pending::PendingMoments;
@@ -161,6 +162,12 @@ impl TelemetryReducer {
             self.launch_columns(stream, tensor, cut, &results)?;
             return Ok((PendingMoments::OnDevice(results), columns as usize));
         }
+        if let Some(cut) = parts.and_then(|parts| Bands::of(rows, columns, parts, T::DTYPE)) {
+            let count = cut.parts.get() as usize;
+            let results = stream.allocate(count * size_of::<Moments>())?;
+            self.launch_bands(stream, tensor, cut, &results)?;
+            return Ok((PendingMoments::OnDevice(results), count));
+        }
         let cut = match parts {
             None => Cut::of_rows(rows, columns, T::DTYPE),
             Some(parts) => Cut::of_columns(rows, columns, parts, T::DTYPE),
@@ -194,6 +201,34 @@ impl TelemetryReducer {
             data: tensor.as_device_ptr(),
             row_stride: (tensor.row_stride() * size_of::<T>()) as u64,
             segments: cut,
+            partials: workspace.partials.address(),
+            arrived: workspace.arrived.address(),
+            results: results.address(),
+            epsilon: self.config.epsilon,
+            skip_nan: u32::from(self.config.nan == NanPolicy::Skip),
+        };
+        self.ordered(tensor, || launcher.run(kernel, grid, &params))
+    }
+
+    fn launch_bands<T: Element>(
+        &self,
+        stream: &Arc<GpuStream>,
+        tensor: &Tensor<T>,
+        cut: Bands,
+        results: &Buffer,
+    ) -> Result<()> {
+        let kernel = reduce::band_kernel(self.tier, T::DTYPE);
+        let kernel = kernel.ok_or_else(|| Obstacle::GpuMemory.refuse(OP, self.tier))?;
+        let launcher = self.launcher(stream);
+        launcher.prepare(kernel)?;
+        let grid = grid_of(cut.grid())?;
+        let parts = if cut.bands > 1 { u64::from(cut.parts.get()) } else { 0 };
+        let mut kept = lock(&self.segment_workspace);
+        let workspace = Workspace::sufficient(&mut kept, stream, parts, cut.slots())?;
+        let params = BandParams {
+            data: tensor.as_device_ptr(),
+            row_stride: (tensor.row_stride() * size_of::<T>()) as u64,
+            bands: cut,
             partials: workspace.partials.address(),
             arrived: workspace.arrived.address(),
             results: results.address(),

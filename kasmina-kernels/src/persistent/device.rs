@@ -1,6 +1,26 @@
 //! The grid's life: the poll loop, the way of a unit through a block, and what is common to the
 //! tiers. How a layer is computed is the tier's: `tensor` or `simt`.
 
+/// The body for each number below a bound, at most 2 or 4, as a constant: what is held in registers
+/// must not be indexed by a variable.
+#[cfg(kasmina_tier = "hopper")]
+macro_rules! for_each_below {
+    ($bound:ident of 2, $index:ident => $body:block) => {
+        for_each_below!(@ $bound, $index, $body, 0 1)
+    };
+    ($bound:ident of 4, $index:ident => $body:block) => {
+        for_each_below!(@ $bound, $index, $body, 0 1 2 3)
+    };
+    (@ $bound:ident, $index:ident, $body:block, $($number:literal)+) => {
+        $(if $number < $bound {
+            const $index: usize = $number;
+            $body
+        })+
+    };
+}
+
+#[cfg(kasmina_tier = "hopper")]
+mod rows;
 #[cfg(kasmina_tier = "portable")]
 mod simt;
 #[cfg(kasmina_tier = "hopper")]

@@ -8,6 +8,7 @@ use super::{
 use crate::ptx;
 use crate::unroll::unroll;
 
+mod bands;
 #[cfg(kasmina_tier = "hopper")]
 mod blocks;
 mod chunk;
@@ -23,6 +24,7 @@ mod node;
 mod segments;
 mod slots;
 
+pub(super) use bands::bands;
 #[cfg(kasmina_tier = "hopper")]
 pub(crate) use blocks::{Source, summary_of_blocks};
 use chunk::At;
@@ -36,6 +38,7 @@ pub(crate) use gram::Gram;
 use load::*;
 pub(super) use naive::naive;
 use node::{Node, Total};
+use segments::merge_slots;
 pub(super) use segments::segments;
 #[cfg(kasmina_tier = "hopper")]
 pub(crate) use slots::put;

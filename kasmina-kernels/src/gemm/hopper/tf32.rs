@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn blocks_that_share_a_tile_all_have_a_step_of_k() {
-        let forced = Forced { tile: Some([64, 64]), split_k: Some(8), cluster_m: None };
+        let forced = Forced { tile: Some([64, 64]), split_k: Some(8), ..Forced::default() };
         for layout in WeightLayout::ALL {
             let split_k = |k| {
                 let problem = Problem::aligned(64, 64, k);

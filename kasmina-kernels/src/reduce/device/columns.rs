@@ -213,15 +213,21 @@ struct Found {
 unsafe fn sums_of_lane<E: Element>(place: &Place, rule: Rule) -> Found {
     let measure = Measure::new::<E, Summary>(rule);
     // SAFETY: the caller's contract.
-    let mut vectors = unsafe { place.load::<E>(0) };
+    let first = unsafe {
+        [place.load::<E>(0), place.load::<E>(4), place.load::<E>(8), place.load::<E>(12)]
+    };
     let mut pivot = [0.0; MOST];
-    unroll!(v: usize in [0 1 2 3] {
-        let values = widened::<E>(vectors[v].map(ptx::opaque_u32));
-        unroll!(i: usize in [0 1 2 3 4 5 6 7] {
-            pivot[i] += values[i];
+    unroll!(four: usize in [0 1 2 3] {
+        unroll!(v: usize in [0 1 2 3] {
+            let values = widened::<E>(first[four][v].map(ptx::opaque_u32));
+            unroll!(i: usize in [0 1 2 3 4 5 6 7] {
+                pivot[i] += values[i];
+            });
         });
     });
-    let of = if place.rows < 4 { place.rows } else { 4 };
+    // The others are loaded again, from a cache, when it is their turn.
+    let mut vectors = first[0];
+    let of = if place.rows < 16 { place.rows } else { 16 };
     let inverse = ptx::rcp_approx_f32(if of == 0 { 1.0 } else { of as f32 });
     unroll!(i: usize in [0 1 2 3 4 5 6 7] {
         let mean = pivot[i] * inverse;

@@ -150,6 +150,7 @@ macro_rules! sixteen_bit_element {
                 // SAFETY: the caller's contract.
                 unsafe { ptx::mma::$multiply(sum, a, b) }
             }
+            #[cfg(kasmina_tier = "hopper")]
             #[inline(always)]
             fn split(pairs: Pairs) -> [(f32, f32, f32); 2] {
                 [

@@ -149,7 +149,9 @@ pub(in crate::reduce) unsafe fn segments<E: Element>(params: &SegmentParams) {
             return;
         }
         ptx::bar_warp_sync();
-        merge_segment(params, strip.segment, slots, each);
+        let result = params.results + u64::from(strip.segment) * size_of::<Moments>() as u64;
+        let elements = |index| cut.elements(strip.segment, index);
+        merge_slots::<4>(result, slots, each, cut.block * cut.piece, elements);
     }
 }
 
@@ -329,13 +331,19 @@ pub(super) fn partial_of_team(node: &Node, count: u32) -> Partial {
     partial
 }
 
-/// The result of a segment from its slots.
+/// The result of a segment from its `each` slots, most of them of `usual` elements. A lane has `AHEAD`
+/// of them under way at once, at most four.
 ///
 /// # Safety
 /// The whole warp executes it, and sees all slots written; nobody else writes the result.
 #[inline(always)]
-unsafe fn merge_segment(params: &SegmentParams, segment: u32, slots: u64, each: u32) {
-    let cut = params.segments;
+pub(super) unsafe fn merge_slots<const AHEAD: u32>(
+    result: u64,
+    slots: u64,
+    each: u32,
+    usual: u32,
+    elements: impl Fn(u32) -> u32,
+) {
     let lane = ptx::thread_index() % 32;
     let mut total = Total::EMPTY;
     let mut len = 0u64;
@@ -343,23 +351,23 @@ unsafe fn merge_segment(params: &SegmentParams, segment: u32, slots: u64, each: 
     unsafe {
         let first = get(slots, 0).unwrap_or(Partial::EMPTY);
         // A first strip without elements, or skipped ones, gives 0, which is as good.
-        let pivot = mean(&first, cut.elements(segment, 0));
-        let usual = Usual::new(cut.block * cut.piece);
+        let pivot = mean(&first, elements(0));
+        let usual = Usual::new(usual);
         let mut index = lane;
         while index < each {
             ptx::nounroll();
-            // Several under way at once.
             let at = |step: u32| index + 32 * step;
-            let slot = |step: u32| if at(step) < each { get(slots, at(step)) } else { None };
+            let exists = |step: u32| step < AHEAD && at(step) < each;
+            let slot = |step: u32| if exists(step) { get(slots, at(step)) } else { None };
             let found = [slot(0), slot(1), slot(2), slot(3)];
             unroll!(i: usize in [0 1 2 3] {
                 if let Some(partial) = found[i] {
-                    let count = cut.elements(segment, at(i as u32));
+                    let count = elements(at(i as u32));
                     total.add::<Summary>(&partial, count, pivot, usual);
                     len += u64::from(count);
                 }
             });
-            index += 128;
+            index += 32 * AHEAD;
         }
         total = total.over::<Summary, 32>();
         let mut all = len;
@@ -369,7 +377,6 @@ unsafe fn merge_segment(params: &SegmentParams, segment: u32, slots: u64, each: 
             all += u64::from(low) | u64::from(ptx::shfl_sync_bfly_by(high, i)) << 32;
         });
         if ptx::opaque_u32(lane) == 0 {
-            let result = params.results + u64::from(segment) * size_of::<Moments>() as u64;
             store_result(result, &total.moments::<Summary>(all));
         }
     }
