@@ -277,7 +277,10 @@ macro_rules! entry {
                     )+
                     let _ = group;
                     // The next products overwrite them: until then no register has to hold them.
-                    $($($c = ptx::any_f32();)+)+
+                    // In smaller tiles there are enough, and ptxas would serialise the products.
+                    if TILE.block_n == 256 {
+                        $($($c = ptx::any_f32();)+)+
+                    }
                     let unit = device::Unit::new(TILE, &params, consumer, at);
                     // SAFETY: whole warps; the host has made the slots. All of the consumer go the
                     // same way behind its barrier, and read Y once it is stored.
