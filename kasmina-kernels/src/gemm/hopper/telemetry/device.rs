@@ -180,7 +180,7 @@ macro_rules! entry {
         /// `gemm/telemetry.rs` has checked against the shape contract.
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $entry(params: TelemetryParams) {
-            use crate::gemm::hopper::{SLAB_N, WARPGROUP};
+            use crate::gemm::hopper::{CONSUMER_M, SLAB_N, WARPGROUP};
             use crate::gemm::hopper::device::{
                 self as forward, Block, Epilogue, Matrices, Work, multiply_tile, produce,
                 wait_for_predecessors,
@@ -277,8 +277,8 @@ macro_rules! entry {
                     )+
                     let _ = group;
                     // The next products overwrite them: until then no register has to hold them.
-                    // In smaller tiles there are enough, and ptxas would serialise the products.
-                    if TILE.block_n == 256 {
+                    // Blocks of one consumer have enough; there, ptxas would serialise the products.
+                    if TILE.block_m > CONSUMER_M {
                         $($($c = ptx::any_f32();)+)+
                     }
                     let unit = device::Unit::new(TILE, &params, consumer, at);
