@@ -37,7 +37,7 @@ type Check = fn(&Device) -> Result<(), Failed>;
 /// Dead are, of outputs without activation, about one in ten.
 const EPSILON: f32 = 0.0625;
 /// The tiles that kernels with telemetry have.
-const TILES: [[u32; 2]; 3] = [[128, 256], [128, 128], [64, 128]];
+const TILES: [[u32; 2]; 2] = [[128, 256], [64, 128]];
 
 fn main() -> ExitCode {
     let gpu = Gpu::find();
@@ -452,6 +452,7 @@ fn not_served(device: &Device) -> Result<(), Failed> {
     after::<f32>(device, config(), &reducer, 64, 2)?;
     for kernels in [
         KernelConfig::default().hopper_tile([64, 64]),
+        KernelConfig::default().hopper_tile([128, 128]),
         KernelConfig::default().hopper_split_k(2),
         KernelConfig::default().tier(Tier::Portable),
         KernelConfig::default().enable_tma(false),

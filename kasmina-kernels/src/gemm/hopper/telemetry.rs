@@ -191,16 +191,12 @@ macro_rules! kernels {
 
 kernels! {
     gemm_bf16_kn_128x256x64_telemetry: BF16 "bf16", InOut MN, 128 x 256, 4 stages;
-    gemm_bf16_kn_128x128x64_telemetry: BF16 "bf16", InOut MN, 128 x 128, 6 stages;
     gemm_bf16_kn_64x128x64_telemetry: BF16 "bf16", InOut MN, 64 x 128, 8 stages;
     gemm_bf16_nk_128x256x64_telemetry: BF16 "bf16", OutIn K, 128 x 256, 4 stages;
-    gemm_bf16_nk_128x128x64_telemetry: BF16 "bf16", OutIn K, 128 x 128, 6 stages;
     gemm_bf16_nk_64x128x64_telemetry: BF16 "bf16", OutIn K, 64 x 128, 8 stages;
     gemm_f16_kn_128x256x64_telemetry: F16 "f16", InOut MN, 128 x 256, 4 stages;
-    gemm_f16_kn_128x128x64_telemetry: F16 "f16", InOut MN, 128 x 128, 6 stages;
     gemm_f16_kn_64x128x64_telemetry: F16 "f16", InOut MN, 64 x 128, 8 stages;
     gemm_f16_nk_128x256x64_telemetry: F16 "f16", OutIn K, 128 x 256, 4 stages;
-    gemm_f16_nk_128x128x64_telemetry: F16 "f16", OutIn K, 128 x 128, 6 stages;
     gemm_f16_nk_64x128x64_telemetry: F16 "f16", OutIn K, 64 x 128, 8 stages;
 }
 
