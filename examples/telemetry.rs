@@ -5,9 +5,9 @@
 //! cargo run --release --example telemetry [plot.svg]
 //! ```
 //!
-//! Every batch costs two more launches, one for all activations and one for chunks of the features,
-//! whose results stay on the device until the next batch is on its way, so that watching never makes
-//! the GPU wait.
+//! The forward pass itself summarises chunks of the features, where a kernel for that serves it, and
+//! one more launch summarises all activations. The results stay on the device until the next batch is
+//! on its way, so that watching never makes the GPU wait.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -16,8 +16,8 @@ use std::path::PathBuf;
 use anyhow::{Context, ensure};
 use half::f16;
 use kasmina::{
-    Activation, DType, Device, LinearConfig, PendingSummaries, PendingSummary, ReducerConfig,
-    Segments, Summary, TelemetryReducer, Tensor,
+    Activation, DType, Device, LayerTelemetry, LinearConfig, PendingSummary, ReducerConfig,
+    Summary, TelemetryReducer, Tensor,
 };
 
 const PIXELS: usize = 64;
@@ -49,12 +49,11 @@ fn main() -> anyhow::Result<()> {
     println!("\nbatch     mean      std  max |x|   dead    SNR  non-finite");
     let mut summaries = Vec::with_capacity(BATCHES);
     let mut chunks = Vec::with_capacity(BATCHES);
-    let mut pending: Option<(PendingSummary, PendingSummaries)> = None;
+    let mut pending: Option<(PendingSummary, LayerTelemetry)> = None;
     for batch in 0..BATCHES {
         let x = Tensor::from_slice(&device, &pixels(&images, batch), [BATCH, PIXELS])?;
-        let y = layer.forward(&x)?;
+        let (y, each) = layer.forward_with_telemetry(&x, &reducer, CHUNKS)?;
         let whole = reducer.summary_async(&y)?;
-        let each = reducer.segmented_async(&y, Segments::Chunks(CHUNKS))?;
         // Those of the batch before, while the GPU works on this one.
         if let Some((whole, each)) = pending.replace((whole, each)) {
             report(&mut summaries, whole.read()?);

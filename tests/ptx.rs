@@ -28,7 +28,7 @@ fn main() -> ExitCode {
         if module.name.starts_with("persistent_") && module.name != "persistent_echo" {
             trials.push(Trial::test(name("has_each_barrier_once"), || barriers_are_single(module)));
         }
-        if module.name.starts_with("reduce") {
+        if module.name.starts_with("reduce") || module.name.ends_with("telemetry") {
             trials.push(Trial::test(name("exchanges_nothing_in_two_copies"), || {
                 exchanges_stand_once(module)
             }));
@@ -110,8 +110,10 @@ fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
         };
         // As the sources have them. Barriers: none between warps that have segments of their own,
         // one in the single-stage sum, and of the others one for the first drawn chunk, one per
-        // chunk, one for the ticket of the block that merges and one where it does. Exchanges: an f64 takes two per step, of which a warp has 5 and
-        // the block's warps 3; what a tier adds up in one instruction takes one.
+        // chunk, one for the ticket of the block that merges and one where it does. Exchanges: an
+        // f64 takes two per step, of which a warp has 5 and the block's warps 3; what a tier adds up
+        // in one instruction takes one. A forward pass with telemetry has 11 for what
+        // tensor cores have added up, 20 for what is read back, and one more.
         let few = name.contains("_few_");
         let (barriers, exchanges) = match (name.rsplit('_').next(), hopper) {
             // The block's warps send what they have to one of them.
@@ -130,6 +132,10 @@ fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
             (Some("columns"), _) if name.contains("_f32_") => (3, 0),
             (Some("columns"), _) => (5, 0),
             (Some("naive"), _) => (1, 8),
+            // One at the start, one of each consumer before it reads back, and of each slab two,
+            // for each of which both consumers' stand there.
+            (Some("telemetry"), _) if name.contains("x256x") => (19, 32),
+            (Some("telemetry"), _) => (11, 32),
             (Some("summary"), true) => (4, 88),
             (Some("summary"), false) => (4, 166),
             (Some("sum"), true) => (4, 48),

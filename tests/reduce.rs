@@ -11,6 +11,8 @@ mod bands;
 mod columns;
 #[path = "support/gpu.rs"]
 mod gpu;
+#[path = "support/graph.rs"]
+mod graph;
 #[path = "support/moments.rs"]
 mod moments;
 /// Elements that are not finite.

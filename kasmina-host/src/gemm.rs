@@ -7,10 +7,12 @@
 mod backward;
 mod comparison;
 mod split;
+mod telemetry;
 mod tf32;
 mod unaligned;
 
 pub use backward::{Backward, Gradients, Saved, Tiers};
+pub use telemetry::LayerTelemetry;
 
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::{Activation, EpilogueActivation};
@@ -247,9 +249,24 @@ impl<T: Element> Forward<'_, T> {
 
     /// Enqueues the pass between the streams' waits for each other.
     fn ordered(&self, y: &Tensor<T>, enqueue: impl FnOnce() -> Result<()>) -> Result<()> {
-        let operands = [Some(self.x), self.bias, Some(y)].into_iter().flatten();
-        let streams = operands.map(|operand| operand.device().stream());
+        let streams = self.streams(y);
         ordered(self.w.device().stream(), streams, enqueue)
+    }
+
+    /// As [`ordered`](Self::ordered), with a stream whose memory the pass uses as well.
+    fn ordered_with(
+        &self,
+        y: &Tensor<T>,
+        stream: &Stream,
+        enqueue: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let streams = self.streams(y).chain([stream]);
+        ordered(self.w.device().stream(), streams, enqueue)
+    }
+
+    fn streams<'a>(&'a self, y: &'a Tensor<T>) -> impl Iterator<Item = &'a Stream> + Clone {
+        let operands = [Some(self.x), self.bias, Some(y)].into_iter().flatten();
+        operands.map(|operand| operand.device().stream())
     }
 
     fn run_on_cpu(&self, extents: Extents, y: &Tensor<T>) -> Result<()> {

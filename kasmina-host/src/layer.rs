@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod backward;
+mod telemetry;
 
 pub use backward::LinearGradients;
 
@@ -233,14 +234,17 @@ impl KasminaLayer {
         x: &Tensor<T>,
         y: &mut Tensor<T>,
     ) -> Result<Tier> {
-        let forward = Forward {
+        self.pass(linear, x).run(y, &self.config.kernel_config)
+    }
+
+    fn pass<'a, T: Element>(&self, linear: &'a Linear<T>, x: &'a Tensor<T>) -> Forward<'a, T> {
+        Forward {
             x,
             w: &linear.weight,
             bias: linear.bias.as_ref(),
             layout: self.config.weight_layout,
             activation: self.config.activation,
-        };
-        forward.run(y, &self.config.kernel_config)
+        }
     }
 
     fn check_input<T: Element>(&self, op: &'static str, x: &Tensor<T>) -> Result<()> {

@@ -41,6 +41,7 @@ pub use conv1d_layer::{Conv1dConfig, Conv1dGradients, KasminaConv1d};
 pub use device::{Capability, Device, DeviceId, MemoryStats};
 pub use element::Element;
 pub use error::{Error, ForeignPointerFault, Obstacle, Result, SessionFault};
+pub use gemm::LayerTelemetry;
 pub use kasmina_kernels::abi::{DType, Tier};
 pub use kasmina_kernels::activation::Activation;
 pub use kasmina_kernels::conv1d::{Conv1dFault, FilterLayout, Padding, SequenceLayout};

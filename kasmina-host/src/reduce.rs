@@ -6,6 +6,7 @@
 //! tier. `segmented` does the same for parts of a matrix, each by itself.
 #![forbid(unsafe_code)]
 
+mod fused;
 mod pending;
 mod segmented;
 mod summary;
@@ -26,6 +27,7 @@ use crate::error::{Error, Obstacle, Result};
 use crate::gpu::{Buffer, Launch, Stream as GpuStream};
 use crate::stream::Operation;
 use crate::tensor::Tensor;
+pub(crate) use fused::PendingParts;
 use pending::PendingMoments;
 pub use pending::{PendingReduction, PendingSummaries, PendingSummary};
 pub use segmented::Segments;

@@ -9,7 +9,7 @@ use core::marker::PhantomData;
 use miniz_oxide::inflate;
 
 use crate::conv1d::{self, hopper as conv1d_hopper};
-use crate::gemm::hopper::{self, comparison, ping_pong, split, tf32, weight_gradient};
+use crate::gemm::hopper::{self, comparison, ping_pong, split, telemetry, tf32, weight_gradient};
 use crate::gemm::{backward, portable};
 use crate::persistent;
 use crate::reduce;
@@ -222,7 +222,8 @@ pub static MODULES: &[&Module] = &{
     const GEMM_WGRAD: usize = PING_PONG + ping_pong::KERNELS.len();
     const SPLIT: usize = GEMM_WGRAD + weight_gradient::KERNELS.len();
     const COMPARISON: usize = SPLIT + split::NUM_MODULES;
-    const GATHER: usize = COMPARISON + comparison::KERNELS.len();
+    const TELEMETRY: usize = COMPARISON + comparison::KERNELS.len();
+    const GATHER: usize = TELEMETRY + telemetry::KERNELS.len();
     const WGRAD: usize = GATHER + conv1d_hopper::gather::KERNELS.len();
     const HALO: usize = WGRAD + conv1d_hopper::wgrad::KERNELS.len();
     const TF32: usize = HALO + conv1d_hopper::gather::halo::KERNELS.len();
@@ -239,8 +240,10 @@ pub static MODULES: &[&Module] = &{
             weight_gradient::KERNELS[row - GEMM_WGRAD].kernel.module
         } else if row < COMPARISON {
             split::module(row - SPLIT)
-        } else if row < GATHER {
+        } else if row < TELEMETRY {
             comparison::KERNELS[row - COMPARISON].kernel.module
+        } else if row < GATHER {
+            telemetry::KERNELS[row - TELEMETRY].kernel.module
         } else if row < WGRAD {
             conv1d_hopper::gather::KERNELS[row - GATHER].kernel.module
         } else if row < HALO {

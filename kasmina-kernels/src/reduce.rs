@@ -62,7 +62,7 @@ mod bands;
 mod chunks;
 mod columns;
 #[cfg(target_arch = "nvptx64")]
-mod device;
+pub(crate) mod device;
 mod moments;
 mod rows;
 mod segments;

@@ -1,11 +1,7 @@
 //! Reductions that are captured once and run many times: every launch must leave its workspace as
 //! it found it.
 
-use std::ptr;
-
-use kasmina_driver::cust_raw::{CUgraph, CUgraphExec, CUstream, CUstreamCaptureMode};
-use kasmina_driver::{self as driver, check};
-
+use super::graph::Graph;
 use super::*;
 
 /// Replays of a graph.
@@ -65,49 +61,4 @@ pub(crate) fn gives_the_same_bits<T: Element>(device: &Device, tier: Tier) -> Re
         }
     }
     Ok(())
-}
-
-/// A captured sequence of operations, ready to run.
-struct Graph {
-    executable: CUgraphExec,
-}
-
-impl Graph {
-    fn of(device: &Device, enqueue: impl FnOnce() -> Result<(), Failed>) -> Result<Self, Failed> {
-        let stream = device.stream().as_raw() as CUstream;
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream lives as long as its handle.
-        check("cuStreamBeginCapture_v2", unsafe { driver::cuStreamBeginCapture_v2(stream, mode) })?;
-        let enqueued = enqueue();
-        let mut graph: CUgraph = ptr::null_mut();
-        // SAFETY: this thread began the capture; `graph` is where the result is written.
-        let ended = unsafe { driver::cuStreamEndCapture(stream, &raw mut graph) };
-        // The capture must have ended before an error of `enqueue` leaves.
-        enqueued?;
-        check("cuStreamEndCapture", ended)?;
-        let mut executable: CUgraphExec = ptr::null_mut();
-        // SAFETY: the graph is complete and destroyed once; `executable`, which does not need it
-        // afterwards, is where the result is written.
-        let instantiated = unsafe {
-            let instantiated = driver::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0);
-            driver::cuGraphDestroy(graph);
-            instantiated
-        };
-        check("cuGraphInstantiateWithFlags", instantiated)?;
-        Ok(Self { executable })
-    }
-
-    fn launch(&self, device: &Device) -> Result<(), Failed> {
-        let stream = device.stream().as_raw() as CUstream;
-        // SAFETY: the graph was captured on this stream; whoever replays it holds its operands.
-        Ok(check("cuGraphLaunch", unsafe { driver::cuGraphLaunch(self.executable, stream) })?)
-    }
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        // SAFETY: instantiated once and destroyed once. The driver keeps it until its last launch
-        // has ended.
-        unsafe { driver::cuGraphExecDestroy(self.executable) };
-    }
 }

@@ -37,6 +37,7 @@ use unaligned::PlainRows;
 pub mod comparison;
 pub mod ping_pong;
 pub mod split;
+pub mod telemetry;
 pub mod tf32;
 pub mod unaligned;
 pub mod weight_gradient;

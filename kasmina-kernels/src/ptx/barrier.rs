@@ -18,6 +18,25 @@ pub unsafe fn bar_sync<const ID: u32, const THREADS: u32>() {
     }
 }
 
+/// `bar.red.or.pred`: as [`bar_sync`], and tells whether any of the threads said so.
+///
+/// # Safety
+/// As [`bar_sync`].
+#[cfg(kasmina_tier = "hopper")]
+#[must_use]
+#[inline(always)]
+pub unsafe fn bar_red_or<const ID: u32, const THREADS: u32>(said: bool) -> bool {
+    let any: u32;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("{{", ".reg .pred p;", "setp.ne.u32 p, {said}, 0;",
+             "bar.red.or.pred p, {id}, {threads}, p;", "selp.u32 {any}, 1, 0, p;", "}}",
+             said = in(reg32) u32::from(said), any = out(reg32) any,
+             id = const ID, threads = const THREADS, options(nostack));
+    }
+    any != 0
+}
+
 /// `bar.sync 0`: waits for the whole block, and orders its shared-memory accesses.
 ///
 /// # Safety

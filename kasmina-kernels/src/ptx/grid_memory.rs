@@ -50,6 +50,27 @@ pub unsafe fn ld_relaxed_gpu_v4_u32(address: u64) -> [u32; 4] {
     [a, b, c, d]
 }
 
+/// As [`ld_relaxed_gpu_v4_u32`] if `exists`, else zeros. Not a branch, so that several of these are
+/// under way together.
+///
+/// # Safety
+/// As [`ld_relaxed_gpu_v4_u32`] if `exists`.
+#[cfg(kasmina_tier = "hopper")]
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_relaxed_gpu_v4_u32_if(address: u64, exists: bool) -> [u32; 4] {
+    let (mut a, mut b, mut c, mut d) = (0u32, 0u32, 0u32, 0u32);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("{{", ".reg .pred exists;", "setp.ne.u32 exists, {exists}, 0;",
+             "@exists ld.relaxed.gpu.global.v4.u32 {{{a}, {b}, {c}, {d}}}, [{address}];", "}}",
+             exists = in(reg32) u32::from(exists), a = inout(reg32) a, b = inout(reg32) b,
+             c = inout(reg32) c, d = inout(reg32) d, address = in(reg64) address,
+             options(readonly, nostack));
+    }
+    [a, b, c, d]
+}
+
 /// Adds to a counter and returns what it was, in no order with anything else.
 ///
 /// # Safety

@@ -3,7 +3,7 @@
 use core::arch::asm;
 
 macro_rules! packed {
-    ($type:literal $min:ident $max:ident $count_if_below:ident) => {
+    ($type:literal $min:ident $max:ident $add:ident $count_if_below:ident) => {
         /// The smaller of each pair; the number where the other is NaN.
         #[must_use]
         #[inline(always)]
@@ -30,6 +30,19 @@ macro_rules! packed {
             d
         }
 
+        /// The sums of each pair.
+        #[must_use]
+        #[inline(always)]
+        pub fn $add(a: u32, b: u32) -> u32 {
+            let d: u32;
+            // SAFETY: arithmetic on registers.
+            unsafe {
+                asm!(concat!("add.", $type, " {}, {}, {};"), out(reg32) d, in(reg32) a,
+                     in(reg32) b, options(pure, nomem, nostack, preserves_flags));
+            }
+            d
+        }
+
         /// `count + 1` for each of the pair where `|x| < bound`, else `count`; also if either is
         /// NaN. Exact up to a count of 256.
         #[must_use]
@@ -49,8 +62,8 @@ macro_rules! packed {
     };
 }
 
-packed!("f16x2" min_f16x2 max_f16x2 count_if_below_f16x2);
-packed!("bf16x2" min_bf16x2 max_bf16x2 count_if_below_bf16x2);
+packed!("f16x2" min_f16x2 max_f16x2 add_f16x2 count_if_below_f16x2);
+packed!("bf16x2" min_bf16x2 max_bf16x2 add_bf16x2 count_if_below_bf16x2);
 
 /// f32 to f16, as its bits; rounded up.
 #[must_use]

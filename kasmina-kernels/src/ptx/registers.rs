@@ -23,3 +23,16 @@ pub unsafe fn setmaxnreg_inc<const COUNT: u32>() {
     // SAFETY: the caller's contract.
     unsafe { asm!("setmaxnreg.inc.sync.aligned.u32 {n};", n = const COUNT, options(nostack)) }
 }
+
+/// Any number: a register that nothing is written to, so that none is kept for what it held.
+#[cfg(kasmina_tier = "hopper")]
+#[must_use]
+#[inline(always)]
+pub fn any_f32() -> f32 {
+    let value: f32;
+    // SAFETY: every pattern of bits is an f32.
+    unsafe {
+        asm!("// {}: any", out(reg32) value, options(pure, nomem, nostack, preserves_flags));
+    }
+    value
+}

@@ -136,6 +136,13 @@ pub fn cp_async_bulk_commit_group() {
     unsafe { asm!("cp.async.bulk.commit_group;", options(nostack)) }
 }
 
+/// Waits until all groups of this thread have completed: what they store is visible to it.
+#[inline(always)]
+pub fn cp_async_bulk_wait_group_all() {
+    // SAFETY: waits only.
+    unsafe { asm!("cp.async.bulk.wait_group 0;", options(nostack)) }
+}
+
 /// Waits until all but the newest `PENDING` groups of this thread have read their shared memory.
 #[inline(always)]
 pub fn cp_async_bulk_wait_group_read<const PENDING: u32>() {

@@ -1,6 +1,6 @@
 //! How a run of elements is cut into chunks, and what is left of a chunk.
 
-use super::{CLUSTER_BLOCKS, CLUSTER_TEAMS, THREADS, VECTORS};
+use super::{CLUSTER_BLOCKS, CLUSTER_TEAMS, Moments, THREADS, VECTORS};
 use crate::abi::DType;
 
 /// Bytes of a block's vectors of the same number, and of its batch.
@@ -160,6 +160,26 @@ impl Partial {
     /// Of no elements.
     pub const EMPTY: Self =
         Self { sum: 0.0, m2: 0.0, min: f32::INFINITY, max: f32::NEG_INFINITY, counts: Counts(0) };
+
+    /// The same of `len` elements, with those that were skipped.
+    #[must_use]
+    pub fn moments(&self, len: u32) -> Moments {
+        let count = u64::from(len) - self.counts.skipped();
+        let non_finite = self.counts.non_finite();
+        if count == 0 {
+            return Moments { non_finite, ..Moments::EMPTY };
+        }
+        Moments {
+            count,
+            sum: self.sum,
+            mean: self.sum / count as f64,
+            m2: self.m2,
+            non_finite,
+            dead: self.counts.dead(),
+            min: self.min,
+            max: self.max,
+        }
+    }
 
     /// A word of a slot to which nothing has been written.
     pub const UNWRITTEN: u64 = u64::MAX;

@@ -9,11 +9,15 @@ use crate::ptx;
 use crate::unroll::unroll;
 
 mod bands;
+#[cfg(kasmina_tier = "hopper")]
+mod blocks;
 mod chunk;
 #[cfg(kasmina_tier = "hopper")]
 mod cluster;
 mod columns;
 mod element;
+#[cfg(kasmina_tier = "hopper")]
+mod gram;
 mod load;
 mod naive;
 mod node;
@@ -23,11 +27,16 @@ mod segments;
 mod slots;
 
 pub(super) use bands::bands;
+#[cfg(kasmina_tier = "hopper")]
+pub(crate) use blocks::{Source, summary_of_blocks};
 use chunk::At;
 #[cfg(kasmina_tier = "hopper")]
 pub(super) use cluster::few;
 pub(super) use columns::columns;
-pub(super) use element::{BF16, Element, F16, F32, Max, Min, Pairs, Statistic, Sum, Summary};
+pub(crate) use element::{BF16, Element, F16};
+pub(super) use element::{F32, Max, Min, Pairs, Statistic, Sum, Summary};
+#[cfg(kasmina_tier = "hopper")]
+pub(crate) use gram::Gram;
 use load::*;
 pub(super) use naive::naive;
 use node::{Node, Total};
@@ -35,7 +44,11 @@ use node::{Node, Total};
 pub(super) use rows::rows;
 use segments::merge_slots;
 pub(super) use segments::segments;
-use slots::{Usual, clear, get, mean, put, quotient, store_result};
+#[cfg(kasmina_tier = "hopper")]
+pub(crate) use slots::put;
+#[cfg(not(kasmina_tier = "hopper"))]
+use slots::put;
+use slots::{Usual, clear, get, mean, quotient, store_result};
 
 /// What ptxas is told first.
 #[inline(always)]

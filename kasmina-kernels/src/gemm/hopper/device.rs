@@ -2,20 +2,22 @@
 
 use super::unaligned::device::{Slab, store_slab};
 use super::*;
+use crate::ptx;
 use crate::smem_layout::{SWIZZLE_ROW_BYTES, stmatrix_offset};
-use crate::{pipeline::RingPosition, ptx};
 
 mod element;
 mod exchange;
 mod f32_epilogue;
 mod multiply;
 mod operands;
+mod producer;
 mod share;
 pub(crate) use element::{BF16, Element, F16};
 pub(crate) use exchange::Exchange;
 pub(crate) use f32_epilogue::{F32Epilogue, Output, TransposedEpilogue};
 pub(crate) use multiply::multiply_tile;
 pub(crate) use operands::{Matrices, Operands, Stage};
+pub(crate) use producer::{Work, produce};
 pub(super) use share::Shared;
 
 // Three warpgroups start with 168 registers a thread each, 504 together: 40 + 2 · 232.
@@ -124,79 +126,6 @@ pub(crate) fn wait_for_predecessors() {
     ptx::griddepcontrol_launch_dependents();
 }
 
-/// Fetches into L2 what the first lap of the ring loads. Tiles that share rows or columns divide
-/// the steps. More than a lap was slower on an H200: it delays the loads themselves.
-///
-/// # Safety
-/// As [`produce`].
-#[inline(always)]
-unsafe fn prefetch_first_lap(block: Block, operands: impl Operands, work: Work) {
-    let (tile, tiles) = (block.tile, work.tiles);
-    let (m, n) = block.corner(tiles, block.first_tile());
-    let (begin, end) = tile.steps(block.rank_of_k(), work.k_blocks);
-    let lap = begin + tile.num_stages;
-    let end = if end < lap { end } else { lap };
-    let mut k_block = begin + m / tile.block_m;
-    while k_block < end {
-        // SAFETY: the caller's contract.
-        unsafe { operands.prefetch_w(tile, n, k_block) };
-        k_block += tiles.tiles_m * tile.cluster_m;
-    }
-    let mut k_block = begin + n / tile.block_n;
-    while k_block < end {
-        // SAFETY: the caller's contract.
-        unsafe { operands.prefetch_x(tile, m, k_block) };
-        k_block += tiles.tiles_n;
-    }
-}
-
-/// What there is to do.
-#[derive(Clone, Copy)]
-pub(crate) struct Work {
-    pub(crate) tiles: TileScheduler,
-    pub(crate) k_blocks: u32,
-    /// Bytes of the boxes of a stage.
-    pub(crate) stage_bytes: u32,
-}
-
-/// Feeds the ring for every tile of this block.
-///
-/// # Safety
-/// One thread of the block calls it; the operands' maps are 64-aligned addresses of maps with the
-/// boxes that their parameters name, of `stage_bytes` together (the host encodes them).
-#[inline(always)]
-pub(crate) unsafe fn produce(block: Block, operands: impl Operands, work: Work) {
-    let tiles = work.tiles;
-    // SAFETY: valid maps by the caller's contract. Prefetching may run ahead of the grid before:
-    // 0.1 to 0.7 µs less per small product in a graph on an H200.
-    unsafe {
-        operands.prefetch_maps();
-        prefetch_first_lap(block, operands, work);
-    }
-    wait_for_predecessors();
-    let mut position = RingPosition::START;
-    let mut tile = block.first_tile();
-    let (begin, end) = block.tile.steps(block.rank_of_k(), work.k_blocks);
-    while tile < tiles.num_tiles() {
-        let (m, n) = block.corner(tiles, tile);
-        let mut k_block = begin;
-        while k_block < end {
-            let full = block.ring.full(position.stage);
-            let (x, w) = (block.x_stage(position.stage), block.w_stage(position.stage));
-            // SAFETY: the stage is free once `empty` completes; the bytes expected are those of
-            // the boxes issued; destinations are whole stages, 1024-aligned.
-            unsafe {
-                block.ring.wait_empty(position);
-                ptx::mbarrier_arrive_expect_tx(full, work.stage_bytes);
-                operands.load(block.tile, Stage { x, w, full }, m, n, k_block);
-            }
-            position = position.next(block.tile.num_stages);
-            k_block += 1;
-        }
-        tile += block.tile_step();
-    }
-}
-
 /// Applies the activation.
 #[inline(always)]
 pub(crate) fn activate(activation: EpilogueActivation, c: [f32; 8]) -> [f32; 8] {
@@ -257,6 +186,12 @@ impl Epilogue {
             n,
             activation,
         }
+    }
+
+    /// Where slab `slab` of a tile lies until it is stored.
+    #[inline(always)]
+    fn slab(self, slab: u32) -> u32 {
+        self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES
     }
 
     /// The same, which stores Y as `plain` says unless that is none.
@@ -325,12 +260,12 @@ impl Epilogue {
     }
 
     /// Finishes 16 columns: registers `8·group ..` of the tile, as
-    /// `smem_layout::accumulator_position` places them.
+    /// `smem_layout::accumulator_position` places them. Gives back what it has put there, in pairs.
     ///
     /// # Safety
     /// The whole warpgroup calls it, between `begin_slab` and `end_slab`.
     #[inline(always)]
-    pub(crate) unsafe fn columns<E: Element>(self, group: u32, mut c: [f32; 8]) {
+    pub(crate) unsafe fn columns<E: Element>(self, group: u32, mut c: [f32; 8]) -> [u32; 4] {
         let bias = self.bias_smem + (16 * group + 2 * (self.thread % 4)) * 4;
         // SAFETY: columns 16·group to 16·group + 15 are below block_n.
         let ((b0, b1), (b2, b3)) =
@@ -354,21 +289,15 @@ impl Epilogue {
     /// # Safety
     /// As [`columns`](Self::columns).
     #[inline(always)]
-    pub(crate) unsafe fn biased_columns<E: Element>(self, group: u32, mut c: [f32; 8]) {
+    pub(crate) unsafe fn biased_columns<E: Element>(self, group: u32, mut c: [f32; 8]) -> [u32; 4] {
         c = activate(self.activation, c);
         let slab = group / 4;
-        let buffer = self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES;
-        let address = buffer + stmatrix_offset(self.thread, group % 4);
+        let address = self.slab(slab) + stmatrix_offset(self.thread, group % 4);
+        let pairs =
+            [E::pack(c[1], c[0]), E::pack(c[3], c[2]), E::pack(c[5], c[4]), E::pack(c[7], c[6])];
         // SAFETY: inside this warpgroup's buffer; `begin_slab` has freed it.
-        unsafe {
-            ptx::stmatrix_x4(
-                address,
-                E::pack(c[1], c[0]),
-                E::pack(c[3], c[2]),
-                E::pack(c[5], c[4]),
-                E::pack(c[7], c[6]),
-            );
-        }
+        unsafe { ptx::stmatrix_x4(address, pairs[0], pairs[1], pairs[2], pairs[3]) };
+        pairs
     }
 
     /// Stores slab `slab` of the tile whose first row and column are `m` and `n`.
@@ -405,7 +334,7 @@ impl Epilogue {
         ptx::fence_proxy_async_shared();
         // SAFETY: the whole warpgroup, by the caller's contract.
         unsafe { self.sync() };
-        self.slabs + (slab % self.tile.slab_buffers()) * SLAB_BYTES
+        self.slab(slab)
     }
 
     /// Stores slab `slab` as `store` says, which gets Y's map and the buffer's address in one
@@ -421,6 +350,35 @@ impl Epilogue {
         if self.thread == 0 {
             store(self.y_map, buffer);
             ptx::cp_async_bulk_commit_group();
+        }
+    }
+
+    /// Waits until everything stored so far is visible to the warpgroup.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it.
+    #[inline(always)]
+    pub(super) unsafe fn complete_stores(self) {
+        if self.thread == 0 {
+            ptx::cp_async_bulk_wait_group_all();
+        }
+        // SAFETY: the whole warpgroup, by the caller's contract.
+        unsafe { self.sync() };
+    }
+
+    /// Whether any thread of the warpgroup says so.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it.
+    #[inline(always)]
+    pub(super) unsafe fn any(self, said: bool) -> bool {
+        // SAFETY: as for `sync`.
+        unsafe {
+            if self.consumer == 0 {
+                ptx::bar_red_or::<1, WARPGROUP>(said)
+            } else {
+                ptx::bar_red_or::<2, WARPGROUP>(said)
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use crate::ptx;
 use crate::reduce::Batch;
 
 /// An element type in global memory.
-pub(in crate::reduce) trait Element {
+pub(crate) trait Element {
     const LOG2_SIZE: u32;
     /// Elements in 16 bytes.
     const WIDTH: u32 = 16 >> Self::LOG2_SIZE;
@@ -25,6 +25,25 @@ pub(in crate::reduce) trait Element {
     }
     /// Adds two elements.
     fn add_pair(_: &mut Pairs, _: u32, _: u32) {}
+    /// What was found in both.
+    #[cfg(kasmina_tier = "hopper")]
+    fn joined(a: Pairs, _: Pairs) -> Pairs {
+        a
+    }
+    /// Extremes and number of dead elements.
+    #[cfg(kasmina_tier = "hopper")]
+    fn of_pairs(_: Pairs) -> (f32, f32, f32) {
+        (f32::INFINITY, f32::NEG_INFINITY, 0.0)
+    }
+    /// A pair of ones.
+    #[cfg(kasmina_tier = "hopper")]
+    const ONES: u32 = 0;
+    /// As [`ptx::mma::mma_m16n8k16_bf16`], for elements of two bytes.
+    ///
+    /// # Safety
+    /// As there.
+    #[cfg(kasmina_tier = "hopper")]
+    unsafe fn multiply(_: &mut [f32; 4], _: [u32; 4], _: [u32; 2]) {}
     /// Smallest, largest and number of dead in the lower and in the upper half.
     fn split(_: Pairs) -> [(f32, f32, f32); 2] {
         [(0.0, 0.0, 0.0); 2]
@@ -38,10 +57,10 @@ pub(in crate::reduce) trait Element {
 /// with memory.
 #[derive(Clone, Copy)]
 #[cfg_attr(not(kasmina_tier = "hopper"), expect(dead_code, reason = "other tiers have no pairs"))]
-pub(in crate::reduce) struct Pairs {
-    min: u32,
-    max: u32,
-    dead: u32,
+pub(crate) struct Pairs {
+    pub(super) min: u32,
+    pub(super) max: u32,
+    pub(super) dead: u32,
 }
 
 impl Pairs {
@@ -54,8 +73,8 @@ impl Pairs {
 }
 
 pub(in crate::reduce) struct F32;
-pub(in crate::reduce) struct F16;
-pub(in crate::reduce) struct BF16;
+pub(crate) struct F16;
+pub(crate) struct BF16;
 
 impl Element for F32 {
     const LOG2_SIZE: u32 = 2;
@@ -76,7 +95,7 @@ impl Element for F32 {
 
 macro_rules! sixteen_bit_element {
     ($name:ident, $low:expr, $high:expr, $infinity:literal, $bound:expr,
-     $min:ident $max:ident $count_if_below:ident) => {
+     $min:ident $max:ident $add:ident $count_if_below:ident, $ones:literal $multiply:ident) => {
         impl Element for $name {
             const LOG2_SIZE: u32 = 1;
             #[inline(always)]
@@ -116,6 +135,32 @@ macro_rules! sixteen_bit_element {
             }
             #[cfg(kasmina_tier = "hopper")]
             #[inline(always)]
+            fn joined(a: Pairs, b: Pairs) -> Pairs {
+                Pairs {
+                    min: ptx::$min(a.min, b.min),
+                    max: ptx::$max(a.max, b.max),
+                    dead: ptx::$add(a.dead, b.dead),
+                }
+            }
+            #[cfg(kasmina_tier = "hopper")]
+            #[inline(always)]
+            fn of_pairs(pairs: Pairs) -> (f32, f32, f32) {
+                (
+                    $low(pairs.min).min($high(pairs.min)),
+                    $low(pairs.max).max($high(pairs.max)),
+                    $low(pairs.dead) + $high(pairs.dead),
+                )
+            }
+            #[cfg(kasmina_tier = "hopper")]
+            const ONES: u32 = $ones * 0x1_0001;
+            #[cfg(kasmina_tier = "hopper")]
+            #[inline(always)]
+            unsafe fn multiply(sum: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+                // SAFETY: the caller's contract.
+                unsafe { ptx::mma::$multiply(sum, a, b) }
+            }
+            #[cfg(kasmina_tier = "hopper")]
+            #[inline(always)]
             fn split(pairs: Pairs) -> [(f32, f32, f32); 2] {
                 [
                     ($low(pairs.min), $low(pairs.max), $low(pairs.dead)),
@@ -138,7 +183,7 @@ sixteen_bit_element!(
     |pair: u32| ptx::cvt_f32_f16((pair >> 16) as u16),
     0x7C00,
     |epsilon: f32| u32::from(ptx::cvt_rp_f16_f32(epsilon)),
-    min_f16x2 max_f16x2 count_if_below_f16x2
+    min_f16x2 max_f16x2 add_f16x2 count_if_below_f16x2, 0x3C00 mma_m16n8k16_f16
 );
 sixteen_bit_element!(
     BF16,
@@ -147,7 +192,7 @@ sixteen_bit_element!(
     0x7F80,
     // Rounded away from zero; a negative bound holds no element either way.
     |epsilon: f32| (epsilon.to_bits() + 0xFFFF) >> 16,
-    min_bf16x2 max_bf16x2 count_if_below_bf16x2
+    min_bf16x2 max_bf16x2 add_bf16x2 count_if_below_bf16x2, 0x3F80 mma_m16n8k16_bf16
 );
 
 /// What is computed; the fields that are not are left out of every loop and exchange.

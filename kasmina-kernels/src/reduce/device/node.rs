@@ -415,7 +415,7 @@ unsafe fn sum_pair<const LANES: u32>(a: f64, b: f64) -> (f64, f64) {
 /// # Safety
 /// As [`Node::over`].
 #[inline(always)]
-unsafe fn sum_u32<const LANES: u32>(value: u32) -> u32 {
+pub(super) unsafe fn sum_u32<const LANES: u32>(value: u32) -> u32 {
     // SAFETY: the caller's contract.
     unsafe {
         #[cfg(kasmina_tier = "hopper")]
@@ -456,7 +456,7 @@ unsafe fn sum_u64<const LANES: u32>(value: u64) -> u64 {
 /// # Safety
 /// As [`Node::over`].
 #[inline(always)]
-unsafe fn least<const LANES: u32>(value: f32) -> f32 {
+pub(super) unsafe fn least<const LANES: u32>(value: f32) -> f32 {
     // SAFETY: the caller's contract.
     unsafe {
         #[cfg(kasmina_tier = "hopper")]
@@ -486,7 +486,7 @@ unsafe fn least<const LANES: u32>(value: f32) -> f32 {
 /// # Safety
 /// As [`Node::over`].
 #[inline(always)]
-unsafe fn largest<const LANES: u32>(value: f32) -> f32 {
+pub(super) unsafe fn largest<const LANES: u32>(value: f32) -> f32 {
     // SAFETY: the caller's contract.
     unsafe {
         #[cfg(kasmina_tier = "hopper")]

@@ -316,7 +316,7 @@ unsafe fn over_team(mut node: Node, mut count: u32, lane: u32, lanes: u32) -> (N
 
 /// Summary of `count` elements, without those that were skipped.
 #[inline(always)]
-fn partial_of_team(node: &Node, count: u32) -> Partial {
+pub(super) fn partial_of_team(node: &Node, count: u32) -> Partial {
     let mut partial = Partial {
         min: node.min,
         max: node.max,

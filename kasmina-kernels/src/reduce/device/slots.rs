@@ -13,7 +13,7 @@ const SLOT_BYTES: u64 = size_of::<Partial>() as u64;
 /// # Safety
 /// One thread of the grid calls it for this slot, which `partials` has.
 #[inline(always)]
-pub(super) unsafe fn put(partials: u64, slot: u32, partial: &Partial) {
+pub(crate) unsafe fn put(partials: u64, slot: u32, partial: &Partial) {
     let address = partials + u64::from(slot) * SLOT_BYTES;
     let [a, b, c, d] = partial.words();
     // SAFETY: the caller's contract; slots are multiples of 16 bytes.

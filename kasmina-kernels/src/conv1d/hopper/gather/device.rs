@@ -172,7 +172,9 @@ macro_rules! store_tile {
                 }
                 let c = [$($c),+];
                 match $output {
-                    SequenceLayout::Nlc => $epilogue.columns::<$elements>(group, c),
+                    SequenceLayout::Nlc => {
+                        $epilogue.columns::<$elements>(group, c);
+                    }
                     SequenceLayout::Ncl => {
                         let [low, high] = $row_bias;
                         let c = [
