@@ -76,11 +76,10 @@ impl Moments {
         let mut all = Self::EMPTY;
         for run in elements.chunks(RUN) {
             let first = &run[..run.len().min(16)];
-            let sum: f32 = first.iter().map(|&element| widen(element)).sum();
-            let mean = sum / first.len() as f32;
+            let sum: f32 = first.iter().map(|&element| PIVOT_SCALE * widen(element)).sum();
             // Relative to NaN no batch can be taken: each element is then added in f64.
-            let (pivot, of_sums) = if mean.is_finite() { (mean, mean) } else { (f32::NAN, 0.0) };
-            let mut accumulator = Accumulator::new(of_sums);
+            let pivot = pivot_of(sum, 1.0 / first.len() as f32);
+            let mut accumulator = Accumulator::new(if pivot.is_nan() { 0.0 } else { pivot });
             for batch in run.chunks(BATCH) {
                 let mut sums = Batch::EMPTY;
                 let (groups, rest) = batch.as_chunks::<4>();
@@ -324,6 +323,18 @@ pub(super) fn centred(squares: f64, distances: f64, distance: f64) -> f64 {
     if m2 < 0.0 { 0.0 } else { m2 }
 }
 
+/// Times which elements enter the sum of at most 64 that [`pivot_of`] takes, which then does not
+/// overflow.
+pub(super) const PIVOT_SCALE: f32 = 1.0 / 64.0;
+
+/// The mean of elements whose scaled sum and inverse number these are; NaN unless all are finite.
+#[inline(always)]
+pub(super) fn pivot_of(sum: f32, inverse: f32) -> f32 {
+    // Rounding may exceed the range of f32 where the elements reach its end.
+    let mean = (sum * (inverse / PIVOT_SCALE)).min(f32::MAX).max(-f32::MAX);
+    if sum.is_finite() { mean } else { f32::NAN }
+}
+
 /// `count + 1` if `|x| < bound`, else `count`.
 #[inline(always)]
 pub(super) fn count_if_below(count: f32, x: f32, bound: f32) -> f32 {
@@ -426,6 +437,17 @@ mod tests {
         for scale in [f32::MAX, 1e25, 1e-22, 1e-38, 1e-43] {
             let elements: Vec<f32> = noise(3000).iter().map(|x| x / 6.0 * scale).collect();
             assert_close(&elements);
+        }
+    }
+
+    #[test]
+    fn equal_elements_at_the_end_of_the_range_have_no_variance() {
+        for value in [f32::MAX, -f32::MAX] {
+            for count in [1, 3, 16, 17, 1000, 20_011] {
+                let elements = &[value; 20_011][..count];
+                let moments = Moments::of(elements, |x| x, Rule { epsilon: 1.0, skip_nan: false });
+                assert_eq!((moments.m2, moments.mean), (0.0, f64::from(value)), "{count}");
+            }
         }
     }
 

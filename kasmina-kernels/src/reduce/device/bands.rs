@@ -181,11 +181,11 @@ unsafe fn sums_of_thread<E: Element>(mut place: Place, rule: Rule) -> Accumulato
 /// # Safety
 /// The whole warp executes it.
 #[inline(always)]
-unsafe fn mean_of_warp(mut value: f32) -> f32 {
+unsafe fn mean_of_warp(value: f32) -> f32 {
+    let mut mean = value / 32.0;
     unroll!(mask: u32 in [16 8 4 2 1] {
         // SAFETY: whole warps. Both lanes add the same two numbers, so all get the same bits.
-        value += f32::from_bits(unsafe { ptx::shfl_sync_bfly_by(value.to_bits(), mask) });
+        mean += f32::from_bits(unsafe { ptx::shfl_sync_bfly_by(mean.to_bits(), mask) });
     });
-    let mean = value / 32.0;
     if mean.is_finite() { mean } else { f32::NAN }
 }

@@ -5,7 +5,7 @@ use super::slots::{Usual, get, mean, put, store_result};
 use super::*;
 use crate::elementary::fused_multiply_add;
 use crate::reduce::columns::{Columns, rows_of_warp};
-use crate::reduce::moments::count_if_below;
+use crate::reduce::moments::{PIVOT_SCALE, count_if_below, pivot_of};
 use crate::reduce::{COLUMN_BLOCKS_PER_MULTIPROCESSOR, ColumnParams};
 
 /// Columns of a lane, at most.
@@ -221,7 +221,7 @@ unsafe fn sums_of_lane<E: Element>(place: &Place, rule: Rule) -> Found {
         unroll!(v: usize in [0 1 2 3] {
             let values = widened::<E>(first[four][v].map(ptx::opaque_u32));
             unroll!(i: usize in [0 1 2 3 4 5 6 7] {
-                pivot[i] += values[i];
+                pivot[i] += PIVOT_SCALE * values[i];
             });
         });
     });
@@ -230,8 +230,7 @@ unsafe fn sums_of_lane<E: Element>(place: &Place, rule: Rule) -> Found {
     let of = if place.rows < 16 { place.rows } else { 16 };
     let inverse = ptx::rcp_approx_f32(if of == 0 { 1.0 } else { of as f32 });
     unroll!(i: usize in [0 1 2 3 4 5 6 7] {
-        let mean = pivot[i] * inverse;
-        pivot[i] = if mean.is_finite() { mean } else { 0.0 };
+        pivot[i] = number_or_zero(pivot_of(pivot[i], inverse));
     });
     let mut kinds = Kinds::empty::<E>();
     let (mut run, mut sums) = (Sums::EMPTY, Sums::EMPTY);

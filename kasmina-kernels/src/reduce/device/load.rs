@@ -2,7 +2,7 @@
 
 use super::{Element, Statistic, thread_of_team};
 use crate::ptx;
-use crate::reduce::moments::{max_nan, min_nan};
+use crate::reduce::moments::{PIVOT_SCALE, max_nan, min_nan, pivot_of};
 use crate::reduce::{Accumulator, Batch, Rule, THREADS, VECTORS};
 use crate::unroll::unroll;
 
@@ -124,20 +124,18 @@ pub(super) fn pivot<E: Element>(vectors: &Vectors, count: u32) -> f32 {
     unroll!(v: usize in [0 1 2 3] {
         // Opaque, so that widened elements do not stay in registers until they are used again.
         let vector = vectors[v].map(ptx::opaque_u32);
-        sums = sum_of_lanes(sums, E::four(vector, false));
+        sums = sum_of_scaled(sums, E::four(vector, false));
         if E::WIDTH == 8 {
-            sums = sum_of_lanes(sums, E::four(vector, true));
+            sums = sum_of_scaled(sums, E::four(vector, true));
         }
     });
     let [a, b, c, d] = sums;
-    let sum = (a + b) + (c + d);
     let inverse = match count {
         count if count == VECTORS * E::WIDTH => 1.0 / (VECTORS * E::WIDTH) as f32,
         0 => 1.0,
         count => ptx::rcp_approx_f32(count as f32),
     };
-    let mean = sum * inverse;
-    if mean.is_finite() { mean } else { f32::NAN }
+    pivot_of((a + b) + (c + d), inverse)
 }
 
 /// The pivot of f64 sums, for which any number will do.
@@ -149,6 +147,11 @@ pub(super) fn number_or_zero(pivot: f32) -> f32 {
 #[inline(always)]
 fn sum_of_lanes(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
     [a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]]
+}
+
+#[inline(always)]
+fn sum_of_scaled(sums: [f32; 4], four: [f32; 4]) -> [f32; 4] {
+    sum_of_lanes(sums, four.map(|element| PIVOT_SCALE * element))
 }
 
 /// How elements are added: relative to `pivot`, with those below epsilon counted.
