@@ -328,6 +328,7 @@ pub(super) fn centred(squares: f64, distances: f64, distance: f64) -> f64 {
 pub(super) const PIVOT_SCALE: f32 = 1.0 / 64.0;
 
 /// The mean of elements whose scaled sum and inverse number these are; NaN unless all are finite.
+#[expect(clippy::manual_clamp, reason = "clamp checks its bounds and panics")]
 #[inline(always)]
 pub(super) fn pivot_of(sum: f32, inverse: f32) -> f32 {
     // Rounding may exceed the range of f32 where the elements reach its end.

@@ -45,7 +45,7 @@ unsafe fn summary_of_block<E: Element>(
         epsilon: rule.epsilon,
         bounds: E::pair_of_bounds(rule.epsilon),
     };
-    let mut accumulator = Accumulator::new(measure.pivot);
+    let mut accumulator = Accumulator::new(number_or_zero(measure.pivot));
     let (mut sums, mut pairs) = (Batch::EMPTY, E::NO_PAIRS);
     unroll!(v: u32 in [0 1 2 3] {
         if exists(v) {
