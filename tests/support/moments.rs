@@ -67,6 +67,7 @@ impl Reference {
     }
 
     /// Of the same elements so many times.
+    #[allow(dead_code, reason = "only whole tensors are long enough to need it")]
     pub(crate) fn repeated(self, times: u64) -> Self {
         let factor = times as f64;
         Self {
