@@ -128,7 +128,6 @@ fn is_absent(vector: [u32; 4]) -> bool {
 /// What thread 0 alone knows of the grid's work.
 struct Waiting {
     words: Mapped,
-    status: u32,
     /// The sequence it waits for or computes.
     sequence: u64,
     lease: Lease,
@@ -146,7 +145,6 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
     let grid = Grid { params, thread: ptx::thread_index(), smem: ptx::dynamic_smem() };
     let mut waiting = Waiting {
         words: Mapped(params.words),
-        status: params.layout.status(ptx::block_index()),
         sequence: 0,
         lease: Lease::new(0, ptx::globaltimer(), params.lease_ns),
         announces: false,
@@ -160,7 +158,7 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
         let mut expected = 0;
         ptx::bar_sync_all();
         if grid.thread == 0 {
-            waiting.words.store(waiting.status, Status::Running as u64);
+            waiting.words.store(grid.status(), Status::Running as u64);
             waiting.sequence = grid.take_sequence();
         }
         loop {
@@ -192,7 +190,7 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
             if !E::compute(&grid, unit, &ahead, early) {
                 // The payload did not arrive within the lease.
                 if ptx::opaque_u32(grid.thread) == 0 {
-                    waiting.words.store(waiting.status, Status::LeaseExpired as u64);
+                    waiting.words.store(grid.status(), Status::LeaseExpired as u64);
                 }
                 return;
             }
@@ -221,6 +219,12 @@ pub(super) unsafe fn resident<E: Stack>(params: &PersistentParams) {
 }
 
 impl Grid<'_> {
+    /// The word in which the block says how it does; computed anew, as registers are short.
+    #[inline(always)]
+    fn status(&self) -> u32 {
+        self.params.layout.status(ptx::opaque_u32(ptx::block_index()))
+    }
+
     /// The next sequence that nobody has.
     ///
     /// # Safety
@@ -269,7 +273,7 @@ impl Grid<'_> {
                 }
             }
         };
-        waiting.words.store(waiting.status, end as u64);
+        waiting.words.store(self.status(), end as u64);
         // SAFETY: the mailbox is the first 64 bytes of shared memory.
         unsafe { ptx::st_shared_v4_u32(self.smem, [EXIT, 0, 0, 0]) }
     }
