@@ -116,7 +116,7 @@ impl KernelConfig {
     /// Forces whether the two consumers of a Hopper kernel have a tile each, one stored while the
     /// other is multiplied, or share each tile. There are kernels where they have a tile each with
     /// the tile of 128×128. By default each call gets what is expected to be fastest. f32 kernels,
-    /// the weight's gradient and kernels without a part take no notice.
+    /// the weight's gradient, kernels without a part and passes with fused telemetry take no notice.
     #[must_use]
     pub const fn hopper_ping_pong(mut self, ping_pong: bool) -> Self {
         self.hopper_ping_pong = Some(ping_pong);

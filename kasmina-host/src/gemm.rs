@@ -71,10 +71,10 @@ struct Extents {
 impl<T: Element> Forward<'_, T> {
     /// Enqueues the pass, writes Y, and says which tier runs it.
     ///
-    /// On the `hopper` tier, f32 other than in TF32 takes 4 to 6 bytes of device memory for each
-    /// element of X and W, and a 16-bit X or W whose rows are no multiple of 16 bytes apart takes
-    /// that of a copy, from the stream's pool; where there is none, the next tier runs it unless one
-    /// is forced.
+    /// On the `hopper` tier, f32 in parts takes 4 to 6 bytes of device memory for each element of X
+    /// and W (also in place of TF32, where TMA cannot address them), and a 16-bit X or W whose rows
+    /// are no multiple of 16 bytes apart takes that of a copy, from the stream's pool; where there is
+    /// none, the next tier runs it unless one is forced.
     ///
     /// # Errors
     /// Before anything is enqueued: [`Error::DeviceMismatch`], [`Error::Shape`],

@@ -266,7 +266,7 @@ impl<T: Element> StreamSession<T> {
         Ok(values)
     }
 
-    /// As [`wait`](Self::wait), into memory that exists.
+    /// As [`wait`](Self::wait), into memory that exists. After an error it may hold parts of a result.
     ///
     /// # Errors
     /// As [`wait`](Self::wait), and [`Error::Shape`] if `values` has another length than the

@@ -153,9 +153,10 @@ impl<T: Element> Backward<'_, T> {
     /// Before anything is enqueued: [`Error::DeviceMismatch`], [`Error::Shape`],
     /// [`Error::Saved`], [`Error::Overlap`], [`Error::Overflow`], and [`Error::Unsupported`] where the
     /// tier that the config or `KASMINA_TIER` forces cannot serve the call. When some gradients may
-    /// have been written: [`Error::OutOfMemory`] for want of memory for dZ and partial results, on the
-    /// first use of a kernel [`Error::DriverTooOld`], [`Error::ModuleRejected`],
-    /// [`Error::EntryMissing`] and [`Error::PtxUnreadable`], and always [`Error::Driver`].
+    /// have been written: [`Error::OutOfMemory`] for want of memory for dZ, partial results, and
+    /// copies of operands whose rows are no multiple of 16 bytes apart, on the first use of a kernel
+    /// [`Error::DriverTooOld`], [`Error::ModuleRejected`], [`Error::EntryMissing`] and
+    /// [`Error::PtxUnreadable`], and always [`Error::Driver`].
     pub fn run(&self, gradients: Gradients<'_, T>, config: &KernelConfig) -> Result<Tiers> {
         let extents = self.check(&gradients)?;
         let mut tiers = self.choose_tiers(&gradients, config)?;
@@ -367,7 +368,7 @@ impl<T: Element> Backward<'_, T> {
                 WeightLayout::InOut => (self.x, dz, Summed::Second),
                 WeightLayout::OutIn => (dz, self.x, Summed::First),
             };
-            let product = Product { first, second, batch: m, accumulate };
+            let product = Product { device: self.w.device(), first, second, batch: m, accumulate };
             match how {
                 WeightGradient::Portable(tiles) => product.enqueue_portable(dw, tiles, launch)?,
                 WeightGradient::Hopper(plan) => {

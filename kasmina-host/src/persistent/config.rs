@@ -80,7 +80,8 @@ impl StreamConfig {
         self
     }
 
-    /// How long the resident kernel outlives the process's last sign of life.
+    /// How long the resident kernel outlives the process's last sign of life, and waits for the rest
+    /// of a batch that a submission has begun to copy.
     pub const fn lease(mut self, lease: Duration) -> Self {
         self.lease = lease;
         self

@@ -12,6 +12,7 @@ use kasmina_kernels::tile_scheduler::TileScheduler;
 use super::OP;
 use super::partials::Partials;
 use crate::config::KernelConfig;
+use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Obstacle, Result};
 use crate::gemm::{Packed, check_tiles, extent, pack, plain_rows, tensor_map_key};
@@ -54,6 +55,8 @@ impl WeightGradient {
 
 /// `dW = firstᵀ·second`, with both `[batch, …]`.
 pub(super) struct Product<'a, T: Element> {
+    /// Of the stream that it runs on, whose pool copies of operands come from.
+    pub(super) device: &'a Device,
     pub(super) first: &'a Tensor<T>,
     pub(super) second: &'a Tensor<T>,
     pub(super) batch: u32,
@@ -106,7 +109,7 @@ impl<T: Element> Product<'_, T> {
         let [m, n] = self.extents();
         let tiles = plan.row.tile.scheduler(m, n);
         let gpu: &Gpu = launch.stream.gpu();
-        let packed = |operand| Packed::new(operand, dw.device(), launch, OP);
+        let packed = |operand| Packed::new(operand, self.device, launch, OP);
         let (first, second) = (packed(self.first)?, packed(self.second)?);
         pack(&[&first, &second], launch)?;
         let operand_box = [SLAB_N, BLOCK_K];
