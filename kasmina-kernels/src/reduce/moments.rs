@@ -78,7 +78,7 @@ impl Moments {
             let first = &run[..run.len().min(16)];
             let sum: f32 = first.iter().map(|&element| PIVOT_SCALE * widen(element)).sum();
             // Relative to NaN no batch can be taken: each element is then added in f64.
-            let pivot = pivot_of(sum, 1.0 / first.len() as f32);
+            let pivot = in_range(sum, sum / (first.len() as f32 * PIVOT_SCALE));
             let mut accumulator = Accumulator::new(if pivot.is_nan() { 0.0 } else { pivot });
             for batch in run.chunks(BATCH) {
                 let mut sums = Batch::EMPTY;
@@ -328,11 +328,18 @@ pub(super) fn centred(squares: f64, distances: f64, distance: f64) -> f64 {
 pub(super) const PIVOT_SCALE: f32 = 1.0 / 64.0;
 
 /// The mean of elements whose scaled sum and inverse number these are; NaN unless all are finite.
-#[expect(clippy::manual_clamp, reason = "clamp checks its bounds and panics")]
+#[cfg(target_arch = "nvptx64")]
 #[inline(always)]
 pub(super) fn pivot_of(sum: f32, inverse: f32) -> f32 {
-    // Rounding may exceed the range of f32 where the elements reach its end.
-    let mean = (sum * (inverse / PIVOT_SCALE)).min(f32::MAX).max(-f32::MAX);
+    in_range(sum, sum * (inverse / PIVOT_SCALE))
+}
+
+/// A mean, which rounding may have brought beyond the range of f32 where the elements reach its end;
+/// NaN if their scaled sum is not finite.
+#[expect(clippy::manual_clamp, reason = "clamp checks its bounds and panics")]
+#[inline(always)]
+fn in_range(sum: f32, mean: f32) -> f32 {
+    let mean = mean.min(f32::MAX).max(-f32::MAX);
     if sum.is_finite() { mean } else { f32::NAN }
 }
 
