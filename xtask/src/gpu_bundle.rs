@@ -12,7 +12,9 @@ use crate::cargo_artifacts::{Executable, build, cargo};
 /// The folder, from the workspace root.
 const FOLDER: &str = "dist/gpu";
 
-const SIZE_LIMIT: u64 = 80 << 20;
+/// Each program has its own copy of the modules. `tar` and `xz --lzma2=dict=128MiB` find that out:
+/// packed, the folder has a fourteenth of its size.
+const SIZE_LIMIT: u64 = 160 << 20;
 
 /// Tests that read the checkout or run cargo: there is nothing for them on a GPU machine.
 const CHECKOUT_TESTS: [&str; 1] = ["ptx"];
@@ -29,7 +31,7 @@ const SELECTION: [&str; 3] =
 /// Builds the folder anew.
 ///
 /// # Errors
-/// A failing build, or a folder of more than 80 MiB.
+/// A failing build, or a folder of more than 160 MiB.
 pub fn write(workspace: &Path) -> Result<()> {
     let folder = workspace.join(FOLDER);
     if folder.exists() {
