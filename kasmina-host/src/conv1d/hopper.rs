@@ -16,7 +16,7 @@ use kasmina_kernels::gemm::hopper::CONSUMER_M;
 use kasmina_kernels::tile_scheduler::TileScheduler;
 
 use super::pass::{DgradPass, Filter, ForwardPass, Sequence, WgradPass};
-use super::portable;
+use super::{parts, portable};
 use crate::config::KernelConfig;
 use crate::error::{Error, Obstacle, Result};
 use crate::gpu::{Launch, Stream};
@@ -334,6 +334,9 @@ pub(super) fn forward_obstacle(pass: &ForwardPass, config: &KernelConfig) -> Opt
     if depthwise(pass.dtype, &portable::GatherPass::forward(pass)).is_some() {
         return None;
     }
+    if pass.dtype == DType::F32 {
+        return parts::forward_obstacle(pass, config);
+    }
     // A tensor without elements has no map, though padding alone gives an output.
     let empty = pass.shape.in_length == 0;
     general_obstacle(pass.dtype, &pass.shape, config)
@@ -345,6 +348,9 @@ pub(super) fn forward_obstacle(pass: &ForwardPass, config: &KernelConfig) -> Opt
 pub(super) fn dgrad_obstacle(pass: &DgradPass, config: &KernelConfig) -> Option<Obstacle> {
     if depthwise(pass.dtype, &portable::GatherPass::dgrad(pass)).is_some() {
         return None;
+    }
+    if pass.dtype == DType::F32 {
+        return parts::dgrad_obstacle(pass, config);
     }
     general_obstacle(pass.dtype, &pass.shape, config)
         .or_else(|| GatherPass::dgrad(pass, 0).obstacle())
@@ -383,6 +389,9 @@ pub(super) fn forward(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &ForwardP
     if let Some(rows) = depthwise(pass.dtype, &portable::GatherPass::forward(pass)) {
         return run_depthwise(launch, rows);
     }
+    if pass.dtype == DType::F32 {
+        return parts::forward(launch, stream, pass);
+    }
     with_packed(launch, stream, &pass.shape, pass.w, Rows::Out, |packed| {
         GatherPass::forward(pass).run(launch, packed)
     })
@@ -392,6 +401,9 @@ pub(super) fn forward(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &ForwardP
 pub(super) fn dgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &DgradPass) -> Result<()> {
     if let Some(rows) = depthwise(pass.dtype, &portable::GatherPass::dgrad(pass)) {
         return run_depthwise(launch, rows);
+    }
+    if pass.dtype == DType::F32 {
+        return parts::dgrad(launch, stream, pass);
     }
     with_packed(launch, stream, &pass.shape, pass.w, Rows::In, |packed| {
         (0..pass.shape.residues())
@@ -530,8 +542,18 @@ mod tests {
         assert_eq!(obstacle(&forward([ncl, nlc], shape(3, 4, 1, 1))), None);
         let far = forward([ncl, nlc], shape(3, 5, 1, 1));
         assert_eq!(obstacle(&far), Some(Obstacle::Operation));
+        // In parts any taps can be met, but no channels by themselves and no positions that TMA
+        // cannot step over.
         let f32_pass = ForwardPass { dtype: DType::F32, ..served };
-        assert_eq!(obstacle(&f32_pass), Some(Obstacle::DType(DType::F32)));
+        assert_eq!(obstacle(&f32_pass), None);
+        assert_eq!(obstacle(&ForwardPass { dtype: DType::F32, ..far }), None);
+        let stepping = |stride| Conv1dShape { stride, ..served.shape };
+        assert_eq!(obstacle(&ForwardPass { shape: stepping(8), ..f32_pass }), None);
+        let wide = ForwardPass { shape: stepping(9), ..f32_pass };
+        assert_eq!(obstacle(&wide), Some(Obstacle::Operation));
+        let alone = Conv1dShape { groups: 48, in_channels: 48, ..served.shape };
+        let alone = ForwardPass { shape: alone, ..f32_pass };
+        assert_eq!(obstacle(&alone), Some(Obstacle::Operation));
         // 207 positions: stores would write beyond them.
         let ragged = forward([nlc, ncl], shape(3, 1, 1, 1));
         assert_eq!(obstacle(&ragged), Some(Obstacle::RowStride { operand: "y", bytes: 414 }));

@@ -22,13 +22,13 @@ const MAX_BLOCKS: u64 = i32::MAX as u64;
 
 /// A gather pass: forward, or dgrad as one.
 pub(super) struct GatherPass<'a> {
-    shape: &'a Conv1dShape,
-    direction: Direction,
-    input: Strided,
-    filter: StridedFilter,
-    bias: u64,
-    activation: Activation,
-    output: Strided,
+    pub(super) shape: &'a Conv1dShape,
+    pub(super) direction: Direction,
+    pub(super) input: Strided,
+    pub(super) filter: StridedFilter,
+    pub(super) bias: u64,
+    pub(super) activation: Activation,
+    pub(super) output: Strided,
     dtype: kasmina_kernels::abi::DType,
     tiled: bool,
 }
@@ -68,6 +68,36 @@ impl<'a> GatherPass<'a> {
     pub(super) fn depthwise_rows(&self) -> Option<DepthwiseParams> {
         let params = self.depthwise()?;
         depthwise::serves_ncl(&params, self.dtype).then_some(params)
+    }
+
+    /// What the gather and direct kernels take.
+    fn params(&self) -> GatherParams {
+        let coalesced = self.output.channel == 1;
+        GatherParams {
+            input: self.input,
+            output: self.output,
+            filter: self.filter,
+            bias: self.bias,
+            shape: *self.shape,
+            plan: GatherPlan::new(self.shape, self.direction),
+            dgrad: u32::from(self.direction == Direction::Dgrad),
+            activation: self.activation as u32,
+            // Without tiling: the order that is not coalesced, as the comparison wants it.
+            channels_first: u32::from(coalesced == self.tiled),
+            reserved: 0,
+        }
+    }
+
+    /// What the gather kernel takes, and its tiles.
+    pub(super) fn gather_params(&self) -> Result<(GatherParams, u32)> {
+        let params = self.params();
+        Ok((params, checked_blocks(params.plan.blocks(self.shape))?))
+    }
+
+    /// Estimated cycles of the gather kernel for f32.
+    pub(super) fn f32_cost(&self, multiprocessors: u32) -> u64 {
+        let plan = GatherPlan::new(self.shape, self.direction);
+        plan.f32_cost(self.shape, self.direction, multiprocessors)
     }
 
     /// What the depthwise kernels for a stride of 1 take, if they are allowed.
@@ -118,7 +148,7 @@ pub(super) fn dgrad(launch: &Launch<'_>, pass: &DgradPass) -> Result<()> {
 }
 
 fn gather(launch: &Launch<'_>, pass: &GatherPass<'_>) -> Result<()> {
-    let &GatherPass { shape, direction, input, filter, output, .. } = pass;
+    let &GatherPass { shape, direction, .. } = pass;
     let kernels = kernels(pass.dtype);
     if let Some(params) = pass.depthwise_rows() {
         let blocks = checked_blocks(ncl_blocks(&params))?;
@@ -129,25 +159,10 @@ fn gather(launch: &Launch<'_>, pass: &GatherPass<'_>) -> Result<()> {
         let blocks = checked_blocks(nlc_blocks(&params))?;
         return launch.run(kernels.depthwise_nlc, blocks, &params);
     }
-    let plan = GatherPlan::new(shape, direction);
-    let dgrad = direction == Direction::Dgrad;
+    let params = pass.params();
     let direct = !pass.tiled || prefers_direct(shape, direction);
-    let coalesced = output.channel == 1;
-    let params = GatherParams {
-        input,
-        output,
-        filter,
-        bias: pass.bias,
-        shape: *shape,
-        plan,
-        dgrad: u32::from(dgrad),
-        activation: pass.activation as u32,
-        // Without tiling: the order that is not coalesced, as the comparison wants it.
-        channels_first: u32::from(coalesced == pass.tiled),
-        reserved: 0,
-    };
     if direct {
-        let (channels, length) = if dgrad {
+        let (channels, length) = if direction == Direction::Dgrad {
             (shape.in_channels, shape.in_length)
         } else {
             (shape.out_channels, shape.out_length)
@@ -156,7 +171,8 @@ fn gather(launch: &Launch<'_>, pass: &GatherPass<'_>) -> Result<()> {
         let blocks = checked_blocks(element_blocks(elements))?;
         return launch.run(kernels.direct, blocks, &params);
     }
-    launch.run(kernels.gather, checked_blocks(plan.blocks(shape))?, &params)
+    let (params, blocks) = pass.gather_params()?;
+    launch.run(kernels.gather, blocks, &params)
 }
 
 /// Enqueues a wgrad pass.

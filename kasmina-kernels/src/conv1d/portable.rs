@@ -156,6 +156,36 @@ pub struct GatherParams {
 unsafe impl KernelParams for GatherParams {}
 const _: () = assert!(size_of::<GatherParams>() == 13 * 8 + 24 * 4);
 
+/// What the kernel takes that repairs a product of parts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct RepairParams {
+    /// The pass.
+    pub gather: GatherParams,
+    /// Device address of the findings of the split's blocks, one word each.
+    pub findings: u64,
+    /// How many there are.
+    pub num_findings: u32,
+    /// Tiles of the plan.
+    pub blocks: u32,
+}
+
+// SAFETY: repr(C); a struct without padding whose size is a multiple of 8, a u64 and two u32.
+unsafe impl KernelParams for RepairParams {}
+const _: () = assert!(size_of::<RepairParams>() == size_of::<GatherParams>() + 16);
+
+/// f32, computed only where parts could not express the operands.
+pub static F32_REPAIR: Module =
+    module!(Portable, "portable", "conv1d_repair_f32", ["conv1d_repair_f32"]);
+
+/// The kernel that computes an f32 pass where [`needs_repair`](crate::gemm::parts::needs_repair)
+/// says so, and else does nothing. Any number of blocks share the tiles.
+pub static REPAIR: Kernel<RepairParams> =
+    Kernel::new(&F32_REPAIR, "conv1d_repair_f32", THREADS, SMEM_BYTES);
+
+/// Blocks of [`REPAIR`] that run at once on a multiprocessor.
+pub const REPAIR_BLOCKS: u32 = 2;
+
 /// f32 values of the partial sums that `splits` blocks leave: filters as `[out, in, tap]`, then
 /// biases, one after the other.
 #[must_use]
@@ -326,6 +356,14 @@ macro_rules! portable_kernels {
             use super::*;
             use crate::conv1d::{depthwise, portable};
             use crate::gemm::element;
+
+            /// # Safety
+            /// As the entries below, and the findings are readable.
+            #[unsafe(no_mangle)]
+            pub(crate) unsafe extern "ptx-kernel" fn conv1d_repair_f32(params: RepairParams) {
+                // SAFETY: the host checks every shape and stride against its allocation.
+                unsafe { portable::gather::repair::<element::F32>(&params) }
+            }
 
             $(
                 /// # Safety

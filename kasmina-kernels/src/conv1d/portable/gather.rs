@@ -4,6 +4,7 @@ use super::*;
 use crate::activation::Activation;
 use crate::conv1d::parked::Parked;
 use crate::gemm::element::Element;
+use crate::gemm::parts::{needs_repair, of_block};
 use crate::ptx;
 use crate::tile_scheduler::div;
 use crate::unroll::unroll;
@@ -21,9 +22,9 @@ impl Block {
     /// # Safety
     /// As [`Parked::put`]; a barrier must follow.
     #[inline(always)]
-    unsafe fn park(params: &GatherParams, at: u32) {
+    unsafe fn park(params: &GatherParams, index: u32, at: u32) {
         let (shape, plan) = (&params.shape, &params.plan);
-        let mut rest = ptx::block_index();
+        let mut rest = index;
         let mut take = |count: u32| {
             let quotient = div(rest, count);
             let index = rest - quotient * count;
@@ -497,14 +498,9 @@ pub(in crate::conv1d) unsafe fn store_channels<E: Element>(
     });
 }
 
-/// One tile of the output.
-///
-/// # Safety
-/// As the entries': tensors and filter are as the strides say, nothing else writes them while the
-/// kernel runs, and the grid is the plan's.
+/// Two blocks share a multiprocessor, which leaves 128 registers a thread.
 #[inline(always)]
-pub(super) unsafe fn gather<E: Element>(params: &GatherParams) {
-    // Two blocks share a multiprocessor, which leaves 128 registers a thread.
+fn mark() {
     // SAFETY: comments for `cargo xtask ptx`.
     unsafe {
         core::arch::asm!(
@@ -514,12 +510,64 @@ pub(super) unsafe fn gather<E: Element>(params: &GatherParams) {
             options(nomem, nostack, preserves_flags),
         );
     }
+}
+
+/// One tile of the output.
+///
+/// # Safety
+/// As the entries': tensors and filter are as the strides say, nothing else writes them while the
+/// kernel runs, and the grid is the plan's.
+#[inline(always)]
+pub(super) unsafe fn gather<E: Element>(params: &GatherParams) {
+    mark();
+    // SAFETY: the caller's contract.
+    unsafe { tile::<E>(params, ptx::block_index()) };
+}
+
+/// All tiles, if parts could not express an operand.
+///
+/// # Safety
+/// As [`gather`] with a grid of any size, and there are `num_findings` readable words of findings,
+/// which nothing writes while the kernel runs.
+#[inline(always)]
+pub(super) unsafe fn repair<E: Element>(params: &RepairParams) {
+    mark();
+    let mut findings = 0;
+    let mut index = ptx::thread_index();
+    while index < params.num_findings {
+        ptx::nounroll();
+        // SAFETY: one of the words.
+        findings |= unsafe { ptx::ld_global_nc_u32(params.findings + 4 * u64::from(index)) };
+        index += THREADS;
+    }
+    // SAFETY: the whole block; then the caller's contract. The loop depends on the block alone, and
+    // the barrier keeps what is parked for a tile until all threads have stored theirs.
+    unsafe {
+        if !needs_repair(of_block(findings)) {
+            return;
+        }
+        let mut index = ptx::block_index();
+        while index < params.blocks {
+            ptx::nounroll();
+            tile::<E>(&params.gather, index);
+            ptx::bar_sync::<0, THREADS>();
+            index += ptx::grid_size();
+        }
+    }
+}
+
+/// The tile with this number.
+///
+/// # Safety
+/// As [`gather`]; the whole block calls it, and no thread is still at another tile.
+#[inline(always)]
+unsafe fn tile<E: Element>(params: &GatherParams, index: u32) {
     let plan = &params.plan;
     let smem = ptx::dynamic_smem();
     // SAFETY: one thread parks, before the barrier that all threads meet.
     let block = unsafe {
         if ptx::thread_index() == 0 {
-            Block::park(params, smem + PARKED);
+            Block::park(params, index, smem + PARKED);
         }
         ptx::bar_sync::<0, THREADS>();
         Block(Parked::at(smem + PARKED))

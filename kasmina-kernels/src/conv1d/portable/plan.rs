@@ -160,6 +160,26 @@ impl GatherPlan {
     }
 }
 
+impl GatherPlan {
+    /// Estimated cycles of the busiest multiprocessor for an f32 pass: one product a lane and cycle,
+    /// of which 65 % are reached.
+    #[must_use]
+    pub const fn f32_cost(
+        &self,
+        shape: &Conv1dShape,
+        direction: Direction,
+        multiprocessors: u32,
+    ) -> u64 {
+        let (depth, taps) = match direction {
+            Direction::Forward => (shape.group_in(), shape.kernel_size),
+            Direction::Dgrad => (shape.group_out(), shape.most_dgrad_taps()),
+        };
+        let waves = self.blocks(shape).div_ceil(multiprocessors as u64);
+        let results = self.tile.rows() as u64 * self.tile.columns() as u64;
+        waves.saturating_mul((results * depth as u64).saturating_mul(taps as u64) / 83 + 2000)
+    }
+}
+
 /// How the wgrad kernel cuts a pass.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
