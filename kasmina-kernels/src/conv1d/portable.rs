@@ -362,7 +362,7 @@ macro_rules! portable_kernels {
             #[unsafe(no_mangle)]
             pub(crate) unsafe extern "ptx-kernel" fn conv1d_repair_f32(params: RepairParams) {
                 // SAFETY: the host checks every shape and stride against its allocation.
-                unsafe { portable::gather::repair::<element::F32>(&params) }
+                unsafe { portable::repair::repair::<element::F32>(&params) }
             }
 
             $(
@@ -453,6 +453,8 @@ portable_kernels! {
 mod direct;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 pub(in crate::conv1d) mod gather;
+#[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
+mod repair;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 mod wgrad;
 

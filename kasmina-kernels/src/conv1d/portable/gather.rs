@@ -4,7 +4,6 @@ use super::*;
 use crate::activation::Activation;
 use crate::conv1d::parked::Parked;
 use crate::gemm::element::Element;
-use crate::gemm::parts::{needs_repair, of_block};
 use crate::ptx;
 use crate::tile_scheduler::div;
 use crate::unroll::unroll;
@@ -500,7 +499,7 @@ pub(in crate::conv1d) unsafe fn store_channels<E: Element>(
 
 /// Two blocks share a multiprocessor, which leaves 128 registers a thread.
 #[inline(always)]
-fn mark() {
+pub(super) fn mark() {
     // SAFETY: comments for `cargo xtask ptx`.
     unsafe {
         core::arch::asm!(
@@ -524,44 +523,12 @@ pub(super) unsafe fn gather<E: Element>(params: &GatherParams) {
     unsafe { tile::<E>(params, ptx::block_index()) };
 }
 
-/// All tiles, if parts could not express an operand.
-///
-/// # Safety
-/// As [`gather`] with a grid of any size, and there are `num_findings` readable words of findings,
-/// which nothing writes while the kernel runs.
-#[inline(always)]
-pub(super) unsafe fn repair<E: Element>(params: &RepairParams) {
-    mark();
-    let mut findings = 0;
-    let mut index = ptx::thread_index();
-    while index < params.num_findings {
-        ptx::nounroll();
-        // SAFETY: one of the words.
-        findings |= unsafe { ptx::ld_global_nc_u32(params.findings + 4 * u64::from(index)) };
-        index += THREADS;
-    }
-    // SAFETY: the whole block; then the caller's contract. The loop depends on the block alone, and
-    // the barrier keeps what is parked for a tile until all threads have stored theirs.
-    unsafe {
-        if !needs_repair(of_block(findings)) {
-            return;
-        }
-        let mut index = ptx::block_index();
-        while index < params.blocks {
-            ptx::nounroll();
-            tile::<E>(&params.gather, index);
-            ptx::bar_sync::<0, THREADS>();
-            index += ptx::grid_size();
-        }
-    }
-}
-
 /// The tile with this number.
 ///
 /// # Safety
 /// As [`gather`]; the whole block calls it, and no thread is still at another tile.
 #[inline(always)]
-unsafe fn tile<E: Element>(params: &GatherParams, index: u32) {
+pub(super) unsafe fn tile<E: Element>(params: &GatherParams, index: u32) {
     let plan = &params.plan;
     let smem = ptx::dynamic_smem();
     // SAFETY: one thread parks, before the barrier that all threads meet.

@@ -224,7 +224,7 @@ impl SplitParams {
 #[must_use]
 #[inline(always)]
 pub const fn word(channel: u32, position: u32) -> u32 {
-    channel * TILE + (position / 4 ^ channel / PIECE) * 4 + position % 4
+    channel * TILE + ((position / 4) ^ (channel / PIECE)) * 4 + position % 4
 }
 
 /// Its module.
