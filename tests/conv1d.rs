@@ -231,17 +231,6 @@ fn run<T: Poison>(
     convolution: &Convolution<T>,
     case: &Case,
 ) -> Result<Results<T>, String> {
-    run_with(device, [config; 2], convolution, case)
-}
-
-/// The same with a config for forward and dgrad and one for wgrad; where it is the same, one call
-/// asks for all gradients.
-fn run_with<T: Poison>(
-    device: &Device,
-    [config, of_wgrad]: [&KernelConfig; 2],
-    convolution: &Convolution<T>,
-    case: &Case,
-) -> Result<Results<T>, String> {
     let told = |error: Error| error.to_string();
     let Shape { batch, channels: [input, out], length, taps, window } = case.shape;
     let (in_extents, out_extents) = ([batch, input, length], [batch, out, convolution.out_length]);
@@ -294,21 +283,15 @@ fn run_with<T: Poison>(
         window,
         accumulate: case.accumulate,
     };
-    let dx_wanted = Some((&mut dx.view, dx_layout));
-    let (dw_wanted, db_wanted) = (Some(&mut dw.view), Some(&mut db));
-    let tiers = if std::ptr::eq(config, of_wgrad) {
-        let all = Gradients { dx: dx_wanted, dw: dw_wanted, db: db_wanted };
-        backward.run(all, config).map_err(told)?
-    } else {
-        let input = Gradients { dx: dx_wanted, dw: None, db: None };
-        let parameters = Gradients { dx: None, dw: dw_wanted, db: db_wanted };
-        let [dgrad, _] = backward.run(input, config).map_err(told)?;
-        let [_, wgrad] = backward.run(parameters, of_wgrad).map_err(told)?;
-        [dgrad, wgrad]
+    let gradients = Gradients {
+        dx: Some((&mut dx.view, dx_layout)),
+        dw: Some(&mut dw.view),
+        db: Some(&mut db),
     };
+    let tiers = backward.run(gradients, config).map_err(told)?;
+    let forced = config.forced_tier();
     let tiers = [Some(tier), tiers[0], tiers[1]];
-    for (tier, config) in tiers.into_iter().zip([config, config, of_wgrad]) {
-        let forced = config.forced_tier();
+    for tier in tiers {
         if forced.is_some() && tier != forced {
             return Err(format!("served by {tier:?} where {forced:?} was forced"));
         }

@@ -317,10 +317,11 @@ impl<T: Element> Backward<'_, T> {
             choose_tier(op, self.w, config, obstacle, |tier, count| pass.pays(tier, count))
         };
         let choose_wgrad = |pass: &WgradPass| {
-            choose_tier(op, self.w, config, |tier| pass.obstacle(tier, config), |_, _| true)
+            let obstacle = |tier| pass.obstacle(tier, config);
+            choose_tier(op, self.w, config, obstacle, |tier, count| pass.pays(tier, count))
         };
         let mut dgrad_tier = dgrad.as_ref().map(choose_dgrad).transpose()?;
-        let wgrad_tier = wgrad.as_ref().map(choose_wgrad).transpose()?;
+        let mut wgrad_tier = wgrad.as_ref().map(choose_wgrad).transpose()?;
 
         let device = self.w.device();
         let Some(stream) = device.stream().gpu() else {
@@ -349,9 +350,13 @@ impl<T: Element> Backward<'_, T> {
             }
             // Last what may be added to: after an error the call can be made again.
             if let Some(pass) = &wgrad {
-                match wgrad_tier {
-                    Some(Tier::Hopper) => hopper::wgrad(&launch, stream, pass)?,
-                    _ => portable::wgrad(&launch, stream, pass)?,
+                if wgrad_tier == Some(Tier::Hopper) {
+                    let (served, forced) =
+                        (hopper::wgrad(&launch, stream, pass), forced_tier(self.w, config));
+                    let portable = || portable::wgrad(&launch, stream, pass);
+                    wgrad_tier = Some(or_portable(served, forced, portable)?);
+                } else {
+                    portable::wgrad(&launch, stream, pass)?;
                 }
             }
             Ok(())
@@ -538,7 +543,7 @@ fn forced_tier<T: Element>(w: &Tensor<T>, config: &KernelConfig) -> Option<Tier>
 }
 
 /// What a Hopper kernel's launch came to: where it found no memory for copies or parts and is not
-/// forced, the portable tier, which needs none, runs instead; nothing has been enqueued then.
+/// forced, the portable tier, which needs less, runs instead; nothing has been enqueued then.
 fn or_portable(
     served: Result<()>,
     forced: Option<Tier>,

@@ -230,7 +230,8 @@ pub static MODULES: &[&Module] = &{
     const HALO: usize = WGRAD + conv1d_hopper::wgrad::KERNELS.len();
     const TF32: usize = HALO + conv1d_hopper::gather::halo::KERNELS.len();
     const CONV1D_PARTS: usize = TF32 + tf32::KERNELS.len();
-    let mut modules = [FIRST[0]; CONV1D_PARTS + conv1d_hopper::parts::KERNELS.len()];
+    const WGRAD_PARTS: usize = CONV1D_PARTS + conv1d_hopper::parts::KERNELS.len();
+    let mut modules = [FIRST[0]; WGRAD_PARTS + conv1d_hopper::parts::wgrad::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
@@ -255,8 +256,10 @@ pub static MODULES: &[&Module] = &{
             conv1d_hopper::gather::halo::KERNELS[row - HALO].kernel.module
         } else if row < CONV1D_PARTS {
             tf32::KERNELS[row - TF32].kernel.module
-        } else {
+        } else if row < WGRAD_PARTS {
             conv1d_hopper::parts::KERNELS[row - CONV1D_PARTS].kernel.module
+        } else {
+            conv1d_hopper::parts::wgrad::KERNELS[row - WGRAD_PARTS].kernel.module
         };
         row += 1;
     }

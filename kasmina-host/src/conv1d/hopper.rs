@@ -29,7 +29,7 @@ const TMA_MAX_STRIDE: u64 = 1 << 40;
 /// The driver's limit on the blocks of a grid.
 const MAX_BLOCKS: u64 = i32::MAX as u64;
 /// More parts of a filter's gradient than any GPU has multiprocessors.
-const MAX_PARTS: u32 = 1 << 16;
+pub(super) const MAX_PARTS: u32 = 1 << 16;
 /// Bytes of an element of the types that it serves.
 const SIZE: u64 = 2;
 
@@ -358,6 +358,9 @@ pub(super) fn dgrad_obstacle(pass: &DgradPass, config: &KernelConfig) -> Option<
 
 /// Why it cannot serve a wgrad pass.
 pub(super) fn wgrad_obstacle(pass: &WgradPass, config: &KernelConfig) -> Option<Obstacle> {
+    if pass.dtype == DType::F32 {
+        return parts::wgrad_obstacle(pass, config);
+    }
     let shape = &pass.shape;
     let operands =
         [volume(pass.x, shape, true, pass.dtype), volume(pass.dz, shape, false, pass.dtype)];
@@ -379,7 +382,7 @@ pub(super) fn wgrad_obstacle(pass: &WgradPass, config: &KernelConfig) -> Option<
 }
 
 /// Tiles of a filter's gradient, and steps over positions of each.
-fn steps(shape: &Conv1dShape, walk: &wgrad::Walk) -> Option<(u32, u32)> {
+pub(super) fn steps(shape: &Conv1dShape, walk: &wgrad::Walk) -> Option<(u32, u32)> {
     let tiles = u64::from(shape.groups) * u64::from(walk.tiles_m) * u64::from(walk.tiles_n);
     Some((u32::try_from(tiles).ok()?, walk.batch.checked_mul(walk.sequence_blocks)?))
 }
@@ -413,6 +416,9 @@ pub(super) fn dgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &DgradPass)
 
 /// Enqueues a wgrad pass that wants the filter's gradient.
 pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass) -> Result<()> {
+    if pass.dtype == DType::F32 {
+        return parts::wgrad(launch, stream, pass);
+    }
     let shape = &pass.shape;
     let op = launch.operation.name();
     let dtype = pass.dtype;

@@ -1,5 +1,8 @@
-//! f32 on Hopper's tensor cores: forward and dgrad with operands split into bf16 parts, and computed
-//! again in plain f32 where parts cannot express them.
+//! f32 on Hopper's tensor cores: operands split into bf16 parts, and passes computed again in plain
+//! f32 where parts cannot express them. Forward and dgrad here, the gradients of filter and bias in
+//! `wgrad`.
+
+mod wgrad;
 
 use std::sync::Arc;
 
@@ -20,6 +23,7 @@ use crate::config::KernelConfig;
 use crate::error::{Obstacle, Result};
 use crate::gpu::{Launch, Stream};
 use crate::tensor_map::SequenceMap;
+pub(super) use wgrad::{wgrad, wgrad_obstacle, wgrad_pays};
 
 /// The driver's limit on the blocks of a grid, and so for tiles.
 const MAX_TILES: u64 = i32::MAX as u64;
@@ -98,6 +102,8 @@ impl<'a> Pass<'a> {
             taps: shape.kernel_size,
             rows_are_out: u32::from(self.is_forward()),
             channels_last: u32::from(self.input == SequenceLayout::Nlc),
+            shift: 0,
+            reserved: 0,
         }
     }
 
@@ -200,7 +206,7 @@ impl<'a> Pass<'a> {
         };
         let [_, tile_channels] = kernel.extents(self.output);
         Ok(PartsParams {
-            in_map: input_map(split, &walk)?,
+            in_map: input_map(split, [BLOCK_K, walk.box_positions * walk.in_step], walk.in_step)?,
             w_map: filter_map(split, tile_channels)?,
             bias: self.gather.bias,
             out: output.address + first * DType::F32.size() as u64,
@@ -222,7 +228,7 @@ impl<'a> Pass<'a> {
 }
 
 /// The parts of the input: `[channel, position, part · sequence, group]`.
-fn input_map(split: &SplitParams, walk: &Walk) -> Result<TensorMap> {
+fn input_map(split: &SplitParams, boxes: [u32; 2], in_step: u32) -> Result<TensorMap> {
     let group = SIZE * u64::from(padded(split.channels()));
     let position = group * u64::from(split.groups);
     let sequence = position * u64::from(split.positions);
@@ -231,8 +237,8 @@ fn input_map(split: &SplitParams, walk: &Walk) -> Result<TensorMap> {
         address: split.input_parts,
         extents: [split.channels(), split.positions, sequences, split.groups],
         strides_bytes: [position, sequence, group],
-        boxes: [BLOCK_K, walk.box_positions * walk.in_step],
-        steps: [1, walk.in_step],
+        boxes,
+        steps: [1, in_step],
         dtype: DType::BF16,
         swizzled: true,
     };

@@ -112,4 +112,9 @@ impl WgradPass {
     pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
         (tier == Tier::Hopper).then(|| hopper::wgrad_obstacle(self, config)).flatten()
     }
+
+    /// As that of [`ForwardPass`].
+    pub(crate) fn pays(&self, tier: Tier, multiprocessors: u32) -> bool {
+        tier != Tier::Hopper || self.dtype != DType::F32 || parts::wgrad_pays(self, multiprocessors)
+    }
 }

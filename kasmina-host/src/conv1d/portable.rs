@@ -184,15 +184,12 @@ pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass)
     }
     let kernels = kernels(pass.dtype);
     let sm_count = stream.gpu().capability().sm_count;
-    let x = strided(pass.x, shape.in_channels, shape.in_length);
-    let dz = strided(pass.dz, shape.out_channels, shape.out_length);
-    let (plan, [splits, positions_per_split]) = (
-        WgradPlan::new(shape, sm_count),
-        depthwise::wgrad_splits(shape, pass.x.layout == SequenceLayout::Nlc, sm_count),
-    );
+    let params = wgrad_params(pass, sm_count);
+    let [splits, positions_per_split] =
+        depthwise::wgrad_splits(shape, pass.x.layout == SequenceLayout::Nlc, sm_count);
     let is_depthwise = shape.is_depthwise();
-    let splits = if is_depthwise { splits } else { plan.splits };
-    let bytes = partial_values(shape, splits).checked_mul(4);
+    let splits = if is_depthwise { splits } else { params.plan.splits };
+    let bytes = partial_bytes(shape, splits);
     let bytes = bytes.and_then(|bytes| usize::try_from(bytes).ok());
     let overflow = Error::Overflow {
         op: launch.operation.name(),
@@ -204,8 +201,8 @@ pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass)
     let address = partials.address();
     if is_depthwise {
         let params = DepthwiseWgradParams {
-            x,
-            dz,
+            x: params.x,
+            dz: params.dz,
             partials: address,
             shape: *shape,
             splits,
@@ -214,20 +211,36 @@ pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass)
         };
         launch.run(kernels.depthwise_wgrad, checked_blocks(params.blocks())?, &params)?;
     } else {
-        let params = WgradParams { x, dz, partials: address, shape: *shape, plan };
-        launch.run(kernels.wgrad, checked_blocks(plan.blocks(shape))?, &params)?;
+        let params = WgradParams { partials: address, ..params };
+        launch.run(kernels.wgrad, checked_blocks(params.plan.blocks(shape))?, &params)?;
     }
     finish_wgrad(launch, pass, address, splits)
 }
 
-/// Enqueues the sum over the partial sums of `splits` blocks, which lie at `partials` as
-/// [`partial_values`] says, into the wanted gradients.
-pub(super) fn finish_wgrad(
-    launch: &Launch<'_>,
+/// What the wgrad kernel takes on a GPU of so many multiprocessors, with partial sums nowhere yet.
+pub(super) fn wgrad_params(pass: &WgradPass, sm_count: u32) -> WgradParams {
+    let shape = &pass.shape;
+    WgradParams {
+        x: strided(pass.x, shape.in_channels, shape.in_length),
+        dz: strided(pass.dz, shape.out_channels, shape.out_length),
+        partials: 0,
+        shape: *shape,
+        plan: WgradPlan::new(shape, sm_count),
+    }
+}
+
+/// Bytes of the partial sums of `splits` blocks.
+pub(super) fn partial_bytes(shape: &Conv1dShape, splits: u32) -> Option<u64> {
+    partial_values(shape, splits).checked_mul(4)
+}
+
+/// What the kernel takes that adds up the partial sums of `splits` blocks, which lie at `partials` as
+/// [`partial_values`] says, into the wanted gradients, and its blocks.
+pub(super) fn final_params(
     pass: &WgradPass,
     partials: u64,
     splits: u32,
-) -> Result<()> {
+) -> Result<(WgradFinalParams, u32)> {
     let shape = &pass.shape;
     let nowhere = StridedFilter { address: 0, out: 0, input: 0, tap: 0 };
     let params = WgradFinalParams {
@@ -243,7 +256,12 @@ pub(super) fn finish_wgrad(
         reserved: 0,
     };
     let blocks = element_blocks(shape.filter_elements() + u64::from(shape.out_channels));
-    launch.run(kernels(pass.dtype).wgrad_final, checked_blocks(blocks)?, &params)
+    Ok((params, checked_blocks(blocks)?))
+}
+
+fn finish_wgrad(launch: &Launch<'_>, pass: &WgradPass, partials: u64, splits: u32) -> Result<()> {
+    let (params, blocks) = final_params(pass, partials, splits)?;
+    launch.run(kernels(pass.dtype).wgrad_final, blocks, &params)
 }
 
 /// Enqueues `dz = dy · act'(z)` over tensors that have elements.
@@ -273,7 +291,7 @@ fn strided_filter(filter: Filter, shape: &Conv1dShape) -> StridedFilter {
     StridedFilter { address: filter.address, out, input, tap }
 }
 
-fn checked_blocks(blocks: u64) -> Result<u32> {
+pub(super) fn checked_blocks(blocks: u64) -> Result<u32> {
     let overflow =
         Error::Overflow { op: "conv1d", quantity: "the number of blocks", limit: MAX_BLOCKS };
     u32::try_from(blocks).ok().filter(|&blocks| u64::from(blocks) <= MAX_BLOCKS).ok_or(overflow)

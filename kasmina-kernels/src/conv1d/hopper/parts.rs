@@ -1,4 +1,5 @@
-//! Forward and dgrad of f32 on Hopper's tensor cores, with the accuracy of f32: `out = act(Σ in·w +
+//! f32 on Hopper's tensor cores. [`wgrad`] has the gradients of filter and bias; here, forward and
+//! dgrad, with the accuracy of f32: `out = act(Σ in·w +
 //! b)` along a [`Gather`], both operands as sums of three bf16 parts
 //! ([`crate::gemm::parts`]).
 //!
@@ -53,6 +54,7 @@ pub use crate::gemm::parts::PARTS;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
 pub mod split;
+pub mod wgrad;
 
 /// Elements to which a group's channels are padded in parts: 32 bytes, a sector of the L2.
 pub const CHANNEL_ALIGN: u32 = 16;

@@ -1,9 +1,10 @@
-//! The gather kernel's tiles once more, where parts could not express an operand.
+//! Passes computed once more, where parts could not express an operand.
 
 use super::gather::{mark, tile};
-use super::{RepairParams, THREADS};
+use super::wgrad::{finish, wgrad};
+use super::{RepairParams, RepairWgradFinalParams, RepairWgradParams, THREADS};
 use crate::gemm::element::Element;
-use crate::gemm::parts::{needs_repair, of_block};
+use crate::gemm::parts::words_need_repair;
 use crate::ptx;
 
 /// All tiles, if parts could not express an operand.
@@ -14,18 +15,10 @@ use crate::ptx;
 #[inline(always)]
 pub(super) unsafe fn repair<E: Element>(params: &RepairParams) {
     mark();
-    let mut findings = 0;
-    let mut index = ptx::thread_index();
-    while index < params.num_findings {
-        ptx::nounroll();
-        // SAFETY: one of the words.
-        findings |= unsafe { ptx::ld_global_nc_u32(params.findings + 4 * u64::from(index)) };
-        index += THREADS;
-    }
     // SAFETY: the whole block; then the caller's contract. The loop depends on the block alone, and
     // the barrier keeps what is parked for a tile until all threads have stored theirs.
     unsafe {
-        if !needs_repair(of_block(findings)) {
+        if !words_need_repair(params.findings, params.num_findings, THREADS) {
             return;
         }
         let mut index = ptx::block_index();
@@ -34,6 +27,35 @@ pub(super) unsafe fn repair<E: Element>(params: &RepairParams) {
             tile::<E>(&params.gather, index);
             ptx::bar_sync::<0, THREADS>();
             index += ptx::grid_size();
+        }
+    }
+}
+
+/// Partial sums of the filter's gradient, likewise, with the plan's grid.
+///
+/// # Safety
+/// As [`wgrad`], and of the findings as [`repair`].
+#[inline(always)]
+pub(super) unsafe fn repair_wgrad<E: Element>(params: &RepairWgradParams) {
+    mark();
+    // SAFETY: the whole block; then the caller's contract.
+    unsafe {
+        if words_need_repair(params.findings, params.num_findings, THREADS) {
+            wgrad::<E>(&params.wgrad);
+        }
+    }
+}
+
+/// Their totals, likewise.
+///
+/// # Safety
+/// As [`finish`], and of the findings as [`repair`].
+#[inline(always)]
+pub(super) unsafe fn repair_wgrad_final<E: Element>(params: &RepairWgradFinalParams) {
+    // SAFETY: the whole block; then the caller's contract.
+    unsafe {
+        if words_need_repair(params.findings, params.num_findings, THREADS) {
+            finish::<E>(&params.sum);
         }
     }
 }

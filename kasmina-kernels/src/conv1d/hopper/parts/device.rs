@@ -286,7 +286,7 @@ macro_rules! entry {
             const TILE: SplitTile = SplitTile {
                 block_m: $block_m, num_stages: $num_stages, parts: PARTS as u32,
             };
-            const W_MAJOR: Major = Major::K;
+            const MAJOR: Major = Major::K;
             let in_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
             // to `params` in Rust would be a copy in local memory, useless to TMA.
@@ -342,7 +342,7 @@ macro_rules! entry {
                 while index < tiles.num_tiles() {
                     $($(let (mut $c, mut $d, mut $s) = (0.0f32, 0.0f32, 0.0f32);)+)+
                     multiply_tile! {
-                        six, TILE, W_MAJOR, block, consumer, elected, position, k_blocks,
+                        six, TILE, MAJOR, MAJOR, block, consumer, elected, position, k_blocks,
                         $($($c $d $s)+)+
                     }
                     let place = place(walk, TILE, channels_are_rows, tiles.tile(index));

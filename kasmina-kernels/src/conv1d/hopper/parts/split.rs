@@ -6,6 +6,8 @@
 //! lie channels-last too. Words of a row there change places by the number of the row's eight, so
 //! that eight channels of four positions, which a warp reads at once, lie on 32 banks.
 //!
+//! For wgrad there are two inputs, dz and x, split one after the other.
+//!
 //! The filter's parts are a matrix for every tap and group, whose columns are the channels that are
 //! summed over. Neighbouring threads take neighbouring input channels, which lie closer together in
 //! the filter than output channels do: along rows for dgrad.
@@ -14,6 +16,9 @@ use super::padded;
 use crate::abi::{Kernel, KernelParams, Module, module};
 use crate::conv1d::portable::{Strided, StridedFilter};
 use crate::tile_scheduler::div;
+
+#[cfg(doc)]
+use crate::gemm::parts::W_SHIFT;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
@@ -53,17 +58,21 @@ pub struct SplitParams {
     pub group_out: u32,
     /// Channels of a group of its input.
     pub group_in: u32,
-    /// Taps.
+    /// Taps; 0 without a filter.
     pub taps: u32,
     /// 1 where rows of the filter's matrices are channels of the output, and so in forward passes.
     pub rows_are_out: u32,
     /// 1 where the input is channels-last, and the rows of all sequences follow each other.
     pub channels_last: u32,
+    /// How far the input's findings are shifted: 0, or [`W_SHIFT`] where it is the second operand.
+    pub shift: u32,
+    /// Keeps the size a multiple of 8 without padding.
+    pub reserved: u32,
 }
 
-// SAFETY: repr(C); eleven u64 and eight u32: no padding.
+// SAFETY: repr(C); eleven u64 and ten u32: no padding.
 unsafe impl KernelParams for SplitParams {}
-const _: () = assert!(size_of::<SplitParams>() == 11 * 8 + 8 * 4);
+const _: () = assert!(size_of::<SplitParams>() == 11 * 8 + 10 * 4);
 
 /// Eight channels of an input's position, or of a row of a filter's matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,6 +268,8 @@ mod tests {
             taps: 5,
             rows_are_out: u32::from(rows_are_out),
             channels_last: u32::from(channels_last),
+            shift: 0,
+            reserved: 0,
         }
     }
 

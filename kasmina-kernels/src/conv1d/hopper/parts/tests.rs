@@ -102,6 +102,8 @@ fn a_workspace_holds_findings_and_parts_without_overlap_and_aligned() {
         taps: 4,
         rows_are_out: 1,
         channels_last: 1,
+        shift: 0,
+        reserved: 0,
     };
     let at = Workspace::new(&split, 300);
     assert_eq!(at.input, 2048);

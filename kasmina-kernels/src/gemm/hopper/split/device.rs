@@ -7,6 +7,9 @@ use crate::pipeline::RingPosition;
 use crate::ptx;
 use crate::smem_layout::Major;
 
+mod staging;
+pub(crate) use staging::Staging;
+
 // As the 16-bit kernels' of 128×256.
 pub(crate) use crate::gemm::hopper::device::{CONSUMER_REGISTERS, PRODUCER_REGISTERS};
 
@@ -26,11 +29,21 @@ impl Block {
     /// memory (`Kernel::smem_bytes`, which `launch` on the host passes).
     #[inline(always)]
     pub(crate) unsafe fn start(tile: SplitTile) -> Self {
+        // SAFETY: by the caller's contract.
+        unsafe { Self::start_with(tile, tile.num_consumers()) }
+    }
+
+    /// The same with so many that release a stage.
+    ///
+    /// # Safety
+    /// As [`start`](Self::start).
+    #[inline(always)]
+    pub(crate) unsafe fn start_with(tile: SplitTile, releasing: u32) -> Self {
         let smem = ptx::dynamic_smem();
         let ring = RingBarriers { base: smem + tile.barrier_offset(), num_stages: tile.num_stages };
         if ptx::thread_index() == 0 {
             // SAFETY: one thread, before the barrier below, inside the shared memory.
-            unsafe { ring.init(1, tile.num_consumers()) };
+            unsafe { ring.init(1, releasing) };
         }
         // Everything so far touched only shared memory and may overlap the grid before.
         ptx::griddepcontrol_launch_dependents();
@@ -38,6 +51,12 @@ impl Block {
         // SAFETY: the whole block is here.
         unsafe { ptx::bar_sync_all() };
         Self { tile, smem, ring }
+    }
+
+    /// Where a warp stages its sums.
+    #[inline(always)]
+    fn staged(self, warp: u32) -> u32 {
+        self.smem + self.tile.staged_offset() + warp * STAGED_BYTES
     }
 
     /// The first part of X in a stage; the others follow.
@@ -131,57 +150,6 @@ pub(super) unsafe fn produce(block: Block, parts: PartsOf, tiles: TileScheduler)
             k += BLOCK_K;
         }
         tile += ptx::grid_size();
-    }
-}
-
-/// Where a warp puts its sums so that others of its lanes find them: 16 rows, which no other warp
-/// has to do with.
-#[derive(Clone, Copy)]
-pub(crate) struct Staging {
-    pub(crate) lane: u32,
-    /// First of the warp's rows in the tile.
-    pub(crate) row: u32,
-    staged: u32,
-}
-
-impl Staging {
-    #[inline(always)]
-    pub(crate) fn new(block: Block, consumer: u32) -> Self {
-        let thread = ptx::thread_index() % WARPGROUP;
-        let warp = consumer * 4 + thread / 32;
-        Self {
-            lane: thread % 32,
-            row: 16 * warp,
-            staged: block.smem + block.tile.staged_offset() + warp * STAGED_BYTES,
-        }
-    }
-
-    /// Stages 16 columns: registers `8·group ..` of the tile, as
-    /// `smem_layout::accumulator_position` places them.
-    ///
-    /// # Safety
-    /// The whole warp calls it, after it has read the columns staged before.
-    #[inline(always)]
-    pub(crate) unsafe fn stage(self, group: u32, sums: [f32; 8]) {
-        let (row, column) = (self.lane / 4, 16 * (group % 4) + 2 * (self.lane % 4));
-        // SAFETY: this thread's places among the warp's rows.
-        unsafe {
-            let at = |row, column| self.staged + staged_offset(row, column);
-            ptx::st_shared_v2_f32(at(row, column), sums[0], sums[1]);
-            ptx::st_shared_v2_f32(at(row + 8, column), sums[2], sums[3]);
-            ptx::st_shared_v2_f32(at(row, column + 8), sums[4], sums[5]);
-            ptx::st_shared_v2_f32(at(row + 8, column + 8), sums[6], sums[7]);
-        }
-    }
-
-    /// Four columns of a row, the first a multiple of 4.
-    ///
-    /// # Safety
-    /// They are staged, and a barrier of the warp has passed since.
-    #[inline(always)]
-    pub(crate) unsafe fn four(self, row: u32, column: u32) -> [f32; 4] {
-        // SAFETY: inside the warp's rows.
-        unsafe { ptx::ld_shared_v4_f32(self.staged + staged_offset(row, column)) }
     }
 }
 
@@ -404,28 +372,24 @@ pub(crate) unsafe extern "ptx-kernel" fn split_f32(params: SplitParams) {
     }
 }
 
-/// Offset of an element of the 16 staged rows. Groups of 8 columns change places from row to row,
-/// so that the four rows that the hardware serves together meet on no bank.
-#[inline(always)]
-const fn staged_offset(row: u32, column: u32) -> u32 {
-    (row * STAGED_N + (column ^ (row % 4 * 8))) * 4
-}
-
 /// Issues a batch into the accumulators `$into`; those of the batch before, `$done`, are complete
 /// then, and its stage may be overwritten.
 macro_rules! batch {
-    ($products:ident, $tile:ident, $w_major:ident, $block:ident, $consumer:ident, $elected:ident,
-     $position:ident, $previous:ident, $k_block:ident, [$($into:ident)+], [$($done:ident)+]) => {
+    ($products:ident, $tile:ident, $x_major:ident, $w_major:ident, $block:ident, $consumer:ident,
+     $elected:ident, $position:ident, $previous:ident, $k_block:ident, [$($into:ident)+], [$($done:ident)+]) => {
         let stage = $position.stage;
+        // 64 rows, or one slab: as many bytes.
         let x = $block.x_stage(stage) + $consumer * (CONSUMER_M * BLOCK_K * 2);
-        let a = wgmma_descriptor_k32(x, Major::K);
+        let a = wgmma_descriptor_k32(x, $x_major);
         let b = wgmma_descriptor_k32($block.w_stage(stage), $w_major);
         // SAFETY: the stage has landed; the whole warpgroup executes it.
         unsafe {
             $block.ring.wait_full($position);
             ptx::wgmma::wgmma_parts_k32!(
                 $products,
+                ($x_major as u32),
                 ($w_major as u32),
+                (descriptor_step_k16($x_major)),
                 (descriptor_step_k16($w_major)),
                 ($tile.x_part_bytes() / 16),
                 (SplitTile::w_part_bytes() / 16),
@@ -445,14 +409,14 @@ pub(crate) use batch;
 /// Adds up `$k_blocks` stages of a tile in `$s`, which are 0 before; `$c` and `$d` are the
 /// accumulators that tensor cores fill in turn.
 macro_rules! multiply_tile {
-    ($products:ident, $tile:ident, $w_major:ident, $block:ident, $consumer:ident, $elected:ident,
-     $position:ident, $k_blocks:ident, $($c:ident $d:ident $s:ident)+) => {
+    ($products:ident, $tile:ident, $x_major:ident, $w_major:ident, $block:ident, $consumer:ident,
+     $elected:ident, $position:ident, $k_blocks:ident, $($c:ident $d:ident $s:ident)+) => {
         // Of the batch in flight.
         let mut previous = $position.stage;
         let mut k_block = 0u32;
         loop {
             $crate::gemm::hopper::split::device::batch! {
-                $products, $tile, $w_major, $block, $consumer, $elected, $position,
+                $products, $tile, $x_major, $w_major, $block, $consumer, $elected, $position,
                 previous, k_block, [$($c)+], [$($d)+]
             }
             $($s += $d;)+
@@ -463,7 +427,7 @@ macro_rules! multiply_tile {
                 break;
             }
             $crate::gemm::hopper::split::device::batch! {
-                $products, $tile, $w_major, $block, $consumer, $elected, $position,
+                $products, $tile, $x_major, $w_major, $block, $consumer, $elected, $position,
                 previous, k_block, [$($d)+], [$($c)+]
             }
             $($s += $c;)+
@@ -503,6 +467,7 @@ macro_rules! entry {
 
             const TILE: SplitTile =
                 SplitTile { block_m: $block_m, num_stages: $num_stages, parts: $parts };
+            const X_MAJOR: Major = Major::K;
             const W_MAJOR: Major = Major::$w_major;
             let x_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
@@ -561,7 +526,8 @@ macro_rules! entry {
                     let (m, n) = (tile_m * TILE.block_m, tile_n * BLOCK_N);
                     $($(let (mut $c, mut $d, mut $s) = (0.0f32, 0.0f32, 0.0f32);)+)+
                     device::multiply_tile! {
-                        $products, TILE, W_MAJOR, block, consumer, elected, position, k_blocks,
+                        $products, TILE, X_MAJOR, W_MAJOR, block, consumer, elected, position,
+                        k_blocks,
                         $($($c $d $s)+)+
                     }
                     let mut group = 0;

@@ -197,7 +197,7 @@ pub(crate) unsafe extern "ptx-kernel" fn conv1d_split_f32(params: SplitParams) {
         let filter = split_filter(&params).bits();
         let input =
             if params.channels_last != 0 { split_rows(&params) } else { split_tiles(&params) };
-        let findings = of_block(input.bits() | filter << W_SHIFT);
+        let findings = of_block((input.bits() << params.shift) | (filter << W_SHIFT));
         if ptx::thread_index() == 0 {
             ptx::st_global_u32(params.findings + 4 * u64::from(ptx::block_index()), findings);
         }
