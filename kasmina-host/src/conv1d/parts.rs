@@ -11,7 +11,7 @@ use kasmina_kernels::conv1d::hopper::MAX_STEP;
 use kasmina_kernels::conv1d::hopper::gather::{Problem, Walk};
 use kasmina_kernels::conv1d::hopper::parts::split::{self, SplitParams};
 use kasmina_kernels::conv1d::hopper::parts::{
-    self, BLOCK_K, PARTS, PartsKernel, PartsParams, Workspace, padded,
+    self, BLOCK_K, Cut, PARTS, PartsParams, Workspace, padded,
 };
 use kasmina_kernels::conv1d::portable::{Direction, REPAIR, REPAIR_BLOCKS, RepairParams};
 use kasmina_kernels::conv1d::{Conv1dShape, Gather, SequenceLayout};
@@ -114,9 +114,8 @@ impl<'a> Pass<'a> {
         }
         let [inner, outer] = self.channels();
         let counts = [shape.batch, self.positions()];
-        // The smallest tiles, of which there are the most.
-        let tiles = |kernel: &PartsKernel| {
-            let walk = self.tile_walk(&self.walk(0), kernel);
+        let tiles = |cut: &Cut| {
+            let walk = self.tile_walk(&self.walk(0), cut);
             let tiles = walk.tiles(true, shape.batch, shape.groups);
             u64::from(tiles.tiles_m) * u64::from(tiles.tiles_n)
         };
@@ -127,7 +126,7 @@ impl<'a> Pass<'a> {
             || self.positions() == 0
             || shape.stride > MAX_STEP
             || !parts::fits(counts, shape.kernel_size, shape.groups, [inner, outer])
-            || parts::KERNELS.iter().any(|kernel| tiles(kernel) > MAX_TILES);
+            || Cut::all(self.output).iter().any(|cut| tiles(cut) > MAX_TILES);
         unserved.then_some(Obstacle::Operation)
     }
 
@@ -138,8 +137,8 @@ impl<'a> Pass<'a> {
         parts::pays(&problem, residues, self.output, &self.split(), portable, multiprocessors)
     }
 
-    fn tile_walk(&self, gather: &Gather, kernel: &PartsKernel) -> Walk {
-        Walk::of_tiles(gather, self.channels(), kernel.extents(self.output), BLOCK_K)
+    fn tile_walk(&self, gather: &Gather, cut: &Cut) -> Walk {
+        Walk::of_tiles(gather, self.channels(), cut.extents(), BLOCK_K)
     }
 
     /// Enqueues the split, the product for every residue, and the repair.
@@ -150,7 +149,8 @@ impl<'a> Pass<'a> {
     fn run(&self, launch: &Launch<'_>, stream: &Arc<Stream>) -> Result<()> {
         let gpu = stream.gpu();
         let sm_count = gpu.capability().sm_count;
-        let kernel = parts::select(&self.problem(), self.output, sm_count);
+        let cut = parts::select(&self.problem(), self.output, sm_count);
+        let kernel = &cut.kernel.kernel;
         let split = self.split();
         let blocks = split.blocks(sm_count);
         let at = Workspace::new(&split, blocks);
@@ -171,26 +171,21 @@ impl<'a> Pass<'a> {
             blocks: repair_tiles,
         };
         launch.prepare(&split::KERNEL)?;
-        launch.prepare(&kernel.kernel)?;
+        launch.prepare(kernel)?;
         launch.prepare(&REPAIR)?;
         launch.run(&split::KERNEL, blocks, &split)?;
         for residue in 0..self.residues() {
-            let params = self.product(&self.walk(residue), kernel, &split)?;
+            let params = self.product(&self.walk(residue), cut, &split)?;
             let blocks = params.tiles.num_tiles().min(gpu.free_multiprocessors());
-            launch.run(&kernel.kernel, blocks, &params)?;
+            launch.run(kernel, blocks, &params)?;
         }
         launch.run(&REPAIR, repair_tiles.min(sm_count * REPAIR_BLOCKS), &repair)
     }
 
-    fn product(
-        &self,
-        gather: &Gather,
-        kernel: &PartsKernel,
-        split: &SplitParams,
-    ) -> Result<PartsParams> {
+    fn product(&self, gather: &Gather, cut: &Cut, split: &SplitParams) -> Result<PartsParams> {
         let shape = self.shape();
-        let (walk, [_, group_out]) = (self.tile_walk(gather, kernel), self.channels());
-        let channels_are_rows = parts::channels_are_rows(self.output);
+        let (walk, [_, group_out]) = (self.tile_walk(gather, cut), self.channels());
+        let channels_are_rows = cut.channels_are_rows;
         let tiles = walk.tiles(channels_are_rows, shape.batch, shape.groups);
         // The same order, and `group_m · tiles_n` is no more than the number of tiles.
         let tiles = TileScheduler { group_m: tiles.group_m.min(tiles.tiles_m), ..tiles };
@@ -204,7 +199,7 @@ impl<'a> Pass<'a> {
         } else {
             (gather.out_count, group_out)
         };
-        let [_, tile_channels] = kernel.extents(self.output);
+        let [_, tile_channels] = cut.extents();
         Ok(PartsParams {
             in_map: input_map(split, [BLOCK_K, walk.box_positions * walk.in_step], walk.in_step)?,
             w_map: filter_map(split, tile_channels)?,

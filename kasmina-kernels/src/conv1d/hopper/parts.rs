@@ -19,8 +19,9 @@
 //! so both operands are K-major, and either may be the first:
 //!
 //! ```text
-//! output NLC   out[positions, channels] = in[positions, k] · w[channels, k]ᵀ
-//! output NCL   out[channels, positions] = w[channels, k]   · in[positions, k]ᵀ
+//! output NLC        out[positions, channels] = in[positions, k] · w[channels, k]ᵀ
+//! output NCL        out[channels, positions] = w[channels, k]   · in[positions, k]ᵀ
+//! NLC, few channels likewise, transposed on its way out ([`Cut::all`])
 //! ```
 //! Results leave by ordinary stores, as those of the linear layer do.
 //!
@@ -74,13 +75,6 @@ pub struct PartsKernel {
     pub kernel: Kernel<PartsParams>,
 }
 
-/// Whether the product's rows are channels and its columns positions, so that the columns are
-/// contiguous in the output.
-#[must_use]
-pub const fn channels_are_rows(output: SequenceLayout) -> bool {
-    matches!(output, SequenceLayout::Ncl)
-}
-
 /// Positions and channels of a tile of `rows` rows.
 #[must_use]
 #[inline(always)]
@@ -88,25 +82,53 @@ pub const fn extents(rows: u32, channels_are_rows: bool) -> [u32; 2] {
     if channels_are_rows { [BLOCK_N, rows] } else { [rows, BLOCK_N] }
 }
 
-impl PartsKernel {
+/// A kernel, and which way round it multiplies.
+#[derive(Clone, Copy)]
+pub struct Cut {
+    /// The kernel.
+    pub kernel: &'static PartsKernel,
+    /// Whether the product's rows are channels and its columns positions.
+    pub channels_are_rows: bool,
+}
+
+impl Cut {
     /// Positions and channels of a tile.
     #[must_use]
-    pub const fn extents(&self, output: SequenceLayout) -> [u32; 2] {
-        extents(self.tile.block_m, channels_are_rows(output))
+    pub const fn extents(&self) -> [u32; 2] {
+        extents(self.kernel.tile.block_m, self.channels_are_rows)
+    }
+
+    /// The ways there are for an output of this layout, from the largest tile to the smallest.
+    /// Channels-first, positions are columns, as these are contiguous; channels-last they are where
+    /// there are few channels, which are contiguous along rows then.
+    #[must_use]
+    pub const fn all(output: SequenceLayout) -> &'static [Self] {
+        const LARGE: &PartsKernel = &KERNELS[0];
+        const SMALL: &PartsKernel = &KERNELS[1];
+        const fn cut(kernel: &'static PartsKernel, channels_are_rows: bool) -> Cut {
+            Cut { kernel, channels_are_rows }
+        }
+        match output {
+            SequenceLayout::Ncl => &const { [cut(LARGE, true), cut(SMALL, true)] },
+            SequenceLayout::Nlc => {
+                &const { [cut(LARGE, false), cut(SMALL, false), cut(SMALL, true)] }
+            }
+        }
     }
 
     /// Estimated cycles of the busiest multiprocessor, as those of
     /// [`split`](crate::gemm::hopper::split): a single consumer adds up its batches while nobody
     /// multiplies, and nothing overlaps the epilogue.
-    const fn cost(&self, problem: &Problem, output: SequenceLayout, multiprocessors: u32) -> u64 {
-        let [positions, channels] = self.extents(output);
+    const fn cost(&self, problem: &Problem, multiprocessors: u32) -> u64 {
+        let [positions, channels] = self.extents();
         let tiles = problem.batch as u64
             * problem.positions.div_ceil(positions) as u64
             * problem.groups as u64
             * problem.out_channels.div_ceil(channels) as u64;
         let k_blocks = problem.taps as u64 * problem.in_channels.div_ceil(BLOCK_K) as u64;
-        let add = if self.tile.num_consumers() == 1 { 64 } else { 0 };
-        let step = PRODUCTS * self.tile.block_m * BLOCK_N / 64 + add;
+        let tile = self.kernel.tile;
+        let add = if tile.num_consumers() == 1 { 64 } else { 0 };
+        let step = PRODUCTS * tile.block_m * BLOCK_N / 64 + add;
         tiles.div_ceil(multiprocessors as u64) * (k_blocks * step as u64 + 5000)
     }
 }
@@ -114,16 +136,11 @@ impl PartsKernel {
 /// Products of parts that are added up.
 const PRODUCTS: u32 = 6;
 
-/// The kernel expected to be fastest for this problem on a GPU of so many multiprocessors.
+/// The way expected to be fastest for this problem on a GPU of so many multiprocessors.
 #[must_use]
-pub fn select(
-    problem: &Problem,
-    output: SequenceLayout,
-    multiprocessors: u32,
-) -> &'static PartsKernel {
-    let [large, small] = &KERNELS;
-    let cost = |row: &PartsKernel| row.cost(problem, output, multiprocessors);
-    if cost(small) < cost(large) { small } else { large }
+pub fn select(problem: &Problem, output: SequenceLayout, multiprocessors: u32) -> &'static Cut {
+    let all = Cut::all(output);
+    all.iter().min_by_key(|cut| cut.cost(problem, multiprocessors)).unwrap_or(&all[0])
 }
 
 /// Whether the operands' parts can be numbered: those of an input of so many sequences and positions,
@@ -166,7 +183,7 @@ pub fn pays(
     // more take about 5 µs.
     let elements = split.input_elements() + split.filter_elements();
     let bytes = elements * (4 + PART_BYTES);
-    let cost = select(problem, output, multiprocessors).cost(problem, output, multiprocessors);
+    let cost = select(problem, output, multiprocessors).cost(problem, multiprocessors);
     u64::from(residues) * cost + bytes / 2400 + 9000 < portable_cycles
 }
 
@@ -227,7 +244,8 @@ pub struct PartsParams {
     pub sequences: u32,
     /// Taps of the packed filter.
     pub filter_taps: u32,
-    /// 1 where rows are channels and columns positions.
+    /// 1 where rows are channels and columns positions. Where rows are one apart then, they are
+    /// stored by columns.
     pub channels_are_rows: u32,
     /// The tiles of the output.
     pub tiles: TileScheduler,

@@ -1,8 +1,9 @@
 //! Device side of the product of parts: the producer, the epilogue and the entries.
 
-use super::{BLOCK_K, BLOCK_N, PartsParams, SplitTile, TileScheduler, Walk, extents};
+use super::{BLOCK_K, PartsParams, SplitTile, TileScheduler, Walk, extents};
 use crate::activation::Activation;
 use crate::conv1d::hopper::gather::Place;
+use crate::gemm::hopper::split::STAGED_N;
 use crate::gemm::hopper::split::device::{Block, Staging, load_some};
 use crate::pipeline::RingPosition;
 use crate::ptx;
@@ -181,6 +182,78 @@ impl Epilogue {
     /// The whole warp calls it, after four groups have been staged.
     #[inline(always)]
     pub(super) unsafe fn store(self, place: Place, first: u32) {
+        // SAFETY: the whole warp, by the caller's contract.
+        unsafe {
+            ptx::bar_warp_sync();
+            if self.out_row == 1 && self.channels_are_rows {
+                self.store_columns(place, first);
+            } else {
+                self.store_rows(place, first);
+            }
+            // What is staged next overwrites what was read here.
+            ptx::bar_warp_sync();
+        }
+    }
+
+    /// Where column `column` of the tile's sequence and group begins in the output.
+    #[inline(always)]
+    fn column(self, place: Place, column: u32) -> u64 {
+        self.out
+            + 4 * (u64::from(place.sequence) * self.out_sequence
+                + u64::from(place.group) * self.out_group
+                + u64::from(column) * self.out_column)
+    }
+
+    /// As [`store`](Self::store) where neighbours in a column are neighbours in the output: rows are
+    /// channels of a channels-last one.
+    ///
+    /// # Safety
+    /// As [`store`](Self::store), between its barriers.
+    #[inline(always)]
+    unsafe fn store_columns(self, place: Place, first: u32) {
+        // Four lanes to a column, four rows to a lane.
+        let (lane_column, four) = (self.staging.lane / 4, self.staging.lane % 4);
+        let row = place.channel + self.staging.row + 4 * four;
+        let left = self.rows.saturating_sub(row);
+        let channel = u64::from(place.group * self.group_out) + u64::from(row);
+        // SAFETY: elements of the bias; the host checks its length.
+        let bias =
+            unsafe { load_some(self.bias + 4 * channel, if self.bias == 0 { 0 } else { left }) }
+                .map(f32::from_bits);
+        let activation = Activation::from_code(self.activation);
+        let mut within = lane_column;
+        while within < STAGED_N {
+            ptx::nounroll();
+            // SAFETY: staged before the barrier in `store`.
+            let sums = unsafe { self.staging.four_rows(four, within) };
+            let column = place.position + first + within;
+            if column < self.columns {
+                let address = self.column(place, column) + 4 * u64::from(row);
+                let values = [
+                    activation.apply(sums[0] + bias[0]).to_bits(),
+                    activation.apply(sums[1] + bias[1]).to_bits(),
+                    activation.apply(sums[2] + bias[2]).to_bits(),
+                    activation.apply(sums[3] + bias[3]).to_bits(),
+                ];
+                // SAFETY: as in `store_rows`.
+                unsafe {
+                    if left >= 4 && address % 16 == 0 {
+                        ptx::st_global_v4_u32(address, values);
+                    } else {
+                        store_some(address, 4, left, values);
+                    }
+                }
+            }
+            within += 8;
+        }
+    }
+
+    /// As [`store`](Self::store) by rows.
+    ///
+    /// # Safety
+    /// As [`store`](Self::store), between its barriers.
+    #[inline(always)]
+    unsafe fn store_rows(self, place: Place, first: u32) {
         // Sixteen lanes to a row, four columns to a lane.
         let (lane_row, offset) = (self.staging.lane / 16, self.staging.lane % 16 * 4);
         let (row, column) = if self.channels_are_rows {
@@ -191,10 +264,7 @@ impl Epilogue {
         let row = row + self.staging.row + lane_row;
         let column = column + first + offset;
         let left = self.columns.saturating_sub(column);
-        let plane = self.out
-            + 4 * (u64::from(place.sequence) * self.out_sequence
-                + u64::from(place.group) * self.out_group
-                + u64::from(column) * self.out_column);
+        let plane = self.column(place, column);
         let bias = self.bias + 4 * u64::from(place.group * self.group_out);
         let of_columns = self.bias != 0 && !self.channels_are_rows;
         let of_rows = self.bias != 0 && self.channels_are_rows;
@@ -203,12 +273,10 @@ impl Epilogue {
             unsafe { load_some(bias + 4 * u64::from(column), if of_columns { left } else { 0 }) }
                 .map(f32::from_bits);
         let activation = Activation::from_code(self.activation);
-        // SAFETY: the whole warp.
-        unsafe { ptx::bar_warp_sync() };
         let mut step = 0;
         while step < 16 {
             ptx::nounroll();
-            // SAFETY: inside the warp's rows, staged before the barrier above.
+            // SAFETY: staged before the barrier in `store`.
             let sums = unsafe { self.staging.four(lane_row + step, offset) };
             let row = row + step;
             if row < self.rows {
@@ -237,8 +305,6 @@ impl Epilogue {
             }
             step += 2;
         }
-        // SAFETY: the whole warp. What is staged next overwrites what was read here.
-        unsafe { ptx::bar_warp_sync() };
     }
 }
 

@@ -21,38 +21,34 @@ fn shape(stride: usize) -> Conv1dShape {
 #[test]
 fn tiles_of_products_cover_every_position_and_channel_once() {
     let gather = shape(1).forward_gather();
-    for row in &KERNELS {
-        for output in SequenceLayout::ALL {
-            let extents = row.extents(output);
-            let walk = Walk::of_tiles(&gather, [96, 320], extents, BLOCK_K);
-            assert_eq!(walk.k_blocks(), 3 * 5);
-            let tiles = walk.tiles(channels_are_rows(output), 3, 2);
-            let mut seen = HashSet::new();
-            for index in 0..tiles.num_tiles() {
-                let (m, n) = tiles.tile(index);
-                let (positions, channels) = if channels_are_rows(output) { (n, m) } else { (m, n) };
-                let place = walk.place(positions, channels, extents);
-                assert!(place.sequence < 3 && place.position < 500);
-                assert!(place.group < 2 && place.channel < 320);
-                assert!(seen.insert((place.sequence, place.position, place.group, place.channel)));
-            }
-            let per_group = 500u32.div_ceil(extents[0]) * 320u32.div_ceil(extents[1]);
-            assert_eq!(seen.len() as u32, 6 * per_group);
+    for cut in SequenceLayout::ALL.into_iter().flat_map(Cut::all) {
+        let (extents, channels_are_rows) = (cut.extents(), cut.channels_are_rows);
+        let walk = Walk::of_tiles(&gather, [96, 320], extents, BLOCK_K);
+        assert_eq!(walk.k_blocks(), 3 * 5);
+        let tiles = walk.tiles(channels_are_rows, 3, 2);
+        let mut seen = HashSet::new();
+        for index in 0..tiles.num_tiles() {
+            let (m, n) = tiles.tile(index);
+            let (positions, channels) = if channels_are_rows { (n, m) } else { (m, n) };
+            let place = walk.place(positions, channels, extents);
+            assert!(place.sequence < 3 && place.position < 500);
+            assert!(place.group < 2 && place.channel < 320);
+            assert!(seen.insert((place.sequence, place.position, place.group, place.channel)));
         }
+        let per_group = 500u32.div_ceil(extents[0]) * 320u32.div_ceil(extents[1]);
+        assert_eq!(seen.len() as u32, 6 * per_group);
     }
 }
 
 #[test]
 fn boxes_of_strided_inputs_start_on_multiples_of_the_swizzle_s_period() {
-    for row in &KERNELS {
-        for output in SequenceLayout::ALL {
-            for stride in 1..=8 {
-                let gather = shape(stride).forward_gather();
-                let walk = Walk::of_tiles(&gather, [96, 320], row.extents(output), BLOCK_K);
-                // Rows of 64 bytes, whose swizzle repeats after 512.
-                assert!((walk.box_positions * 64).is_multiple_of(512));
-                assert!(row.extents(output)[0].is_multiple_of(walk.box_positions));
-            }
+    for cut in SequenceLayout::ALL.into_iter().flat_map(Cut::all) {
+        for stride in 1..=8 {
+            let gather = shape(stride).forward_gather();
+            let walk = Walk::of_tiles(&gather, [96, 320], cut.extents(), BLOCK_K);
+            // Rows of 64 bytes, whose swizzle repeats after 512.
+            assert!((walk.box_positions * 64).is_multiple_of(512));
+            assert!(cut.extents()[0].is_multiple_of(walk.box_positions));
         }
     }
 }
@@ -70,10 +66,11 @@ fn operands_fit_while_pieces_and_parts_can_be_counted() {
 #[test]
 fn tiles_that_most_channels_leave_empty_are_not_chosen() {
     let problem = |channels| Problem::new(&shape(1).forward_gather(), [64, 1], [64, channels]);
-    let chosen = |channels, output| select(&problem(channels), output, 132).tile.block_m;
-    assert_eq!(chosen(64, SequenceLayout::Ncl), 64);
-    assert_eq!(chosen(256, SequenceLayout::Ncl), 128);
-    assert_eq!(chosen(256, SequenceLayout::Nlc), 128);
+    let chosen = |channels, output| select(&problem(channels), output, 132).extents();
+    assert_eq!(chosen(64, SequenceLayout::Ncl), [128, 64]);
+    assert_eq!(chosen(64, SequenceLayout::Nlc), [128, 64]);
+    assert_eq!(chosen(256, SequenceLayout::Ncl), [128, 128]);
+    assert_eq!(chosen(256, SequenceLayout::Nlc), [128, 128]);
 }
 
 #[test]

@@ -29,9 +29,7 @@ unsafe fn store_parts(parts: u64, elements: u64, offset: u64, split: [[u32; 4]; 
 unsafe fn split_rows(params: &SplitParams) -> Findings {
     let (pieces, channels) = (params.input_pieces(), params.channels());
     let mut findings = Findings::NONE;
-    let mut index = ptx::block_index() * THREADS + ptx::thread_index();
-    while index < pieces {
-        ptx::nounroll();
+    let load = |index: u32| {
         let piece = params.input_piece(index);
         let element = u64::from(piece.outer) * params.input.position
             + u64::from(piece.group * channels + piece.channel);
@@ -45,13 +43,25 @@ unsafe fn split_rows(params: &SplitParams) -> Findings {
                 (load_some(address, left), load_some(address + 16, left.saturating_sub(4)))
             }
         };
+        (piece, low, high)
+    };
+    let mut finish = |(piece, low, high): (Piece, [u32; 4], [u32; 4])| {
         let split = split_eight(low, high, &mut findings);
         // SAFETY: a piece of the input's parts, whose rows are padded.
         unsafe {
             let offset = params.input_offset(piece);
             store_parts(params.input_parts, params.input_elements(), offset, split);
         }
-        index += ptx::grid_size() * THREADS;
+    };
+    let mut index = ptx::block_index() * THREADS + ptx::thread_index();
+    while index < pieces {
+        ptx::nounroll();
+        // Two are on their way before one is split; at the end the last is split twice.
+        let next = index + ptx::grid_size() * THREADS;
+        let (first, second) = (load(index), load(if next < pieces { next } else { index }));
+        finish(first);
+        finish(second);
+        index = next + ptx::grid_size() * THREADS;
     }
     findings
 }
@@ -65,14 +75,12 @@ unsafe fn split_tiles(params: &SplitParams) -> Findings {
     let (smem, thread) = (ptx::dynamic_smem(), ptx::thread_index());
     let (tiles, channels) = (params.input_tiles(), params.channels());
     let mut findings = Findings::NONE;
-    let mut tile = ptx::block_index();
-    while tile < tiles {
-        ptx::nounroll();
-        let TilePlace { sequence, position, group, channel } = params.input_tile(tile);
-        // Sixteen threads to a channel, four positions to a thread.
-        let (row, quad) = (thread / 16, thread % 16 * 4);
+    // Sixteen threads to a channel, four positions to a thread.
+    let (row, quad) = (thread / 16, thread % 16 * 4);
+    let load = |place: TilePlace| {
+        let TilePlace { sequence, position, group, channel } = place;
         let left = params.positions.saturating_sub(position + quad);
-        let load = |i: u32| {
+        let of_row = |i: u32| {
             let channel = channel + row + 16 * i;
             let element = u64::from(sequence) * params.input.batch
                 + u64::from(group * channels + channel) * params.input.channel
@@ -88,7 +96,14 @@ unsafe fn split_tiles(params: &SplitParams) -> Findings {
                 }
             }
         };
-        let loaded = [load(0), load(1), load(2), load(3)];
+        [of_row(0), of_row(1), of_row(2), of_row(3)]
+    };
+    let mut tile = ptx::block_index();
+    let mut place = params.input_tile(tile);
+    let mut loaded = if tile < tiles { load(place) } else { [[0; 4]; 4] };
+    while tile < tiles {
+        ptx::nounroll();
+        let TilePlace { sequence, position, group, channel } = place;
         let store = |i: u32, values: [u32; 4]| {
             let at = smem + 4 * word(row + 16 * i, quad);
             // SAFETY: this thread's place in the tile, which no other thread reads before the
@@ -101,6 +116,12 @@ unsafe fn split_tiles(params: &SplitParams) -> Findings {
         store(3, loaded[3]);
         // SAFETY: the whole block, as loops depend on the block alone.
         unsafe { ptx::bar_sync_all() };
+        // The next tile is on its way while this one is split.
+        tile += ptx::grid_size();
+        if tile < tiles {
+            place = params.input_tile(tile);
+            loaded = load(place);
+        }
         // Eight threads to a position, eight channels to a thread.
         let first = thread % (TILE / PIECE) * PIECE;
         let mut at = thread / (TILE / PIECE);
@@ -126,7 +147,6 @@ unsafe fn split_tiles(params: &SplitParams) -> Findings {
         }
         // SAFETY: as above.
         unsafe { ptx::bar_sync_all() };
-        tile += ptx::grid_size();
     }
     findings
 }

@@ -49,6 +49,28 @@ impl Staging {
         // SAFETY: inside the warp's rows.
         unsafe { ptx::ld_shared_v4_f32(self.staged + staged_offset(row, column)) }
     }
+
+    /// Rows `4·four ..` of a column. Where `four` is a lane's number modulo 4, and eight neighbouring
+    /// columns go with each, lanes meet on no bank: each takes its rows in an order of its own.
+    ///
+    /// # Safety
+    /// As [`four`](Self::four).
+    #[inline(always)]
+    pub(crate) unsafe fn four_rows(self, four: u32, column: u32) -> [f32; 4] {
+        let value = |i: u32| {
+            let row = 4 * four + (i + four) % 4;
+            // SAFETY: inside the warp's rows.
+            unsafe { ptx::ld_shared_f32(self.staged + staged_offset(row, column)) }
+        };
+        let mut rows = [value(0), value(1), value(2), value(3)];
+        if four & 1 != 0 {
+            rows = [rows[3], rows[0], rows[1], rows[2]];
+        }
+        if four & 2 != 0 {
+            rows = [rows[2], rows[3], rows[0], rows[1]];
+        }
+        rows
+    }
 }
 
 /// Offset of an element of the 16 staged rows. Groups of 8 columns change places from row to row,
