@@ -8,6 +8,23 @@
 //! Positions beyond the ends of the input count as zeros. Whether an infinite or NaN tap beside them
 //! makes NaN differs between kernels, and so does whether an infinite or NaN input that no output
 //! reads reaches the filter's gradient.
+//!
+//! # f32 on tensor cores
+//! On the Hopper tier f32 is multiplied as a sum of three bf16 parts, of which six products are added
+//! up with the accuracy of f32, as in linear layers. It serves every pass with a stride up to 8 that
+//! asks for more than the bias's gradient and has more than single channels in its groups, whatever
+//! the layouts, channels and addresses are, where that is expected to be faster than the portable
+//! tier, or is forced. It takes memory of the stream's pool while it runs:
+//!
+//! - forward and input gradient: 6 bytes for each element of the tensor that is read and of the
+//!   filter, a group's channels counted as a multiple of 16;
+//! - filter gradient: the same for x and the output's gradient, and 64 KiB for up to twice as many
+//!   tiles as there are multiprocessors and for each tile of the gradient.
+//!
+//! Without that memory the portable tier serves the call. Where an operand holds infinities, NaN,
+//! numbers from 2⁶³ on, or such below 2⁻¹¹⁰ while the other has some from 2¹⁶ on, the GPU finds out and
+//! computes the pass again in plain f32, at the portable tier's speed and with its bits. Other numbers
+//! below 2⁻¹¹⁰ count with an error of 2⁻¹³⁴.
 #![forbid(unsafe_code)]
 
 mod hopper;
