@@ -180,3 +180,69 @@ pub(in crate::conv1d) fn wgrad(
     launch.run(&REPAIR_WGRAD, plain_blocks, &repair)?;
     launch.run(&REPAIR_WGRAD_FINAL, total_blocks, &totals)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conv1d::pass::Filter;
+    use kasmina_kernels::abi::DType;
+    use kasmina_kernels::conv1d::{Conv1dExtents, FilterLayout, Padding};
+
+    fn pass(channels: [usize; 2], stride: usize, groups: usize) -> WgradPass {
+        let extents = Conv1dExtents {
+            batch: 3,
+            in_channels: channels[0],
+            out_channels: channels[1],
+            in_length: 4001,
+            kernel_size: 3,
+            stride,
+            dilation: 5,
+            padding: Padding::Same,
+            groups,
+        };
+        let shape = Conv1dShape::new(&extents).unwrap();
+        let sequence = |operand, row_stride| Sequence {
+            operand,
+            address: 4,
+            layout: SequenceLayout::Nlc,
+            row_stride,
+        };
+        WgradPass {
+            shape,
+            dtype: DType::F32,
+            x: sequence("x", u64::from(shape.in_channels)),
+            dz: sequence("dz", u64::from(shape.out_channels)),
+            dw: Some(Filter { address: 4, layout: FilterLayout::OutInTap, row_stride: 3 }),
+            db: None,
+            accumulate: false,
+        }
+    }
+
+    #[test]
+    fn filter_gradients_of_any_channels_and_addresses_are_served_but_not_of_single_channels() {
+        let obstacle = |pass: &WgradPass| wgrad_obstacle(pass, &KernelConfig::default());
+        for groups in [1, 3] {
+            for stride in [1, 8] {
+                assert_eq!(obstacle(&pass([15, 33], stride, groups)), None);
+            }
+        }
+        let refused = Some(Obstacle::Operation);
+        assert_eq!(obstacle(&pass([15, 33], 9, 1)), refused);
+        assert_eq!(obstacle(&pass([15, 15], 1, 15)), refused);
+        let served = pass([15, 33], 1, 1);
+        assert_eq!(obstacle(&WgradPass { dw: None, ..served }), refused);
+        let empty = Conv1dShape { batch: 0, ..served.shape };
+        assert_eq!(obstacle(&WgradPass { shape: empty, ..served }), refused);
+        // More positions than pieces of eight channels can be numbered for.
+        let long = Conv1dShape { batch: 1 << 20, ..served.shape };
+        assert_eq!(obstacle(&WgradPass { shape: long, ..served }), refused);
+    }
+
+    #[test]
+    fn parts_pay_for_filter_gradients_unless_there_is_little_to_multiply() {
+        assert!(wgrad_pays(&pass([256, 256], 1, 1), 132));
+        let one =
+            Conv1dShape { batch: 1, in_length: 64, out_length: 64, ..pass([8; 2], 1, 1).shape };
+        assert!(!wgrad_pays(&WgradPass { shape: one, ..pass([8; 2], 1, 1) }, 132));
+    }
+}
