@@ -15,6 +15,8 @@ mod convolution_faults;
 mod finite_differences;
 #[path = "support/gpu.rs"]
 mod gpu;
+#[path = "conv1d/parts.rs"]
+mod parts;
 #[path = "support/poison.rs"]
 mod poison;
 #[path = "support/random.rs"]
@@ -68,6 +70,9 @@ fn main() -> ExitCode {
             for (sentence, check) in claims {
                 trials.push(gpu.trial(format!("hopper_{dtype}_{sentence}"), check));
             }
+        }
+        for (sentence, check) in parts::claims() {
+            trials.push(gpu.trial(format!("hopper_f32_{sentence}"), check));
         }
     }
     trials.push(Trial::test("bad_input_is_a_typed_error_on_the_cpu", || bad_input(&Device::cpu())));

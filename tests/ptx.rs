@@ -57,7 +57,8 @@ fn tool_trials() -> Vec<Trial> {
     };
     for &module in MODULES {
         add(module, "is_accepted_by_ptxas_without_stack_or_spill", assembles_cleanly);
-        let multiplies = ["gemm", "wgrad"].iter().any(|prefix| module.name.starts_with(prefix));
+        let multiplies =
+            ["gemm", "wgrad", "conv1d_f32"].iter().any(|prefix| module.name.starts_with(prefix));
         if module.tier == Tier::Hopper && multiplies {
             add(module, "compiles_to_wgmma_and_tma", uses_tensor_cores_and_tma);
             add(module, "main_loop_has_no_memory_barrier", main_loop_is_free_of_barriers);
@@ -187,7 +188,8 @@ fn assembles_cleanly(module: &Module, tools: &NvidiaTools) -> Result<(), Failed>
 fn uses_tensor_cores_and_tma(module: &Module, tools: &NvidiaTools) -> Result<(), Failed> {
     for sass in disassemble(module, tools)? {
         // f32 results leave by ordinary stores, so that rows of any length may.
-        let stores_by_tma = !module.name.starts_with("gemm_f32");
+        let stores_by_tma =
+            !["gemm_f32", "conv1d_f32"].iter().any(|it| module.name.starts_with(it));
         for wanted in ["HGMMA", "UTMALDG", "UTMASTG"] {
             if wanted == "UTMASTG" && !stores_by_tma {
                 continue;

@@ -134,9 +134,10 @@ impl KernelConfig {
         self
     }
 
-    /// Which products make up an f32 product on the `hopper` tier, forward and in the input's
-    /// gradient: how accurate it is. By default the six that give the full accuracy of f32. Other tiers multiply f32 as it is and
-    /// take no notice.
+    /// Which products make up an f32 product of a linear layer on the `hopper` tier, forward and in
+    /// the input's gradient: how accurate it is. By default the six that give the full accuracy of
+    /// f32. Other tiers multiply f32 as it is and take no notice; convolutions on `hopper` add up the
+    /// six.
     #[must_use]
     pub const fn f32_products(mut self, products: F32Products) -> Self {
         self.f32_products = products;

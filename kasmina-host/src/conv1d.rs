@@ -8,9 +8,27 @@
 //! Positions beyond the ends of the input count as zeros. Whether an infinite or NaN tap beside them
 //! makes NaN differs between kernels, and so does whether an infinite or NaN input that no output
 //! reads reaches the filter's gradient.
+//!
+//! # f32 on tensor cores
+//! On the Hopper tier f32 is multiplied as a sum of three bf16 parts, of which six products are added
+//! up with the accuracy of f32, as in linear layers. It serves every pass with a stride up to 8 that
+//! asks for more than the bias's gradient and has more than single channels in its groups, whatever
+//! the layouts, channels and addresses are, where that is expected to be faster than the portable
+//! tier, or is forced. It takes memory of the stream's pool while it runs:
+//!
+//! - forward and input gradient: 6 bytes for each element of the tensor that is read and of the
+//!   filter, a group's channels counted as a multiple of 16;
+//! - filter gradient: the same for x and the output's gradient, and 64 KiB for up to twice as many
+//!   tiles as there are multiprocessors and for each tile of the gradient.
+//!
+//! Without that memory the portable tier serves the call. Where an operand holds infinities, NaN,
+//! numbers from 2⁶³ on, or such below 2⁻¹¹⁰ while the other has some from 2¹⁶ on, the GPU finds out and
+//! computes the pass again in plain f32, at the portable tier's speed and with its bits. Other numbers
+//! below 2⁻¹¹⁰ count with an error of 2⁻¹³⁴.
 #![forbid(unsafe_code)]
 
 mod hopper;
+mod parts;
 mod pass;
 mod portable;
 
@@ -158,7 +176,9 @@ impl<T: Element> Forward<'_, T> {
     ) -> Result<Tier> {
         let y = Sequences::new(y, y_layout);
         let pass = self.check(y, config.tiling_enabled())?;
-        let tier = choose_tier(Self::OP, self.w, config, |tier| pass.obstacle(tier, config))?;
+        let obstacle = |tier| pass.obstacle(tier, config);
+        let pays = |tier, multiprocessors| pass.pays(tier, multiprocessors);
+        let mut tier = choose_tier(Self::OP, self.w, config, obstacle, pays)?;
         if y.tensor.is_empty() {
             return Ok(tier);
         }
@@ -178,9 +198,14 @@ impl<T: Element> Forward<'_, T> {
             operation: Operation::Conv1dForward,
         };
         let operands = [Some(self.x.tensor), self.bias, Some(y.tensor)];
-        ordered(self.w, &operands, || match tier {
-            Tier::Hopper => hopper::forward(&launch, stream, &pass),
-            _ => portable::forward(&launch, &pass),
+        ordered(self.w, &operands, || {
+            if tier == Tier::Hopper {
+                let (served, forced) =
+                    (hopper::forward(&launch, stream, &pass), forced_tier(self.w, config));
+                tier = or_portable(served, forced, || portable::forward(&launch, &pass))?;
+                return Ok(());
+            }
+            portable::forward(&launch, &pass)
         })?;
         Ok(tier)
     }
@@ -304,14 +329,16 @@ impl<T: Element> Backward<'_, T> {
             accumulate: self.accumulate,
         });
         // Both before anything is enqueued.
-        let dgrad_tier = dgrad
-            .as_ref()
-            .map(|pass| choose_tier(op, self.w, config, |tier| pass.obstacle(tier, config)))
-            .transpose()?;
-        let wgrad_tier = wgrad
-            .as_ref()
-            .map(|pass| choose_tier(op, self.w, config, |tier| pass.obstacle(tier, config)))
-            .transpose()?;
+        let choose_dgrad = |pass: &DgradPass| {
+            let obstacle = |tier| pass.obstacle(tier, config);
+            choose_tier(op, self.w, config, obstacle, |tier, count| pass.pays(tier, count))
+        };
+        let choose_wgrad = |pass: &WgradPass| {
+            let obstacle = |tier| pass.obstacle(tier, config);
+            choose_tier(op, self.w, config, obstacle, |tier, count| pass.pays(tier, count))
+        };
+        let mut dgrad_tier = dgrad.as_ref().map(choose_dgrad).transpose()?;
+        let mut wgrad_tier = wgrad.as_ref().map(choose_wgrad).transpose()?;
 
         let device = self.w.device();
         let Some(stream) = device.stream().gpu() else {
@@ -329,16 +356,24 @@ impl<T: Element> Backward<'_, T> {
             if let (Some(pass), Some(dx)) = (&dgrad, dx)
                 && !dx.tensor.is_empty()
             {
-                match dgrad_tier {
-                    Some(Tier::Hopper) => hopper::dgrad(&launch, stream, pass)?,
-                    _ => portable::dgrad(&launch, pass)?,
+                if dgrad_tier == Some(Tier::Hopper) {
+                    let (served, forced) =
+                        (hopper::dgrad(&launch, stream, pass), forced_tier(self.w, config));
+                    let tier = or_portable(served, forced, || portable::dgrad(&launch, pass))?;
+                    dgrad_tier = Some(tier);
+                } else {
+                    portable::dgrad(&launch, pass)?;
                 }
             }
             // Last what may be added to: after an error the call can be made again.
             if let Some(pass) = &wgrad {
-                match wgrad_tier {
-                    Some(Tier::Hopper) => hopper::wgrad(&launch, stream, pass)?,
-                    _ => portable::wgrad(&launch, stream, pass)?,
+                if wgrad_tier == Some(Tier::Hopper) {
+                    let (served, forced) =
+                        (hopper::wgrad(&launch, stream, pass), forced_tier(self.w, config));
+                    let portable = || portable::wgrad(&launch, stream, pass);
+                    wgrad_tier = Some(or_portable(served, forced, portable)?);
+                } else {
+                    portable::wgrad(&launch, stream, pass)?;
                 }
             }
             Ok(())
@@ -500,16 +535,41 @@ fn check_overlap<'a, T: Element>(
     Ok(())
 }
 
-/// The forced tier, or the most demanding one that nothing speaks against.
+/// The forced tier, or the most demanding one that nothing speaks against and that pays on a GPU of
+/// so many multiprocessors.
 fn choose_tier<T: Element>(
     op: &'static str,
     w: &Tensor<T>,
     config: &KernelConfig,
     of_pass: impl Fn(Tier) -> Option<Obstacle>,
+    pays: impl Fn(Tier, u32) -> bool,
 ) -> Result<Tier> {
     let device = w.device();
-    let forced = config.forced_tier().or(device.defaults().forced_tier());
-    pick(op, forced, |tier| device.obstacle(tier).or_else(|| of_pass(tier)))
+    let forced = forced_tier(w, config);
+    let multiprocessors = device.capability().map_or(1, |capability| capability.sm_count);
+    let slower = |tier| forced.is_none() && !pays(tier, multiprocessors);
+    pick(op, forced, |tier| {
+        let of_call = || of_pass(tier).or_else(|| slower(tier).then_some(Obstacle::Operation));
+        device.obstacle(tier).or_else(of_call)
+    })
+}
+
+/// The tier that the config or the environment forces.
+fn forced_tier<T: Element>(w: &Tensor<T>, config: &KernelConfig) -> Option<Tier> {
+    config.forced_tier().or(w.device().defaults().forced_tier())
+}
+
+/// What a Hopper kernel's launch came to: where it found no memory for copies or parts and is not
+/// forced, the portable tier, which needs less, runs instead; nothing has been enqueued then.
+fn or_portable(
+    served: Result<()>,
+    forced: Option<Tier>,
+    portable: impl FnOnce() -> Result<()>,
+) -> Result<Tier> {
+    match served {
+        Err(Error::OutOfMemory { .. }) if forced.is_none() => portable().map(|()| Tier::Portable),
+        outcome => outcome.map(|()| Tier::Hopper),
+    }
 }
 
 /// Enqueues on the stream of `w` between the streams' waits for each other.

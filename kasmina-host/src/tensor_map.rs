@@ -62,7 +62,8 @@ pub(crate) struct SequenceMap {
     /// Steps inside a box on the inner two axes.
     pub(crate) steps: [u32; 2],
     pub(crate) dtype: DType,
-    /// Whether rows of a box, of 128 bytes, are swizzled; else they follow each other.
+    /// Whether rows of a box, of 64 or 128 bytes, are swizzled over so many; else they follow each
+    /// other.
     pub(crate) swizzled: bool,
 }
 

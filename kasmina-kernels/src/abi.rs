@@ -182,7 +182,7 @@ pub(crate) use module;
 
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
 pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 33] = [
+    const FIRST: [&Module; 35] = [
         &portable::F32,
         &portable::F16,
         &portable::BF16,
@@ -211,6 +211,8 @@ pub static MODULES: &[&Module] = &{
         &conv1d::portable::F32,
         &conv1d::portable::F16,
         &conv1d::portable::BF16,
+        &conv1d::portable::F32_REPAIR,
+        &conv1d_hopper::parts::split::MODULE,
         &hopper::unaligned::MODULE,
         &conv1d_hopper::depthwise::F16,
         &conv1d_hopper::depthwise::BF16,
@@ -227,7 +229,9 @@ pub static MODULES: &[&Module] = &{
     const WGRAD: usize = GATHER + conv1d_hopper::gather::KERNELS.len();
     const HALO: usize = WGRAD + conv1d_hopper::wgrad::KERNELS.len();
     const TF32: usize = HALO + conv1d_hopper::gather::halo::KERNELS.len();
-    let mut modules = [FIRST[0]; TF32 + tf32::KERNELS.len()];
+    const CONV1D_PARTS: usize = TF32 + tf32::KERNELS.len();
+    const WGRAD_PARTS: usize = CONV1D_PARTS + conv1d_hopper::parts::KERNELS.len();
+    let mut modules = [FIRST[0]; WGRAD_PARTS + conv1d_hopper::parts::wgrad::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
@@ -250,8 +254,12 @@ pub static MODULES: &[&Module] = &{
             conv1d_hopper::wgrad::KERNELS[row - WGRAD].kernel.module
         } else if row < TF32 {
             conv1d_hopper::gather::halo::KERNELS[row - HALO].kernel.module
-        } else {
+        } else if row < CONV1D_PARTS {
             tf32::KERNELS[row - TF32].kernel.module
+        } else if row < WGRAD_PARTS {
+            conv1d_hopper::parts::KERNELS[row - CONV1D_PARTS].kernel.module
+        } else {
+            conv1d_hopper::parts::wgrad::KERNELS[row - WGRAD_PARTS].kernel.module
         };
         row += 1;
     }

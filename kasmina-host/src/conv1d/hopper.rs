@@ -16,7 +16,7 @@ use kasmina_kernels::gemm::hopper::CONSUMER_M;
 use kasmina_kernels::tile_scheduler::TileScheduler;
 
 use super::pass::{DgradPass, Filter, ForwardPass, Sequence, WgradPass};
-use super::portable;
+use super::{parts, portable};
 use crate::config::KernelConfig;
 use crate::error::{Error, Obstacle, Result};
 use crate::gpu::{Launch, Stream};
@@ -29,7 +29,7 @@ const TMA_MAX_STRIDE: u64 = 1 << 40;
 /// The driver's limit on the blocks of a grid.
 const MAX_BLOCKS: u64 = i32::MAX as u64;
 /// More parts of a filter's gradient than any GPU has multiprocessors.
-const MAX_PARTS: u32 = 1 << 16;
+pub(super) const MAX_PARTS: u32 = 1 << 16;
 /// Bytes of an element of the types that it serves.
 const SIZE: u64 = 2;
 
@@ -334,6 +334,9 @@ pub(super) fn forward_obstacle(pass: &ForwardPass, config: &KernelConfig) -> Opt
     if depthwise(pass.dtype, &portable::GatherPass::forward(pass)).is_some() {
         return None;
     }
+    if pass.dtype == DType::F32 {
+        return parts::forward_obstacle(pass, config);
+    }
     // A tensor without elements has no map, though padding alone gives an output.
     let empty = pass.shape.in_length == 0;
     general_obstacle(pass.dtype, &pass.shape, config)
@@ -346,12 +349,18 @@ pub(super) fn dgrad_obstacle(pass: &DgradPass, config: &KernelConfig) -> Option<
     if depthwise(pass.dtype, &portable::GatherPass::dgrad(pass)).is_some() {
         return None;
     }
+    if pass.dtype == DType::F32 {
+        return parts::dgrad_obstacle(pass, config);
+    }
     general_obstacle(pass.dtype, &pass.shape, config)
         .or_else(|| GatherPass::dgrad(pass, 0).obstacle())
 }
 
 /// Why it cannot serve a wgrad pass.
 pub(super) fn wgrad_obstacle(pass: &WgradPass, config: &KernelConfig) -> Option<Obstacle> {
+    if pass.dtype == DType::F32 {
+        return parts::wgrad_obstacle(pass, config);
+    }
     let shape = &pass.shape;
     let operands =
         [volume(pass.x, shape, true, pass.dtype), volume(pass.dz, shape, false, pass.dtype)];
@@ -373,7 +382,7 @@ pub(super) fn wgrad_obstacle(pass: &WgradPass, config: &KernelConfig) -> Option<
 }
 
 /// Tiles of a filter's gradient, and steps over positions of each.
-fn steps(shape: &Conv1dShape, walk: &wgrad::Walk) -> Option<(u32, u32)> {
+pub(super) fn steps(shape: &Conv1dShape, walk: &wgrad::Walk) -> Option<(u32, u32)> {
     let tiles = u64::from(shape.groups) * u64::from(walk.tiles_m) * u64::from(walk.tiles_n);
     Some((u32::try_from(tiles).ok()?, walk.batch.checked_mul(walk.sequence_blocks)?))
 }
@@ -382,6 +391,9 @@ fn steps(shape: &Conv1dShape, walk: &wgrad::Walk) -> Option<(u32, u32)> {
 pub(super) fn forward(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &ForwardPass) -> Result<()> {
     if let Some(rows) = depthwise(pass.dtype, &portable::GatherPass::forward(pass)) {
         return run_depthwise(launch, rows);
+    }
+    if pass.dtype == DType::F32 {
+        return parts::forward(launch, stream, pass);
     }
     with_packed(launch, stream, &pass.shape, pass.w, Rows::Out, |packed| {
         GatherPass::forward(pass).run(launch, packed)
@@ -393,6 +405,9 @@ pub(super) fn dgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &DgradPass)
     if let Some(rows) = depthwise(pass.dtype, &portable::GatherPass::dgrad(pass)) {
         return run_depthwise(launch, rows);
     }
+    if pass.dtype == DType::F32 {
+        return parts::dgrad(launch, stream, pass);
+    }
     with_packed(launch, stream, &pass.shape, pass.w, Rows::In, |packed| {
         (0..pass.shape.residues())
             .try_for_each(|residue| GatherPass::dgrad(pass, residue).run(launch, packed))
@@ -401,6 +416,9 @@ pub(super) fn dgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &DgradPass)
 
 /// Enqueues a wgrad pass that wants the filter's gradient.
 pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass) -> Result<()> {
+    if pass.dtype == DType::F32 {
+        return parts::wgrad(launch, stream, pass);
+    }
     let shape = &pass.shape;
     let op = launch.operation.name();
     let dtype = pass.dtype;
@@ -530,8 +548,18 @@ mod tests {
         assert_eq!(obstacle(&forward([ncl, nlc], shape(3, 4, 1, 1))), None);
         let far = forward([ncl, nlc], shape(3, 5, 1, 1));
         assert_eq!(obstacle(&far), Some(Obstacle::Operation));
+        // In parts any taps can be met, but no channels by themselves and no positions that TMA
+        // cannot step over.
         let f32_pass = ForwardPass { dtype: DType::F32, ..served };
-        assert_eq!(obstacle(&f32_pass), Some(Obstacle::DType(DType::F32)));
+        assert_eq!(obstacle(&f32_pass), None);
+        assert_eq!(obstacle(&ForwardPass { dtype: DType::F32, ..far }), None);
+        let stepping = |stride| Conv1dShape { stride, ..served.shape };
+        assert_eq!(obstacle(&ForwardPass { shape: stepping(8), ..f32_pass }), None);
+        let wide = ForwardPass { shape: stepping(9), ..f32_pass };
+        assert_eq!(obstacle(&wide), Some(Obstacle::Operation));
+        let alone = Conv1dShape { groups: 48, in_channels: 48, ..served.shape };
+        let alone = ForwardPass { shape: alone, ..f32_pass };
+        assert_eq!(obstacle(&alone), Some(Obstacle::Operation));
         // 207 positions: stores would write beyond them.
         let ragged = forward([nlc, ncl], shape(3, 1, 1, 1));
         assert_eq!(obstacle(&ragged), Some(Obstacle::RowStride { operand: "y", bytes: 414 }));

@@ -4,7 +4,7 @@ use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::conv1d::{Conv1dShape, FilterLayout, SequenceLayout};
 
-use super::hopper;
+use super::{hopper, parts};
 use crate::config::KernelConfig;
 use crate::error::Obstacle;
 
@@ -86,6 +86,13 @@ impl ForwardPass {
     pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
         (tier == Tier::Hopper).then(|| hopper::forward_obstacle(self, config)).flatten()
     }
+
+    /// Whether `tier`, which serves it, is expected to be faster than those that ask for less.
+    pub(crate) fn pays(&self, tier: Tier, multiprocessors: u32) -> bool {
+        tier != Tier::Hopper
+            || self.dtype != DType::F32
+            || parts::forward_pays(self, multiprocessors)
+    }
 }
 
 impl DgradPass {
@@ -93,11 +100,21 @@ impl DgradPass {
     pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
         (tier == Tier::Hopper).then(|| hopper::dgrad_obstacle(self, config)).flatten()
     }
+
+    /// Whether `tier`, which serves it, is expected to be faster than those that ask for less.
+    pub(crate) fn pays(&self, tier: Tier, multiprocessors: u32) -> bool {
+        tier != Tier::Hopper || self.dtype != DType::F32 || parts::dgrad_pays(self, multiprocessors)
+    }
 }
 
 impl WgradPass {
     /// Why `tier` cannot serve this pass, on a device that has the tier.
     pub(crate) fn obstacle(&self, tier: Tier, config: &KernelConfig) -> Option<Obstacle> {
         (tier == Tier::Hopper).then(|| hopper::wgrad_obstacle(self, config)).flatten()
+    }
+
+    /// As that of [`ForwardPass`].
+    pub(crate) fn pays(&self, tier: Tier, multiprocessors: u32) -> bool {
+        tier != Tier::Hopper || self.dtype != DType::F32 || parts::wgrad_pays(self, multiprocessors)
     }
 }

@@ -22,13 +22,13 @@ const MAX_BLOCKS: u64 = i32::MAX as u64;
 
 /// A gather pass: forward, or dgrad as one.
 pub(super) struct GatherPass<'a> {
-    shape: &'a Conv1dShape,
-    direction: Direction,
-    input: Strided,
-    filter: StridedFilter,
-    bias: u64,
-    activation: Activation,
-    output: Strided,
+    pub(super) shape: &'a Conv1dShape,
+    pub(super) direction: Direction,
+    pub(super) input: Strided,
+    pub(super) filter: StridedFilter,
+    pub(super) bias: u64,
+    pub(super) activation: Activation,
+    pub(super) output: Strided,
     dtype: kasmina_kernels::abi::DType,
     tiled: bool,
 }
@@ -68,6 +68,36 @@ impl<'a> GatherPass<'a> {
     pub(super) fn depthwise_rows(&self) -> Option<DepthwiseParams> {
         let params = self.depthwise()?;
         depthwise::serves_ncl(&params, self.dtype).then_some(params)
+    }
+
+    /// What the gather and direct kernels take.
+    fn params(&self) -> GatherParams {
+        let coalesced = self.output.channel == 1;
+        GatherParams {
+            input: self.input,
+            output: self.output,
+            filter: self.filter,
+            bias: self.bias,
+            shape: *self.shape,
+            plan: GatherPlan::new(self.shape, self.direction),
+            dgrad: u32::from(self.direction == Direction::Dgrad),
+            activation: self.activation as u32,
+            // Without tiling: the order that is not coalesced, as the comparison wants it.
+            channels_first: u32::from(coalesced == self.tiled),
+            reserved: 0,
+        }
+    }
+
+    /// What the gather kernel takes, and its tiles.
+    pub(super) fn gather_params(&self) -> Result<(GatherParams, u32)> {
+        let params = self.params();
+        Ok((params, checked_blocks(params.plan.blocks(self.shape))?))
+    }
+
+    /// Estimated cycles of the gather kernel for f32.
+    pub(super) fn f32_cost(&self, multiprocessors: u32) -> u64 {
+        let plan = GatherPlan::new(self.shape, self.direction);
+        plan.f32_cost(self.shape, self.direction, multiprocessors)
     }
 
     /// What the depthwise kernels for a stride of 1 take, if they are allowed.
@@ -118,7 +148,7 @@ pub(super) fn dgrad(launch: &Launch<'_>, pass: &DgradPass) -> Result<()> {
 }
 
 fn gather(launch: &Launch<'_>, pass: &GatherPass<'_>) -> Result<()> {
-    let &GatherPass { shape, direction, input, filter, output, .. } = pass;
+    let &GatherPass { shape, direction, .. } = pass;
     let kernels = kernels(pass.dtype);
     if let Some(params) = pass.depthwise_rows() {
         let blocks = checked_blocks(ncl_blocks(&params))?;
@@ -129,25 +159,10 @@ fn gather(launch: &Launch<'_>, pass: &GatherPass<'_>) -> Result<()> {
         let blocks = checked_blocks(nlc_blocks(&params))?;
         return launch.run(kernels.depthwise_nlc, blocks, &params);
     }
-    let plan = GatherPlan::new(shape, direction);
-    let dgrad = direction == Direction::Dgrad;
+    let params = pass.params();
     let direct = !pass.tiled || prefers_direct(shape, direction);
-    let coalesced = output.channel == 1;
-    let params = GatherParams {
-        input,
-        output,
-        filter,
-        bias: pass.bias,
-        shape: *shape,
-        plan,
-        dgrad: u32::from(dgrad),
-        activation: pass.activation as u32,
-        // Without tiling: the order that is not coalesced, as the comparison wants it.
-        channels_first: u32::from(coalesced == pass.tiled),
-        reserved: 0,
-    };
     if direct {
-        let (channels, length) = if dgrad {
+        let (channels, length) = if direction == Direction::Dgrad {
             (shape.in_channels, shape.in_length)
         } else {
             (shape.out_channels, shape.out_length)
@@ -156,7 +171,8 @@ fn gather(launch: &Launch<'_>, pass: &GatherPass<'_>) -> Result<()> {
         let blocks = checked_blocks(element_blocks(elements))?;
         return launch.run(kernels.direct, blocks, &params);
     }
-    launch.run(kernels.gather, checked_blocks(plan.blocks(shape))?, &params)
+    let (params, blocks) = pass.gather_params()?;
+    launch.run(kernels.gather, blocks, &params)
 }
 
 /// Enqueues a wgrad pass.
@@ -168,15 +184,12 @@ pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass)
     }
     let kernels = kernels(pass.dtype);
     let sm_count = stream.gpu().capability().sm_count;
-    let x = strided(pass.x, shape.in_channels, shape.in_length);
-    let dz = strided(pass.dz, shape.out_channels, shape.out_length);
-    let (plan, [splits, positions_per_split]) = (
-        WgradPlan::new(shape, sm_count),
-        depthwise::wgrad_splits(shape, pass.x.layout == SequenceLayout::Nlc, sm_count),
-    );
+    let params = wgrad_params(pass, sm_count);
+    let [splits, positions_per_split] =
+        depthwise::wgrad_splits(shape, pass.x.layout == SequenceLayout::Nlc, sm_count);
     let is_depthwise = shape.is_depthwise();
-    let splits = if is_depthwise { splits } else { plan.splits };
-    let bytes = partial_values(shape, splits).checked_mul(4);
+    let splits = if is_depthwise { splits } else { params.plan.splits };
+    let bytes = partial_bytes(shape, splits);
     let bytes = bytes.and_then(|bytes| usize::try_from(bytes).ok());
     let overflow = Error::Overflow {
         op: launch.operation.name(),
@@ -188,8 +201,8 @@ pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass)
     let address = partials.address();
     if is_depthwise {
         let params = DepthwiseWgradParams {
-            x,
-            dz,
+            x: params.x,
+            dz: params.dz,
             partials: address,
             shape: *shape,
             splits,
@@ -198,20 +211,36 @@ pub(super) fn wgrad(launch: &Launch<'_>, stream: &Arc<Stream>, pass: &WgradPass)
         };
         launch.run(kernels.depthwise_wgrad, checked_blocks(params.blocks())?, &params)?;
     } else {
-        let params = WgradParams { x, dz, partials: address, shape: *shape, plan };
-        launch.run(kernels.wgrad, checked_blocks(plan.blocks(shape))?, &params)?;
+        let params = WgradParams { partials: address, ..params };
+        launch.run(kernels.wgrad, checked_blocks(params.plan.blocks(shape))?, &params)?;
     }
     finish_wgrad(launch, pass, address, splits)
 }
 
-/// Enqueues the sum over the partial sums of `splits` blocks, which lie at `partials` as
-/// [`partial_values`] says, into the wanted gradients.
-pub(super) fn finish_wgrad(
-    launch: &Launch<'_>,
+/// What the wgrad kernel takes on a GPU of so many multiprocessors, with partial sums nowhere yet.
+pub(super) fn wgrad_params(pass: &WgradPass, sm_count: u32) -> WgradParams {
+    let shape = &pass.shape;
+    WgradParams {
+        x: strided(pass.x, shape.in_channels, shape.in_length),
+        dz: strided(pass.dz, shape.out_channels, shape.out_length),
+        partials: 0,
+        shape: *shape,
+        plan: WgradPlan::new(shape, sm_count),
+    }
+}
+
+/// Bytes of the partial sums of `splits` blocks.
+pub(super) fn partial_bytes(shape: &Conv1dShape, splits: u32) -> Option<u64> {
+    partial_values(shape, splits).checked_mul(4)
+}
+
+/// What the kernel takes that adds up the partial sums of `splits` blocks, which lie at `partials` as
+/// [`partial_values`] says, into the wanted gradients, and its blocks.
+pub(super) fn final_params(
     pass: &WgradPass,
     partials: u64,
     splits: u32,
-) -> Result<()> {
+) -> Result<(WgradFinalParams, u32)> {
     let shape = &pass.shape;
     let nowhere = StridedFilter { address: 0, out: 0, input: 0, tap: 0 };
     let params = WgradFinalParams {
@@ -227,7 +256,12 @@ pub(super) fn finish_wgrad(
         reserved: 0,
     };
     let blocks = element_blocks(shape.filter_elements() + u64::from(shape.out_channels));
-    launch.run(kernels(pass.dtype).wgrad_final, checked_blocks(blocks)?, &params)
+    Ok((params, checked_blocks(blocks)?))
+}
+
+fn finish_wgrad(launch: &Launch<'_>, pass: &WgradPass, partials: u64, splits: u32) -> Result<()> {
+    let (params, blocks) = final_params(pass, partials, splits)?;
+    launch.run(kernels(pass.dtype).wgrad_final, blocks, &params)
 }
 
 /// Enqueues `dz = dy · act'(z)` over tensors that have elements.
@@ -257,7 +291,7 @@ fn strided_filter(filter: Filter, shape: &Conv1dShape) -> StridedFilter {
     StridedFilter { address: filter.address, out, input, tap }
 }
 
-fn checked_blocks(blocks: u64) -> Result<u32> {
+pub(super) fn checked_blocks(blocks: u64) -> Result<u32> {
     let overflow =
         Error::Overflow { op: "conv1d", quantity: "the number of blocks", limit: MAX_BLOCKS };
     u32::try_from(blocks).ok().filter(|&blocks| u64::from(blocks) <= MAX_BLOCKS).ok_or(overflow)

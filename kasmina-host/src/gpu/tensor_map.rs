@@ -62,8 +62,11 @@ pub(crate) fn encode_sequence_map(key: &SequenceMap) -> Result<TensorMap> {
     let box_extents = [box_inner, box_outer, 1, 1];
     let [inner_step, outer_step] = key.steps;
     let element_strides = [inner_step, outer_step, 1, 1];
-    let swizzle =
-        if key.swizzled { CUtensorMapSwizzle::Bytes128 } else { CUtensorMapSwizzle::None };
+    let swizzle = match box_inner as usize * key.dtype.size() {
+        _ if !key.swizzled => CUtensorMapSwizzle::None,
+        64 => CUtensorMapSwizzle::Bytes64,
+        _ => CUtensorMapSwizzle::Bytes128,
+    };
     let mut map = CUtensorMap::default();
     // SAFETY: the driver writes one map and reads four extents, three strides (that of the
     // contiguous axis is implied), four box extents and four element strides, all of which outlive

@@ -7,6 +7,7 @@
 //! | [`gather`] | forward and dgrad: a walk over taps and channels for every tile of the output |
 //! | [`wgrad`] | the gradients of filter and bias, split over batch and length |
 //! | [`pack`] | the filter as a matrix for every tap |
+//! | [`parts`] | all passes of f32, as sums of bf16 parts |
 //! | [`depthwise`] | forward and dgrad of channels by themselves, which multiplies no matrices |
 //!
 //! Every tensor map has four axes, so that boxes end where a sequence or a group ends: channels
@@ -15,6 +16,7 @@
 pub mod depthwise;
 pub mod gather;
 pub mod pack;
+pub mod parts;
 pub mod wgrad;
 
 use crate::abi::DType;
@@ -24,7 +26,8 @@ pub use crate::gemm::hopper::{BLOCK_K, SLAB_N};
 /// The largest step between positions that TMA takes from channels-last tensors.
 pub const MAX_STEP: u32 = 8;
 
-/// Whether there are kernels for this element type: not for f32, which wgmma would round.
+/// Whether there are kernels for this element type as it is: not for f32, which wgmma would round and
+/// [`parts`] splits.
 #[must_use]
 pub const fn serves(dtype: DType) -> bool {
     crate::gemm::hopper::serves(dtype)

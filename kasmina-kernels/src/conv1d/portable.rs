@@ -156,6 +156,82 @@ pub struct GatherParams {
 unsafe impl KernelParams for GatherParams {}
 const _: () = assert!(size_of::<GatherParams>() == 13 * 8 + 24 * 4);
 
+/// What the kernel takes that repairs a product of parts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct RepairParams {
+    /// The pass.
+    pub gather: GatherParams,
+    /// Device address of the findings of the split's blocks, one word each.
+    pub findings: u64,
+    /// How many there are.
+    pub num_findings: u32,
+    /// Tiles of the plan.
+    pub blocks: u32,
+}
+
+// SAFETY: repr(C); a struct without padding whose size is a multiple of 8, a u64 and two u32.
+unsafe impl KernelParams for RepairParams {}
+const _: () = assert!(size_of::<RepairParams>() == size_of::<GatherParams>() + 16);
+
+/// The same for partial sums of wgrad.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct RepairWgradParams {
+    /// The pass.
+    pub wgrad: WgradParams,
+    /// As those of [`RepairParams`].
+    pub findings: u64,
+    /// Likewise.
+    pub num_findings: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+// SAFETY: as `RepairParams`.
+unsafe impl KernelParams for RepairWgradParams {}
+const _: () = assert!(size_of::<RepairWgradParams>() == size_of::<WgradParams>() + 16);
+
+/// The same for their totals.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct RepairWgradFinalParams {
+    /// The sums.
+    pub sum: WgradFinalParams,
+    /// As those of [`RepairParams`].
+    pub findings: u64,
+    /// Likewise.
+    pub num_findings: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+// SAFETY: as `RepairParams`.
+unsafe impl KernelParams for RepairWgradFinalParams {}
+const _: () = assert!(size_of::<RepairWgradFinalParams>() == size_of::<WgradFinalParams>() + 16);
+
+/// f32, computed only where parts could not express the operands.
+pub static F32_REPAIR: Module = module!(
+    Portable,
+    "portable",
+    "conv1d_repair_f32",
+    ["conv1d_repair_f32", "conv1d_repair_f32_wgrad", "conv1d_repair_f32_wgrad_final"]
+);
+
+/// The kernel that computes an f32 pass where [`needs_repair`](crate::gemm::parts::needs_repair)
+/// says so, and else does nothing. Any number of blocks share the tiles.
+pub static REPAIR: Kernel<RepairParams> =
+    Kernel::new(&F32_REPAIR, "conv1d_repair_f32", THREADS, SMEM_BYTES);
+/// The same for partial sums of wgrad, launched as [`Kernels::wgrad`].
+pub static REPAIR_WGRAD: Kernel<RepairWgradParams> =
+    Kernel::new(&F32_REPAIR, "conv1d_repair_f32_wgrad", THREADS, SMEM_BYTES);
+/// The same for their totals, launched as [`Kernels::wgrad_final`].
+pub static REPAIR_WGRAD_FINAL: Kernel<RepairWgradFinalParams> =
+    Kernel::new(&F32_REPAIR, "conv1d_repair_f32_wgrad_final", THREADS, 0);
+
+/// Blocks of [`REPAIR`] that run at once on a multiprocessor.
+pub const REPAIR_BLOCKS: u32 = 2;
+
 /// f32 values of the partial sums that `splits` blocks leave: filters as `[out, in, tap]`, then
 /// biases, one after the other.
 #[must_use]
@@ -327,6 +403,34 @@ macro_rules! portable_kernels {
             use crate::conv1d::{depthwise, portable};
             use crate::gemm::element;
 
+            /// # Safety
+            /// As the entries below, and the findings are readable.
+            #[unsafe(no_mangle)]
+            pub(crate) unsafe extern "ptx-kernel" fn conv1d_repair_f32(params: RepairParams) {
+                // SAFETY: the host checks every shape and stride against its allocation.
+                unsafe { portable::repair::repair::<element::F32>(&params) }
+            }
+
+            /// # Safety
+            /// As above.
+            #[unsafe(no_mangle)]
+            pub(crate) unsafe extern "ptx-kernel" fn conv1d_repair_f32_wgrad(
+                params: RepairWgradParams,
+            ) {
+                // SAFETY: as above.
+                unsafe { portable::repair::repair_wgrad::<element::F32>(&params) }
+            }
+
+            /// # Safety
+            /// As above.
+            #[unsafe(no_mangle)]
+            pub(crate) unsafe extern "ptx-kernel" fn conv1d_repair_f32_wgrad_final(
+                params: RepairWgradFinalParams,
+            ) {
+                // SAFETY: as above.
+                unsafe { portable::repair::repair_wgrad_final::<element::F32>(&params) }
+            }
+
             $(
                 /// # Safety
                 /// Tensors and filter are as the strides say, and the grid is that of the plan (the
@@ -349,6 +453,7 @@ macro_rules! portable_kernels {
                 /// As above; the partial sums have room.
                 #[unsafe(no_mangle)]
                 pub(crate) unsafe extern "ptx-kernel" fn $wgrad(params: WgradParams) {
+                    portable::gather::mark();
                     // SAFETY: as above.
                     unsafe { portable::wgrad::wgrad::<element::$dtype>(&params) }
                 }
@@ -415,6 +520,8 @@ portable_kernels! {
 mod direct;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 pub(in crate::conv1d) mod gather;
+#[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
+mod repair;
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "portable"))]
 mod wgrad;
 

@@ -52,7 +52,7 @@ pub const SLAB_N: u32 = 64;
 /// Rows of Y a consumer warpgroup computes.
 pub const CONSUMER_M: u32 = 64;
 
-const WARPGROUP: u32 = 128;
+pub(crate) const WARPGROUP: u32 = 128;
 const SLAB_BYTES: u32 = CONSUMER_M * SLAB_N * 2;
 
 /// How a kernel cuts the problem up.

@@ -117,8 +117,27 @@ pub const fn needs_repair(findings: u32) -> bool {
 
 #[cfg(target_arch = "nvptx64")]
 mod device {
-    use super::W_SHIFT;
+    use super::{W_SHIFT, needs_repair};
     use crate::ptx;
+
+    /// Whether a product has to be computed without parts, from `count` words of findings.
+    ///
+    /// # Safety
+    /// Every thread of the block, of `threads`, calls it; the words are readable, and nothing
+    /// writes them while the kernel runs.
+    #[inline(always)]
+    pub(crate) unsafe fn words_need_repair(words: u64, count: u32, threads: u32) -> bool {
+        let mut findings = 0;
+        let mut index = ptx::thread_index();
+        while index < count {
+            ptx::nounroll();
+            // SAFETY: one of the words.
+            findings |= unsafe { ptx::ld_global_nc_u32(words + 4 * u64::from(index)) };
+            index += threads;
+        }
+        // SAFETY: the whole block.
+        needs_repair(unsafe { of_block(findings) })
+    }
 
     /// The findings of all threads of the block.
     ///
@@ -139,7 +158,7 @@ mod device {
     }
 }
 #[cfg(target_arch = "nvptx64")]
-pub(crate) use device::of_block;
+pub(crate) use device::{of_block, words_need_repair};
 
 #[cfg(test)]
 mod tests {

@@ -290,13 +290,13 @@ macro_rules! with_promoted_accumulators {
 /// One stage of 32 k of operands in bf16 parts, 128 columns: the named products of parts, the
 /// smallest first, and a commit; then a wait until at most this batch is in flight.
 ///
-/// `$a` and `$b` are descriptors of the first k16 of the first part, A K-major; parts follow each
-/// other at distances of `$part_a` and `$part_b`, k16 of B at `$step_b`, in units of 16 bytes.
-/// `$transpose_b` is 1 for an MN-major B. `$c` are overwritten, and complete after a later wait;
+/// `$a` and `$b` are descriptors of the first k16 of the first part; parts follow each other at
+/// distances of `$part_a` and `$part_b`, k16 at `$step_a` and `$step_b`, in units of 16 bytes.
+/// `$transpose_a` and `$transpose_b` are 1 for an MN-major operand. `$c` are overwritten, and complete after a later wait;
 /// `$done` are those of the batch before, complete now.
 macro_rules! wgmma_parts_k32 {
-    ($products:ident, $transpose_b:expr, $step_b:expr, $part_a:expr, $part_b:expr,
-     $a:expr, $b:expr, [$($c:ident)+], [$($done:ident)+]) => {
+    ($products:ident, $transpose_a:expr, $transpose_b:expr, $step_a:expr, $step_b:expr,
+     $part_a:expr, $part_b:expr, $a:expr, $b:expr, [$($c:ident)+], [$($done:ident)+]) => {
         core::arch::asm!(
             "{{",
             ".reg .pred first, rest;",
@@ -315,7 +315,9 @@ macro_rules! wgmma_parts_k32 {
             b = in(reg64) $b,
             part_a = const $part_a,
             part_b = const $part_b,
+            step_a = const $step_a,
             step_b = const $step_b,
+            transpose_a = const $transpose_a,
             transpose_b = const $transpose_b,
             options(nostack),
         )
@@ -342,7 +344,7 @@ macro_rules! wgmma_parts_k32 {
             "add.s64 a, {a}, ", $i, "*{part_a};\n",
             "add.s64 b, {b}, ", $j, "*{part_b};\n",
             $crate::ptx::wgmma::wgmma_parts_k32!(@mma $predicate),
-            "add.s64 a, a, 2;\n",
+            "add.s64 a, a, {step_a};\n",
             "add.s64 b, b, {step_b};\n",
             $crate::ptx::wgmma::wgmma_parts_k32!(@mma "rest"),
         )
@@ -351,7 +353,7 @@ macro_rules! wgmma_parts_k32 {
         concat!(
             "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 ",
             $crate::ptx::wgmma::accumulator_operands!(128),
-            ", a, b, ", $predicate, ", 1, 1, 0, {transpose_b};\n"
+            ", a, b, ", $predicate, ", 1, 1, {transpose_a}, {transpose_b};\n"
         )
     };
 }

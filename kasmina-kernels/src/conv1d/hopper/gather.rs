@@ -54,7 +54,7 @@ pub struct Walk {
     pub first_tap: u32,
     /// From one to the next in the packed filter.
     pub tap_stride: i32,
-    /// Blocks of 64 that cover the input channels of a group.
+    /// Steps that cover the input channels of a group, of 64 each or, in parts, of 32.
     pub channel_blocks: u32,
     /// Tiles that cover the positions of a sequence.
     pub sequence_tiles: u32,
@@ -81,8 +81,17 @@ impl Walk {
     /// The walk of a [`Gather`] from `in_channels` to `out_channels` per group with this kernel.
     #[must_use]
     pub const fn new(gather: &Gather, channels: [u32; 2], kernel: &GatherKernel) -> Self {
-        let [in_channels, out_channels] = channels;
-        let [positions, out] = kernel.extents();
+        Self::of_tiles(gather, channels, kernel.extents(), BLOCK_K)
+    }
+
+    /// The same with tiles of so many positions and channels, whose steps are `block_k` channels.
+    #[must_use]
+    pub const fn of_tiles(
+        gather: &Gather,
+        [in_channels, out_channels]: [u32; 2],
+        [positions, out]: [u32; 2],
+        block_k: u32,
+    ) -> Self {
         // No position of the output reaches the input from here.
         let nowhere = -(MAX_POSITIONS as i32) - (1 << 16);
         let none = gather.taps == 0;
@@ -93,7 +102,7 @@ impl Walk {
             taps: if none { 1 } else { gather.taps },
             first_tap: gather.first_tap,
             tap_stride: gather.tap_stride,
-            channel_blocks: in_channels.div_ceil(BLOCK_K),
+            channel_blocks: in_channels.div_ceil(block_k),
             sequence_tiles: gather.out_count.div_ceil(positions),
             channel_tiles: out_channels.div_ceil(out),
             box_positions: box_positions(positions, gather.in_step),
@@ -127,9 +136,15 @@ impl Walk {
     /// The tiles of the output in the order of the product's rows and columns.
     #[must_use]
     pub const fn scheduler(&self, kernel: &GatherKernel, batch: u32, groups: u32) -> TileScheduler {
+        self.tiles(kernel.channels_are_rows(), batch, groups)
+    }
+
+    /// The same of a product whose rows are channels, or positions.
+    #[must_use]
+    pub const fn tiles(&self, channels_are_rows: bool, batch: u32, groups: u32) -> TileScheduler {
         let (positions, channels) =
             (batch.saturating_mul(self.sequence_tiles), groups.saturating_mul(self.channel_tiles));
-        if kernel.channels_are_rows() {
+        if channels_are_rows {
             TileScheduler { tiles_m: channels, tiles_n: positions, group_m: 16 }
         } else {
             TileScheduler { tiles_m: positions, tiles_n: channels, group_m: 16 }

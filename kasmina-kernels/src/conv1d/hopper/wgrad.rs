@@ -42,7 +42,7 @@ use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::div;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
-mod device;
+pub(super) mod device;
 pub mod sum;
 
 /// How the steps of all tiles are shared out.
@@ -211,27 +211,37 @@ impl Walk {
     /// The walk of a convolution with tiles of this kernel.
     #[must_use]
     pub const fn new(shape: &Conv1dShape, kernel: &WgradKernel) -> Self {
+        let (tile, tile_taps) = (kernel.tile, kernel.tile_taps);
+        let walk = Self::of_tiles(shape, [tile.block_m, tile.block_n], BLOCK_K);
+        let tap_tiles = if tile_taps > 0 { walk.taps.div_ceil(tile_taps) } else { 0 };
+        Self {
+            box_positions: kernel.x_positions(shape.stride, walk.tap_step),
+            tiles_n: if tile_taps > 0 { walk.channel_blocks * tap_tiles } else { walk.tiles_n },
+            tile_taps,
+            tap_tiles,
+            ..walk
+        }
+    }
+
+    /// The walk of tiles whose blocks of columns each have a box of x, for steps of `block_k`
+    /// positions.
+    #[must_use]
+    pub const fn of_tiles(shape: &Conv1dShape, [block_m, block_n]: [u32; 2], block_k: u32) -> Self {
         let gather = shape.forward_gather();
         let channel_blocks = shape.group_in().div_ceil(SLAB_N);
-        let (tile, tile_taps) = (kernel.tile, kernel.tile_taps);
-        let tap_tiles = if tile_taps > 0 { gather.taps.div_ceil(tile_taps) } else { 0 };
         Self {
             in_first: gather.in_first,
             in_step: gather.in_step,
             tap_step: gather.tap_step,
             taps: gather.taps,
             channel_blocks,
-            sequence_blocks: shape.out_length.div_ceil(BLOCK_K),
+            sequence_blocks: shape.out_length.div_ceil(block_k),
             batch: shape.batch,
-            box_positions: kernel.x_positions(shape.stride, gather.tap_step),
-            tiles_m: shape.group_out().div_ceil(tile.block_m),
-            tiles_n: if tile_taps > 0 {
-                channel_blocks * tap_tiles
-            } else {
-                (channel_blocks * gather.taps).div_ceil(tile.block_n / SLAB_N)
-            },
-            tile_taps,
-            tap_tiles,
+            box_positions: box_positions(block_k, gather.in_step),
+            tiles_m: shape.group_out().div_ceil(block_m),
+            tiles_n: (channel_blocks * gather.taps).div_ceil(block_n / SLAB_N),
+            tile_taps: 0,
+            tap_tiles: 0,
         }
     }
 

@@ -21,9 +21,9 @@ impl Block {
     /// # Safety
     /// As [`Parked::put`]; a barrier must follow.
     #[inline(always)]
-    unsafe fn park(params: &GatherParams, at: u32) {
+    unsafe fn park(params: &GatherParams, index: u32, at: u32) {
         let (shape, plan) = (&params.shape, &params.plan);
-        let mut rest = ptx::block_index();
+        let mut rest = index;
         let mut take = |count: u32| {
             let quotient = div(rest, count);
             let index = rest - quotient * count;
@@ -497,14 +497,9 @@ pub(in crate::conv1d) unsafe fn store_channels<E: Element>(
     });
 }
 
-/// One tile of the output.
-///
-/// # Safety
-/// As the entries': tensors and filter are as the strides say, nothing else writes them while the
-/// kernel runs, and the grid is the plan's.
+/// Two blocks share a multiprocessor, which leaves 128 registers a thread.
 #[inline(always)]
-pub(super) unsafe fn gather<E: Element>(params: &GatherParams) {
-    // Two blocks share a multiprocessor, which leaves 128 registers a thread.
+pub(super) fn mark() {
     // SAFETY: comments for `cargo xtask ptx`.
     unsafe {
         core::arch::asm!(
@@ -514,12 +509,32 @@ pub(super) unsafe fn gather<E: Element>(params: &GatherParams) {
             options(nomem, nostack, preserves_flags),
         );
     }
+}
+
+/// One tile of the output.
+///
+/// # Safety
+/// As the entries': tensors and filter are as the strides say, nothing else writes them while the
+/// kernel runs, and the grid is the plan's.
+#[inline(always)]
+pub(super) unsafe fn gather<E: Element>(params: &GatherParams) {
+    mark();
+    // SAFETY: the caller's contract.
+    unsafe { tile::<E>(params, ptx::block_index()) };
+}
+
+/// The tile with this number.
+///
+/// # Safety
+/// As [`gather`]; the whole block calls it, and no thread is still at another tile.
+#[inline(always)]
+pub(super) unsafe fn tile<E: Element>(params: &GatherParams, index: u32) {
     let plan = &params.plan;
     let smem = ptx::dynamic_smem();
     // SAFETY: one thread parks, before the barrier that all threads meet.
     let block = unsafe {
         if ptx::thread_index() == 0 {
-            Block::park(params, smem + PARKED);
+            Block::park(params, index, smem + PARKED);
         }
         ptx::bar_sync::<0, THREADS>();
         Block(Parked::at(smem + PARKED))

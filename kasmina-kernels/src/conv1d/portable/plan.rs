@@ -160,6 +160,26 @@ impl GatherPlan {
     }
 }
 
+impl GatherPlan {
+    /// Estimated cycles of the busiest multiprocessor for an f32 pass: one product a lane and cycle,
+    /// of which half are reached (28 to 32 TFLOP/s for 64 and more channels on an H200).
+    #[must_use]
+    pub const fn f32_cost(
+        &self,
+        shape: &Conv1dShape,
+        direction: Direction,
+        multiprocessors: u32,
+    ) -> u64 {
+        let (depth, taps) = match direction {
+            Direction::Forward => (shape.group_in(), shape.kernel_size),
+            Direction::Dgrad => (shape.group_out(), shape.most_dgrad_taps()),
+        };
+        let waves = self.blocks(shape).div_ceil(multiprocessors as u64);
+        let results = self.tile.rows() as u64 * self.tile.columns() as u64;
+        waves.saturating_mul((results * depth as u64).saturating_mul(taps as u64) / 64 + 2000)
+    }
+}
+
 /// How the wgrad kernel cuts a pass.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -287,5 +307,15 @@ impl WgradPlan {
         tiles
             .saturating_mul(self.tap_tiles as u64 * shape.groups as u64)
             .saturating_mul(self.splits as u64)
+    }
+
+    /// Estimated cycles of the busiest multiprocessor for f32, as [`GatherPlan::f32_cost`], of which
+    /// a third are reached (17 to 23 TFLOP/s for 64 and more channels on an H200).
+    #[must_use]
+    pub const fn f32_cost(&self, shape: &Conv1dShape, multiprocessors: u32) -> u64 {
+        let waves = self.blocks(shape).div_ceil(multiprocessors as u64);
+        let results = self.tile.rows() as u64 * self.tile.columns() as u64;
+        let positions = (self.stages_per_split as u64) << self.log2_depth;
+        waves.saturating_mul(results.saturating_mul(positions) / 42 + 2000)
     }
 }

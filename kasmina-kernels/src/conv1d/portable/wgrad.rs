@@ -217,16 +217,6 @@ unsafe fn load_dz<E: Element>(params: &WgradParams, block: Block, stage: u32, sm
 /// the partial sums have room, and the grid is the plan's.
 #[inline(always)]
 pub(super) unsafe fn wgrad<E: Element>(params: &WgradParams) {
-    // Two blocks share a multiprocessor, which leaves 128 registers a thread.
-    // SAFETY: comments for `cargo xtask ptx`.
-    unsafe {
-        core::arch::asm!(
-            "// kasmina: .maxntid {threads}, 1, 1",
-            "// kasmina: .minnctapersm 2",
-            threads = const THREADS,
-            options(nomem, nostack, preserves_flags),
-        );
-    }
     let (shape, plan) = (&params.shape, &params.plan);
     let smem = ptx::dynamic_smem();
     // SAFETY: one thread parks, before the barrier that all threads meet.

@@ -42,7 +42,7 @@ use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
-mod device;
+pub(crate) mod device;
 
 /// Depth of one stage. Two stages of twice as many k leave the loads too little time (545 TFLOP/s
 /// of bf16 products at 4096³ on an H200).
@@ -60,7 +60,7 @@ const SPLIT_THREADS: u32 = 512;
 const SPLIT_BLOCKS: u32 = 4;
 
 /// Columns that the epilogue stages at a time, and the bytes of 16 such rows: one warp's share.
-const STAGED_N: u32 = 64;
+pub(crate) const STAGED_N: u32 = 64;
 const STAGED_BYTES: u32 = 16 * STAGED_N * 4;
 
 /// How a kernel cuts the problem up.
@@ -75,21 +75,21 @@ pub struct SplitTile {
 }
 
 impl SplitTile {
-    const fn num_consumers(self) -> u32 {
+    pub(crate) const fn num_consumers(self) -> u32 {
         self.block_m / CONSUMER_M
     }
 
-    const fn block_dim(self) -> u32 {
+    pub(crate) const fn block_dim(self) -> u32 {
         WARPGROUP * (1 + self.num_consumers())
     }
 
     /// Bytes of one part of X in a stage.
-    const fn x_part_bytes(self) -> u32 {
+    pub(crate) const fn x_part_bytes(self) -> u32 {
         self.block_m * BLOCK_K * 2
     }
 
     /// Bytes of one part of W in a stage.
-    const fn w_part_bytes() -> u32 {
+    pub(crate) const fn w_part_bytes() -> u32 {
         BLOCK_N * BLOCK_K * 2
     }
 
@@ -97,7 +97,7 @@ impl SplitTile {
         self.parts * self.x_part_bytes()
     }
 
-    const fn stage_bytes(self) -> u32 {
+    pub(crate) const fn stage_bytes(self) -> u32 {
         self.x_stage_bytes() + self.parts * Self::w_part_bytes()
     }
 
@@ -109,7 +109,7 @@ impl SplitTile {
         self.staged_offset() + self.num_consumers() * 4 * STAGED_BYTES
     }
 
-    const fn smem_bytes(self) -> u32 {
+    pub(crate) const fn smem_bytes(self) -> u32 {
         self.barrier_offset() + RingBarriers::bytes(self.num_stages)
     }
 

@@ -8,6 +8,7 @@ use crate::smem_layout::Major;
 
 mod bias;
 mod transpose;
+pub(in crate::conv1d::hopper) use bias::across_positions;
 pub(super) use bias::sum_rows;
 pub(super) use transpose::Raw;
 
@@ -226,7 +227,12 @@ impl Source {
 
 /// Where this thread's sums of a segment go: the address of its first row and its first column.
 #[inline(always)]
-pub(super) fn partials_of_thread(partials: u64, slot: u32, tile: Tile, consumer: u32) -> u64 {
+pub(in crate::conv1d::hopper) fn partials_of_thread(
+    partials: u64,
+    slot: u32,
+    tile: Tile,
+    consumer: u32,
+) -> u64 {
     let thread = ptx::thread_index() % 128;
     let (row, column) = crate::smem_layout::accumulator_position(thread, 0);
     let row = consumer * crate::gemm::hopper::CONSUMER_M + row;
@@ -240,7 +246,12 @@ pub(super) fn partials_of_thread(partials: u64, slot: u32, tile: Tile, consumer:
 /// # Safety
 /// `address` is what [`partials_of_thread`] gives; no other thread has these sums.
 #[inline(always)]
-pub(super) unsafe fn store_columns(address: u64, tile: Tile, group: u32, c: [f32; 8]) {
+pub(in crate::conv1d::hopper) unsafe fn store_columns(
+    address: u64,
+    tile: Tile,
+    group: u32,
+    c: [f32; 8],
+) {
     let near = address + (group * 16 * 4) as u64;
     let far = near + (8 * tile.block_n * 4) as u64;
     let [c0, c1, c2, c3, c4, c5, c6, c7] = c.map(f32::to_bits);

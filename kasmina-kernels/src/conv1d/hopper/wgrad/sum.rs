@@ -25,12 +25,16 @@ pub static MODULE: Module = module!(
     Hopper,
     "hopper",
     "conv1d_wgrad_sum",
-    ["conv1d_wgrad_sum_bf16", "conv1d_wgrad_sum_f16"]
+    ["conv1d_wgrad_sum_bf16", "conv1d_wgrad_sum_f16", "conv1d_wgrad_sum_f32"]
 );
 static BF16: Kernel<SumParams> =
     Kernel::new(&MODULE, "conv1d_wgrad_sum_bf16", THREADS, SMEM_BYTES).waiting_for_predecessors();
 static F16: Kernel<SumParams> =
     Kernel::new(&MODULE, "conv1d_wgrad_sum_f16", THREADS, SMEM_BYTES).waiting_for_predecessors();
+
+/// The kernel that writes f32, unless what the sums are of has to be computed without parts.
+pub static F32: Kernel<PartsSumParams> =
+    Kernel::new(&MODULE, "conv1d_wgrad_sum_f32", THREADS, SMEM_BYTES).waiting_for_predecessors();
 
 /// The kernel that writes this type; `None` for one that is not 16 bits wide.
 #[must_use]
@@ -81,6 +85,24 @@ pub struct SumParams {
 // SAFETY: repr(C); five u64 and twenty-four 32-bit fields: no padding.
 unsafe impl KernelParams for SumParams {}
 const _: () = assert!(size_of::<SumParams>() == 5 * 8 + 24 * 4);
+
+/// What the kernel for f32 takes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct PartsSumParams {
+    /// The sums.
+    pub sum: SumParams,
+    /// Device address of the findings of the splits' blocks, one word each.
+    pub findings: u64,
+    /// How many there are.
+    pub num_findings: u32,
+    /// Keeps the size a multiple of 8 without padding.
+    pub reserved: u32,
+}
+
+// SAFETY: repr(C); a struct without padding whose size is a multiple of 8, a u64 and two u32.
+unsafe impl KernelParams for PartsSumParams {}
+const _: () = assert!(size_of::<PartsSumParams>() == size_of::<SumParams>() + 16);
 
 /// Which sum a thread forms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,15 +7,18 @@ use crate::pipeline::RingPosition;
 use crate::ptx;
 use crate::smem_layout::Major;
 
+mod staging;
+pub(crate) use staging::Staging;
+
 // As the 16-bit kernels' of 128×256.
-pub(super) use crate::gemm::hopper::device::{CONSUMER_REGISTERS, PRODUCER_REGISTERS};
+pub(crate) use crate::gemm::hopper::device::{CONSUMER_REGISTERS, PRODUCER_REGISTERS};
 
 /// Where the block's shared memory and its ring lie.
 #[derive(Clone, Copy)]
-pub(super) struct Block {
+pub(crate) struct Block {
     tile: SplitTile,
     smem: u32,
-    pub(super) ring: RingBarriers,
+    pub(crate) ring: RingBarriers,
 }
 
 impl Block {
@@ -25,12 +28,22 @@ impl Block {
     /// Every thread of the block calls it once, first; `tile.smem_bytes()` of dynamic shared
     /// memory (`Kernel::smem_bytes`, which `launch` on the host passes).
     #[inline(always)]
-    pub(super) unsafe fn start(tile: SplitTile) -> Self {
+    pub(crate) unsafe fn start(tile: SplitTile) -> Self {
+        // SAFETY: by the caller's contract.
+        unsafe { Self::start_with(tile, tile.num_consumers()) }
+    }
+
+    /// The same with so many that release a stage.
+    ///
+    /// # Safety
+    /// As [`start`](Self::start).
+    #[inline(always)]
+    pub(crate) unsafe fn start_with(tile: SplitTile, releasing: u32) -> Self {
         let smem = ptx::dynamic_smem();
         let ring = RingBarriers { base: smem + tile.barrier_offset(), num_stages: tile.num_stages };
         if ptx::thread_index() == 0 {
             // SAFETY: one thread, before the barrier below, inside the shared memory.
-            unsafe { ring.init(1, tile.num_consumers()) };
+            unsafe { ring.init(1, releasing) };
         }
         // Everything so far touched only shared memory and may overlap the grid before.
         ptx::griddepcontrol_launch_dependents();
@@ -40,15 +53,21 @@ impl Block {
         Self { tile, smem, ring }
     }
 
+    /// Where a warp stages its sums.
+    #[inline(always)]
+    fn staged(self, warp: u32) -> u32 {
+        self.smem + self.tile.staged_offset() + warp * STAGED_BYTES
+    }
+
     /// The first part of X in a stage; the others follow.
     #[inline(always)]
-    pub(super) fn x_stage(self, stage: u32) -> u32 {
+    pub(crate) fn x_stage(self, stage: u32) -> u32 {
         self.smem + stage * self.tile.stage_bytes()
     }
 
     /// The first part of W in a stage; the others follow.
     #[inline(always)]
-    pub(super) fn w_stage(self, stage: u32) -> u32 {
+    pub(crate) fn w_stage(self, stage: u32) -> u32 {
         self.x_stage(stage) + self.tile.x_stage_bytes()
     }
 }
@@ -134,13 +153,10 @@ pub(super) unsafe fn produce(block: Block, parts: PartsOf, tiles: TileScheduler)
     }
 }
 
-/// One warp's side of the epilogue: 16 rows, which no other warp has to do with.
+/// One warp's side of the epilogue.
 #[derive(Clone, Copy)]
 pub(super) struct Epilogue {
-    lane: u32,
-    /// First of the warp's rows in the tile.
-    row: u32,
-    staged: u32,
+    staging: Staging,
     bias: u64,
     y: u64,
     y_stride: u64,
@@ -152,12 +168,8 @@ pub(super) struct Epilogue {
 impl Epilogue {
     #[inline(always)]
     pub(super) fn new(block: Block, consumer: u32, params: &SplitGemmParams) -> Self {
-        let thread = ptx::thread_index() % WARPGROUP;
-        let warp = consumer * 4 + thread / 32;
         Self {
-            lane: thread % 32,
-            row: 16 * warp,
-            staged: block.smem + block.tile.staged_offset() + warp * STAGED_BYTES,
+            staging: Staging::new(block, consumer),
             bias: params.bias,
             y: params.y,
             y_stride: params.y_stride,
@@ -167,22 +179,14 @@ impl Epilogue {
         }
     }
 
-    /// Stages 16 columns: registers `8·group ..` of the tile, as
-    /// `smem_layout::accumulator_position` places them.
+    /// As [`Staging::stage`].
     ///
     /// # Safety
     /// The whole warp calls it, after `store` of the columns staged before.
     #[inline(always)]
     pub(super) unsafe fn stage(self, group: u32, sums: [f32; 8]) {
-        let (row, column) = (self.lane / 4, 16 * (group % 4) + 2 * (self.lane % 4));
-        // SAFETY: this thread's places among the warp's rows.
-        unsafe {
-            let at = |row, column| self.staged + staged_offset(row, column);
-            ptx::st_shared_v2_f32(at(row, column), sums[0], sums[1]);
-            ptx::st_shared_v2_f32(at(row + 8, column), sums[2], sums[3]);
-            ptx::st_shared_v2_f32(at(row, column + 8), sums[4], sums[5]);
-            ptx::st_shared_v2_f32(at(row + 8, column + 8), sums[6], sums[7]);
-        }
+        // SAFETY: by the caller's contract.
+        unsafe { self.staging.stage(group, sums) };
     }
 
     /// Adds the bias to what is staged, applies the activation and stores it; the tile's first row
@@ -193,7 +197,7 @@ impl Epilogue {
     #[inline(always)]
     pub(super) unsafe fn store(self, m: u32, n: u32) {
         // Sixteen lanes to a row, four columns to a lane.
-        let (row, offset) = (self.lane / 16, self.lane % 16 * 4);
+        let (row, offset) = (self.staging.lane / 16, self.staging.lane % 16 * 4);
         let column = n + offset;
         let left = self.n.saturating_sub(column);
         // SAFETY: elements of the bias's n; the host checks its length.
@@ -210,8 +214,8 @@ impl Epilogue {
             ptx::nounroll();
             let row = row + 2 * step;
             // SAFETY: inside the warp's rows, staged before the barrier above.
-            let sums = unsafe { ptx::ld_shared_v4_f32(self.staged + staged_offset(row, offset)) };
-            let row = m + self.row + row;
+            let sums = unsafe { self.staging.four(row, offset) };
+            let row = m + self.staging.row + row;
             if row < self.m {
                 let address = self.y + 4 * (u64::from(row) * self.y_stride + u64::from(column));
                 let values = [
@@ -242,7 +246,7 @@ impl Epilogue {
 /// # Safety
 /// `address` is that of `left` readable elements.
 #[inline(always)]
-unsafe fn load_some(address: u64, left: u32) -> [u32; 4] {
+pub(crate) unsafe fn load_some(address: u64, left: u32) -> [u32; 4] {
     let element = |i: u32| {
         // SAFETY: one of those that exist.
         if i < left { unsafe { ptx::ld_global_u32(address + 4 * u64::from(i)) } } else { 0 }
@@ -280,6 +284,23 @@ fn split_pair(first: u32, second: u32, findings: &mut Findings) -> [u32; PARTS] 
     [pack(0), pack(1), pack(2)]
 }
 
+/// The parts of eight neighbours, as they lie in memory.
+#[inline(always)]
+pub(crate) fn split_eight(
+    low: [u32; 4],
+    high: [u32; 4],
+    findings: &mut Findings,
+) -> [[u32; 4]; PARTS] {
+    let pairs = [
+        split_pair(low[0], low[1], findings),
+        split_pair(low[2], low[3], findings),
+        split_pair(high[0], high[1], findings),
+        split_pair(high[2], high[3], findings),
+    ];
+    let part = |i: usize| [pairs[0][i], pairs[1][i], pairs[2][i], pairs[3][i]];
+    [part(0), part(1), part(2)]
+}
+
 /// Splits the elements of an operand that are this thread's, and tells what it noticed.
 ///
 /// # Safety
@@ -309,20 +330,14 @@ unsafe fn split_operand(operand: SplitOperand, parts: u32) -> Findings {
                 (load_some(address, left), load_some(address + 16, left.saturating_sub(4)))
             }
         };
-        let pairs = [
-            split_pair(low[0], low[1], &mut findings),
-            split_pair(low[2], low[3], &mut findings),
-            split_pair(high[0], high[1], &mut findings),
-            split_pair(high[2], high[3], &mut findings),
-        ];
-        let part = |i: usize| [pairs[0][i], pairs[1][i], pairs[2][i], pairs[3][i]];
+        let split = split_eight(low, high, &mut findings);
         let address = target + 2 * (u64::from(row) * u64::from(padded) + u64::from(column));
         // SAFETY: eight elements of a padded row of each part, 16-aligned.
         unsafe {
-            ptx::st_global_v4_u32(address, part(0));
-            ptx::st_global_v4_u32(address + part_bytes, part(1));
+            ptx::st_global_v4_u32(address, split[0]);
+            ptx::st_global_v4_u32(address + part_bytes, split[1]);
             if parts > 2 {
-                ptx::st_global_v4_u32(address + 2 * part_bytes, part(2));
+                ptx::st_global_v4_u32(address + 2 * part_bytes, split[2]);
             }
         }
         chunk += ptx::grid_size() * SPLIT_THREADS;
@@ -357,28 +372,24 @@ pub(crate) unsafe extern "ptx-kernel" fn split_f32(params: SplitParams) {
     }
 }
 
-/// Offset of an element of the 16 staged rows. Groups of 8 columns change places from row to row,
-/// so that the four rows that the hardware serves together meet on no bank.
-#[inline(always)]
-const fn staged_offset(row: u32, column: u32) -> u32 {
-    (row * STAGED_N + (column ^ (row % 4 * 8))) * 4
-}
-
 /// Issues a batch into the accumulators `$into`; those of the batch before, `$done`, are complete
 /// then, and its stage may be overwritten.
 macro_rules! batch {
-    ($products:ident, $tile:ident, $w_major:ident, $block:ident, $consumer:ident, $elected:ident,
-     $position:ident, $previous:ident, $k_block:ident, [$($into:ident)+], [$($done:ident)+]) => {
+    ($products:ident, $tile:ident, $x_major:ident, $w_major:ident, $block:ident, $consumer:ident,
+     $elected:ident, $position:ident, $previous:ident, $k_block:ident, [$($into:ident)+], [$($done:ident)+]) => {
         let stage = $position.stage;
+        // 64 rows, or one slab: as many bytes.
         let x = $block.x_stage(stage) + $consumer * (CONSUMER_M * BLOCK_K * 2);
-        let a = wgmma_descriptor_k32(x, Major::K);
+        let a = wgmma_descriptor_k32(x, $x_major);
         let b = wgmma_descriptor_k32($block.w_stage(stage), $w_major);
         // SAFETY: the stage has landed; the whole warpgroup executes it.
         unsafe {
             $block.ring.wait_full($position);
             ptx::wgmma::wgmma_parts_k32!(
                 $products,
+                ($x_major as u32),
                 ($w_major as u32),
+                (descriptor_step_k16($x_major)),
                 (descriptor_step_k16($w_major)),
                 ($tile.x_part_bytes() / 16),
                 (SplitTile::w_part_bytes() / 16),
@@ -393,7 +404,47 @@ macro_rules! batch {
         $k_block += 1;
     };
 }
-pub(super) use batch;
+pub(crate) use batch;
+
+/// Adds up `$k_blocks` stages of a tile in `$s`, which are 0 before; `$c` and `$d` are the
+/// accumulators that tensor cores fill in turn.
+macro_rules! multiply_tile {
+    ($products:ident, $tile:ident, $x_major:ident, $w_major:ident, $block:ident, $consumer:ident,
+     $elected:ident, $position:ident, $k_blocks:ident, $($c:ident $d:ident $s:ident)+) => {
+        // Of the batch in flight.
+        let mut previous = $position.stage;
+        let mut k_block = 0u32;
+        loop {
+            $crate::gemm::hopper::split::device::batch! {
+                $products, $tile, $x_major, $w_major, $block, $consumer, $elected, $position,
+                previous, k_block, [$($c)+], [$($d)+]
+            }
+            $($s += $d;)+
+            if k_block == $k_blocks {
+                // SAFETY: the whole warpgroup.
+                unsafe { $crate::ptx::wgmma::wgmma_wait_all!(128, $($c)+) };
+                $($s += $c;)+
+                break;
+            }
+            $crate::gemm::hopper::split::device::batch! {
+                $products, $tile, $x_major, $w_major, $block, $consumer, $elected, $position,
+                previous, k_block, [$($d)+], [$($c)+]
+            }
+            $($s += $c;)+
+            if k_block == $k_blocks {
+                // SAFETY: the whole warpgroup.
+                unsafe { $crate::ptx::wgmma::wgmma_wait_all!(128, $($d)+) };
+                $($s += $d;)+
+                break;
+            }
+        }
+        if $elected {
+            // SAFETY: an initialised barrier; no batch is in flight any more.
+            unsafe { $crate::ptx::mbarrier_arrive($block.ring.empty(previous)) };
+        }
+    };
+}
+pub(crate) use multiply_tile;
 
 /// Defines the entry for a list of products, number of parts, major order of W, and tile.
 macro_rules! entry {
@@ -416,6 +467,7 @@ macro_rules! entry {
 
             const TILE: SplitTile =
                 SplitTile { block_m: $block_m, num_stages: $num_stages, parts: $parts };
+            const X_MAJOR: Major = Major::K;
             const W_MAJOR: Major = Major::$w_major;
             let x_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
@@ -473,36 +525,10 @@ macro_rules! entry {
                     let (tile_m, tile_n) = tiles.tile(tile);
                     let (m, n) = (tile_m * TILE.block_m, tile_n * BLOCK_N);
                     $($(let (mut $c, mut $d, mut $s) = (0.0f32, 0.0f32, 0.0f32);)+)+
-                    // Of the batch in flight.
-                    let mut previous = position.stage;
-                    let mut k_block = 0u32;
-                    loop {
-                        device::batch! {
-                            $products, TILE, W_MAJOR, block, consumer, elected, position, previous,
-                            k_block, [$($($c)+)+], [$($($d)+)+]
-                        }
-                        $($($s += $d;)+)+
-                        if k_block == k_blocks {
-                            // SAFETY: the whole warpgroup.
-                            unsafe { ptx::wgmma::wgmma_wait_all!(128, $($($c)+)+) };
-                            $($($s += $c;)+)+
-                            break;
-                        }
-                        device::batch! {
-                            $products, TILE, W_MAJOR, block, consumer, elected, position, previous,
-                            k_block, [$($($d)+)+], [$($($c)+)+]
-                        }
-                        $($($s += $c;)+)+
-                        if k_block == k_blocks {
-                            // SAFETY: the whole warpgroup.
-                            unsafe { ptx::wgmma::wgmma_wait_all!(128, $($($d)+)+) };
-                            $($($s += $d;)+)+
-                            break;
-                        }
-                    }
-                    if elected {
-                        // SAFETY: an initialised barrier; no batch is in flight any more.
-                        unsafe { ptx::mbarrier_arrive(block.ring.empty(previous)) };
+                    device::multiply_tile! {
+                        $products, TILE, X_MAJOR, W_MAJOR, block, consumer, elected, position,
+                        k_blocks,
+                        $($($c $d $s)+)+
                     }
                     let mut group = 0;
                     $(

@@ -144,7 +144,10 @@ pub(in crate::conv1d::hopper::wgrad) unsafe fn sum_rows<E: Element>(
 /// # Safety
 /// The whole warp calls it.
 #[inline(always)]
-unsafe fn across_positions(near: [f32; 8], far: [f32; 8]) -> [f32; 8] {
+pub(in crate::conv1d::hopper) unsafe fn across_positions(
+    near: [f32; 8],
+    far: [f32; 8],
+) -> [f32; 8] {
     let mut sums = near;
     let mut channel = 0;
     while channel < 8 {

@@ -1,8 +1,54 @@
 //! Device side of the second kernel.
 
-use super::{BIAS_SLOT, SumParams, THREADS};
-use crate::gemm::hopper::device::{BF16, Element as Type, F16};
+use super::{BIAS_SLOT, PartsSumParams, SumParams, THREADS};
+use crate::gemm::hopper::device::{BF16, Element, F16};
+use crate::gemm::parts::words_need_repair;
 use crate::ptx;
+
+/// The type of the gradients.
+trait Type {
+    const SIZE: u64;
+    /// # Safety
+    /// `address` is that of a readable element.
+    unsafe fn load(address: u64) -> f32;
+    /// # Safety
+    /// `address` is that of a writable element, which no other thread accesses.
+    unsafe fn store(address: u64, value: f32);
+}
+
+macro_rules! narrow {
+    ($($type:ident)+) => {
+        $(impl Type for $type {
+            const SIZE: u64 = 2;
+            #[inline(always)]
+            unsafe fn load(address: u64) -> f32 {
+                // SAFETY: by the caller's contract.
+                Self::widen(unsafe { ptx::ld_global_u16(address) })
+            }
+            #[inline(always)]
+            unsafe fn store(address: u64, value: f32) {
+                // SAFETY: by the caller's contract.
+                unsafe { ptx::st_global_u16(address, Self::pack(0.0, value) as u16) };
+            }
+        })+
+    };
+}
+narrow!(BF16 F16);
+
+struct F32;
+impl Type for F32 {
+    const SIZE: u64 = 4;
+    #[inline(always)]
+    unsafe fn load(address: u64) -> f32 {
+        // SAFETY: by the caller's contract.
+        f32::from_bits(unsafe { ptx::ld_global_u32(address) })
+    }
+    #[inline(always)]
+    unsafe fn store(address: u64, value: f32) {
+        // SAFETY: by the caller's contract.
+        unsafe { ptx::st_global_u32(address, value.to_bits()) };
+    }
+}
 
 /// The floats that one element is summed from.
 #[derive(Clone, Copy)]
@@ -49,7 +95,7 @@ impl Column {
 }
 
 /// # Safety
-/// The whole block calls it; parameters that the host's `conv1d/hopper.rs` has derived from a
+/// The whole block calls it, after the grid before has ended; parameters that the host's `conv1d/hopper.rs` has derived from a
 /// checked shape.
 #[inline(always)]
 unsafe fn sum<T: Type>(params: SumParams) {
@@ -59,8 +105,6 @@ unsafe fn sum<T: Type>(params: SumParams) {
     let within = ptx::thread_index() - lane * elements;
     let number = ptx::block_index() * elements + within;
     let filter = params.filter_elements();
-    ptx::griddepcontrol_launch_dependents();
-    ptx::griddepcontrol_wait();
     let (mut value, mut out) = (0.0f32, 0u64);
     if number < filter {
         if params.dw != 0 {
@@ -70,7 +114,7 @@ unsafe fn sum<T: Type>(params: SumParams) {
             let first = params.partials + slot as u64 * slot_bytes + element.index as u64 * 4;
             // SAFETY: the slots of the element's tile.
             value = unsafe { Column { first, stride: slot_bytes, count }.sum(lane, params.lanes) };
-            out = params.dw + 2 * element.offset;
+            out = params.dw + T::SIZE * element.offset;
         }
     } else if number - filter < params.out_channels && params.db != 0 {
         let channel = number - filter;
@@ -90,7 +134,7 @@ unsafe fn sum<T: Type>(params: SumParams) {
             }
             column += 1;
         }
-        out = params.db + 2 * channel as u64;
+        out = params.db + T::SIZE * channel as u64;
     }
     let place = smem + 4 * ptx::thread_index();
     // SAFETY: every thread has its place; the first lane reads those of its element after the
@@ -105,9 +149,9 @@ unsafe fn sum<T: Type>(params: SumParams) {
                 other += 1;
             }
             if params.accumulate != 0 {
-                value += T::widen(ptx::ld_global_u16(out));
+                value += T::load(out);
             }
-            ptx::st_global_u16(out, T::pack(0.0, value) as u16);
+            T::store(out, value);
         }
     }
 }
@@ -123,6 +167,8 @@ macro_rules! entry {
             unsafe {
                 core::arch::asm!("// kasmina: .maxntid {threads}, 1, 1", threads = const THREADS,
                     options(nomem, nostack, preserves_flags));
+                ptx::griddepcontrol_launch_dependents();
+                ptx::griddepcontrol_wait();
                 sum::<$type>(params);
             }
         }
@@ -131,3 +177,20 @@ macro_rules! entry {
 
 entry!(conv1d_wgrad_sum_bf16, BF16);
 entry!(conv1d_wgrad_sum_f16, F16);
+
+/// # Safety
+/// As the others, of the host's `conv1d/parts/wgrad.rs`, and the findings are readable.
+#[unsafe(no_mangle)]
+pub(super) unsafe extern "ptx-kernel" fn conv1d_wgrad_sum_f32(params: PartsSumParams) {
+    // SAFETY: a comment for `cargo xtask ptx`; the whole block calls `sum`, or none of it.
+    unsafe {
+        core::arch::asm!("// kasmina: .maxntid {threads}, 1, 1", threads = const THREADS,
+            options(nomem, nostack, preserves_flags));
+        ptx::griddepcontrol_launch_dependents();
+        ptx::griddepcontrol_wait();
+        // What a repair computes may be added to what is there, which is left as it is then.
+        if !words_need_repair(params.findings, params.num_findings, THREADS) {
+            sum::<F32>(params.sum);
+        }
+    }
+}
