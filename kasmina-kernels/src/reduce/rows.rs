@@ -13,9 +13,11 @@ pub(super) const ROW_BYTES: u32 = ROW_THREADS * 16;
 /// Blocks that share a multiprocessor, which leaves 64 registers a thread.
 #[cfg(kasmina_tier = "hopper")]
 pub(super) const ROW_BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
-/// Most chunks: what the 132 multiprocessors of an H100 or H200 take on at once. A constant, so that
-/// the result does not depend on the GPU.
+/// Most chunks: what the 132 multiprocessors of an H100 or H200 take on at once, which are constants,
+/// so that the result does not depend on the GPU. Half as many up to [`HALF_BYTES`], which leaves room
+/// for the next grid and fewer slots to merge.
 const MOST_CHUNKS: u64 = 264;
+const HALF_BYTES: u64 = 4 << 20;
 /// Longest run. Beyond it, a block that takes chunk after chunk is as fast, and evens out what the
 /// memory's channels take in different times.
 const MOST_BYTES: u64 = 128 << 20;
@@ -49,8 +51,8 @@ impl RowParams {
 }
 
 impl Chunks {
-    /// The chunks of a run that is cut into rows of 8 KiB, shared by at most 264 blocks; `None`
-    /// where one cluster takes it ([`Chunks::few`]), and beyond 128 MiB.
+    /// The chunks of a run that is cut into rows of 8 KiB, shared by at most 264 blocks, up to 4 MiB
+    /// by at most 132; `None` where one cluster takes it ([`Chunks::few`]), and beyond 128 MiB.
     #[must_use]
     pub const fn rows(len: u64, dtype: DType) -> Option<Self> {
         let size = dtype.size() as u64;
@@ -58,7 +60,8 @@ impl Chunks {
             return None;
         }
         let row = ROW_BYTES as u64 / size;
-        Some(Self::equal(len, row * len.div_ceil(row).div_ceil(MOST_CHUNKS)))
+        let most = if len <= HALF_BYTES / size { MOST_CHUNKS / 2 } else { MOST_CHUNKS };
+        Some(Self::equal(len, row * len.div_ceil(row).div_ceil(most)))
     }
 }
 
@@ -154,7 +157,7 @@ mod tests {
                     next += u64::from(len);
                 }
                 assert_eq!(next, len);
-                assert!((128..=264).contains(&chunks.count), "{len}: {}", chunks.count);
+                assert!((66..=264).contains(&chunks.count), "{len}: {}", chunks.count);
                 assert_eq!(dtype.size() as u32 * chunks.small_len % ROW_BYTES, 0);
             }
         }

@@ -58,8 +58,7 @@ pub(in crate::reduce) unsafe fn few<E: Element, S: Statistic>(params: &RowParams
         if S::SQUARES {
             first = first_vector::<E>(reduce.data, reduce.chunks.len, place.aligned);
         }
-        let (pivots, of_lane) =
-            sums_of_lane::<E, S, CLUSTER_THREADS, 8>(rule, &place, [first; 2]);
+        let (pivots, of_lane) = sums_of_lane::<E, S, CLUSTER_THREADS, 8>(rule, &place, [first; 2]);
         let node = over_warp::<E, S, CLUSTER_THREADS>(&place, of_lane, len, warp, rule);
         let record = records + (rank * CLUSTER_WARPS + warp) * 16;
         if ptx::grid_size() == 1 {

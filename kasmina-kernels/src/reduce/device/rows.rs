@@ -89,11 +89,7 @@ pub(in crate::reduce) unsafe fn rows<E: Element, S: Statistic>(params: &RowParam
 /// # Safety
 /// As [`load_some`].
 #[inline(always)]
-pub(super) unsafe fn first_vector<E: Element>(
-    address: u64,
-    len: u64,
-    aligned: bool,
-) -> [u32; 4] {
+pub(super) unsafe fn first_vector<E: Element>(address: u64, len: u64, aligned: bool) -> [u32; 4] {
     let exist = if len < u64::from(E::WIDTH) { len as u32 } else { E::WIDTH };
     // SAFETY: the caller's contract.
     unsafe { load_some::<E>(address, exist as i32, aligned) }
