@@ -372,7 +372,7 @@ macro_rules! kernels {
 
                     $(
                         /// # Safety
-                        /// As above, where the grid is one cluster with a team for each chunk.
+                        /// As above, where the grid is one cluster with a block for each chunk.
                         #[unsafe(no_mangle)]
                         pub(super) unsafe extern "ptx-kernel" fn $few(params: RowParams) {
                             // SAFETY: as above.

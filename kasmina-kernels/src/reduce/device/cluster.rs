@@ -16,6 +16,9 @@ use crate::reduce::{
     CLUSTER_HALF_BYTES, CLUSTER_RECORDS_AT, CLUSTER_THREADS, CLUSTER_WARPS, RowParams,
 };
 
+/// Bytes of a block's chunk that are asked for ahead of the wait: all that there are.
+const AHEAD_BYTES: u64 = 64 << 10;
+
 /// The statistics of all elements.
 ///
 /// # Safety
@@ -38,7 +41,7 @@ pub(in crate::reduce) unsafe fn few<E: Element, S: Statistic>(params: &RowParams
             ptx::fence_mbarrier_init();
         }
         if is_first_thread() {
-            prefetch_bytes::<E>(start, len, PREFETCH_BYTES);
+            prefetch_bytes::<E>(start, len, AHEAD_BYTES);
             ptx::prefetch_global_l2(reduce.data);
             ptx::prefetch_global_l2(reduce.result);
         }
