@@ -117,10 +117,11 @@ fn exchanges_stand_once(module: &Module) -> Result<(), Failed> {
         // tensor cores have added up, 20 for what is read back, and one more.
         let few = name.contains("_few_");
         let (barriers, exchanges) = match (name.rsplit('_').next(), hopper) {
-            // The block's warps send what they have to one of them.
-            (Some("summary"), _) if few => (0, 37),
-            (Some("sum"), _) if few => (0, 26),
-            (Some("max" | "min"), _) if few => (0, 8),
+            // The cluster's warps send what they have to one of them; those of one block alone meet
+            // at a barrier.
+            (Some("summary"), _) if few => (1, 36),
+            (Some("sum"), _) if few => (1, 26),
+            (Some("max" | "min"), _) if few => (1, 8),
             // One before the block's slot, and one where the slots are merged.
             (Some("summary"), _) if name.contains("_rows_") => (2, 68),
             (Some("sum"), _) if name.contains("_rows_") => (2, 48),

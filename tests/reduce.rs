@@ -181,7 +181,9 @@ fn edge_lengths(dtype: DType) -> Vec<usize> {
     let largest = if reduced() { 14 } else { 20 };
     for log2 in 2..=largest {
         let chunk = Chunks::of(1 << log2, dtype).small_len as usize;
-        for edge in [1 << log2, chunk, 3 * chunk] {
+        // Where one cluster takes all.
+        let few = Chunks::few(1 << log2, dtype).map_or(chunk, |few| few.small_len as usize);
+        for edge in [1 << log2, chunk, 3 * chunk, few, 3 * few] {
             lengths.extend([edge - 1, edge, edge + 1]);
         }
     }
@@ -191,7 +193,8 @@ fn edge_lengths(dtype: DType) -> Vec<usize> {
     }
     // Those of which every block takes one chunk of whole rows, and around where they begin.
     let first = (1 << 20) / dtype.size();
-    let whole = if reduced() { &[130][..] } else { &[128, 129, 131, 263, 264, 265, 527, 530] };
+    let whole =
+        if reduced() { &[130][..] } else { &[128, 129, 132, 133, 264, 265, 512, 513, 528, 530] };
     for &rows in whole {
         let edge = rows * first / 128;
         lengths.extend([edge - 1, edge, edge + 1, edge + 37, edge + first / 128 - 3]);

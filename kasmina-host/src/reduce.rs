@@ -243,7 +243,7 @@ impl TelemetryReducer {
     ///
     /// Counts, minimum and maximum are exact. A few elements are added in f32, relative to a mean
     /// of their neighbourhood, and everything after that is f64. With u = 2⁻²⁴ the sum errs by at
-    /// most 170·u·Σ|x| (or, of 1 MiB to 128 MiB on Hopper, 40·u·√(n·Σx²)), and typically far less;
+    /// most 170·u·Σ|x| (or, up to 128 MiB on Hopper, 40·u·√(n·Σx²)), and typically far less;
     /// the variance by at most 204·u of itself, about 10⁻⁵, however large the mean: it never comes
     /// from Σx² − n·mean². On the CPU, fewer elements make that mean, and the factors are 650 and 780.
     ///
@@ -385,7 +385,7 @@ impl TelemetryReducer {
         let few = reduce::few_kernel(self.tier, T::DTYPE, statistic);
         if let Some((kernel, chunks)) = few.zip(Chunks::few(len, T::DTYPE)) {
             launcher.prepare(kernel)?;
-            let params = self.params(tensor, chunks, None, result);
+            let params = RowParams::new(self.params(tensor, chunks, None, result));
             return self
                 .ordered(tensor, || launcher.run(kernel, reduce::cluster_blocks(chunks), &params));
         }
@@ -396,8 +396,7 @@ impl TelemetryReducer {
         if let Some((kernel, chunks)) = rows {
             launcher.prepare(kernel)?;
             return self.with_slots(stream, chunks.count, |workspace| {
-                let reduce = self.params(tensor, chunks, Some(workspace), result);
-                let params = RowParams { reduce, inverse: 1.0 / len as f64 };
+                let params = RowParams::new(self.params(tensor, chunks, Some(workspace), result));
                 self.ordered(tensor, || launcher.run(kernel, chunks.count, &params))
             });
         }

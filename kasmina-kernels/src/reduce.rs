@@ -22,8 +22,9 @@
 //! mostly is the one to merge. With one chunk there are no slots.
 //!
 //! Of few elements that way through the L2 cache would be most of the time. On Hopper one cluster
-//! of blocks of 512 threads takes them, a chunk for each half of a block: every warp sends its sums
-//! to the shared memory of the first block, whose first warp merges them.
+//! of blocks of 256 threads takes up to 1 MiB, a chunk for each block and one pivot for all: every
+//! warp sends its sums to the shared memory of the first block, whose first warp adds them up
+//! (`device/cluster.rs`).
 //!
 //! From there on to 128 MiB, on Hopper, summary and sum are found by a block of 512 threads for each
 //! chunk, with a pivot for each chunk instead of each thread, so that there is nothing to rebase, and
@@ -43,8 +44,8 @@
 //! in segments):
 //! - m2, so the variance too: relative error at most 12·(1 + r)·u, whatever the mean.
 //! - sum with [`Statistic::Summary`]: at most 10·(1 + r)·u·Σ|x|, and far less unless single elements
-//!   dwarf the rest; with [`Statistic::Sum`]: at most 10·u·Σ|x|. Where a chunk shares a pivot it is
-//!   at most 40·u·√(n·Σx²), and m2 is within 200·u.
+//!   dwarf the rest; with [`Statistic::Sum`]: at most 10·u·Σ|x|. Where a chunk or all share a pivot
+//!   it is at most 40·u·√(n·Σx²), and m2 is within 200·u.
 //! - A batch whose squares leave the range of f32 (an element beyond 10¹⁹, all differences below
 //!   10⁻¹⁸, infinities, NaN) is summed again in f64, so finite data of any size are right. So are
 //!   all that follow a first batch without a finite mean, which leaves them without a pivot.
@@ -136,18 +137,14 @@ const SET_BYTES: u32 = WARPS * WARP_BYTES + 16;
 /// Two sets, used in turn, and the block's ticket.
 const SMEM_BYTES: u32 = 2 * SET_BYTES + 16;
 
-/// Bytes of what a warp sends to the first block of its cluster, and where such records begin: behind
-/// their barrier.
-const CLUSTER_RECORD_BYTES: u32 = 48;
-const CLUSTER_RECORDS_AT: u32 = 16;
-/// Most blocks of the cluster for few elements, teams of threads in each, which have a chunk each,
-/// and what follows from that.
+/// Most blocks of the cluster for few elements, and their threads.
 const CLUSTER_BLOCKS: u32 = 16;
-const CLUSTER_TEAMS: u32 = 2;
-const CLUSTER_THREADS: u32 = CLUSTER_TEAMS * THREADS;
-const CLUSTER_WARPS: u32 = CLUSTER_TEAMS * WARPS;
-const CLUSTER_SMEM_BYTES: u32 =
-    CLUSTER_RECORDS_AT + CLUSTER_BLOCKS * CLUSTER_WARPS * CLUSTER_RECORD_BYTES;
+const CLUSTER_THREADS: u32 = 256;
+const CLUSTER_WARPS: u32 = CLUSTER_THREADS / 32;
+/// Where what the warps of a cluster send lies in its first block: behind the barrier, in two halves.
+const CLUSTER_RECORDS_AT: u32 = 16;
+const CLUSTER_HALF_BYTES: u32 = CLUSTER_BLOCKS * CLUSTER_WARPS * 16;
+const CLUSTER_SMEM_BYTES: u32 = CLUSTER_RECORDS_AT + 2 * CLUSTER_HALF_BYTES;
 
 /// What a reduction kernel takes.
 #[repr(C)]
@@ -213,12 +210,10 @@ pub const fn blocks(chunks: Chunks, multiprocessors: u32) -> u32 {
     }
 }
 
-/// Blocks of the one cluster that serves these few chunks, some of them idle; at least two, as
-/// fewer are no cluster.
+/// Blocks of the one cluster that serves these few chunks, some of them idle.
 #[must_use]
 pub const fn cluster_blocks(chunks: Chunks) -> u32 {
-    let blocks = chunks.count.div_ceil(CLUSTER_TEAMS).next_power_of_two();
-    if blocks < 2 { 2 } else { blocks }
+    chunks.count.next_power_of_two()
 }
 
 /// Blocks of the naive kernel: one for each 256 elements, as far as a grid may have them; the
@@ -268,10 +263,10 @@ macro_rules! kernels {
             tier: Tier,
             dtype: DType,
             statistic: Statistic,
-        ) -> Option<&'static Kernel<ReduceParams>> {
+        ) -> Option<&'static Kernel<RowParams>> {
             match (tier, dtype, statistic) {
                 $($($((Tier::$tier, DType::$dtype, Statistic::$statistic) => {
-                    static KERNEL: Kernel<ReduceParams> = launched(Tier::$tier,
+                    static KERNEL: Kernel<RowParams> = launched(Tier::$tier,
                         Kernel::new(&$module, stringify!($few), CLUSTER_THREADS, CLUSTER_SMEM_BYTES)
                             .as_one_cluster());
                     Some(&KERNEL)
@@ -281,7 +276,7 @@ macro_rules! kernels {
         }
 
         /// The kernel of one chunk per block, for runs of a middling size; `None` where the tier or
-        /// the statistic has none. Sums of f32 are faster by [`kernel`].
+        /// the statistic has none.
         #[must_use]
         pub fn rows_kernel(
             tier: Tier,
@@ -377,9 +372,9 @@ macro_rules! kernels {
 
                     $(
                         /// # Safety
-                        /// As above, where the grid is one cluster with a team for each chunk.
+                        /// As above, where the grid is one cluster with a block for each chunk.
                         #[unsafe(no_mangle)]
-                        pub(super) unsafe extern "ptx-kernel" fn $few(params: ReduceParams) {
+                        pub(super) unsafe extern "ptx-kernel" fn $few(params: RowParams) {
                             // SAFETY: as above.
                             unsafe { device::few::<device::$dtype, device::$statistic>(&params) }
                         }
@@ -458,7 +453,7 @@ kernels! {
         columns reduce_bf16_columns; naive reduce_bf16_naive;
     Hopper "hopper" HOPPER_F32 F32 "reduce_f32":
         Summary reduce_f32_summary few reduce_f32_few_summary rows reduce_f32_rows_summary,
-        Sum reduce_f32_sum few reduce_f32_few_sum,
+        Sum reduce_f32_sum few reduce_f32_few_sum rows reduce_f32_rows_sum,
         Max reduce_f32_max few reduce_f32_few_max,
         Min reduce_f32_min few reduce_f32_few_min;
         segments reduce_f32_segments; bands reduce_f32_bands;
@@ -498,8 +493,7 @@ mod tests {
                 for statistic in [Statistic::Summary, Statistic::Sum] {
                     let rows = rows_kernel(tier, dtype, statistic).map(|kernel| kernel.entry);
                     let name = format!("reduce_{dtype}_rows_{}", statistic.name());
-                    let faster = (dtype, statistic) != (DType::F32, Statistic::Sum);
-                    assert_eq!(rows, (tier == Tier::Hopper && faster).then_some(&*name));
+                    assert_eq!(rows, (tier == Tier::Hopper).then_some(&*name));
                 }
                 let segments = segment_kernel(tier, dtype).expect("a kernel");
                 assert_eq!(segments.entry, format!("reduce_{dtype}_segments"));
@@ -525,10 +519,7 @@ mod tests {
         for len in (1..1 << 20).step_by(997) {
             for chunks in DType::ALL.map(|dtype| Chunks::few(len, dtype)).into_iter().flatten() {
                 let blocks = cluster_blocks(chunks);
-                assert!(
-                    blocks * CLUSTER_TEAMS >= chunks.count && blocks <= CLUSTER_BLOCKS,
-                    "{len}"
-                );
+                assert!(blocks >= chunks.count && blocks <= CLUSTER_BLOCKS, "{len}");
             }
         }
         assert_eq!(

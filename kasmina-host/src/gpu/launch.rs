@@ -48,7 +48,9 @@ impl Launch<'_> {
         unsafe {
             // Whether PTX from elsewhere waits for its predecessor is not known.
             let overlaps = kernel.waits_for_predecessors && self.ptx_dir.is_none();
-            if overlaps || kernel.one_cluster {
+            // One block alone is no cluster.
+            let cluster = kernel.one_cluster && blocks > 1;
+            if overlaps || cluster {
                 let mut attributes = [
                     CUlaunchAttribute::programmatic_stream_serialization(overlaps),
                     CUlaunchAttribute::cluster_dimension([blocks, 1, 1]),
@@ -57,7 +59,7 @@ impl Launch<'_> {
                 let stream = self.stream.raw();
                 let mut config = CUlaunchConfig::new(grid, block, kernel.smem_bytes, stream);
                 config.attributes = attributes.as_mut_ptr();
-                config.attribute_count = if kernel.one_cluster { 2 } else { 1 };
+                config.attribute_count = if cluster { 2 } else { 1 };
                 driver!(cuLaunchKernelEx(
                     &raw const config,
                     function,

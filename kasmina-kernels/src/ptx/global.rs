@@ -85,6 +85,21 @@ pub unsafe fn cp_async_bulk_prefetch_l2(address: u64, bytes: u32) {
     }
 }
 
+/// Asks for the line that holds an address to be brought into the L2 cache. It goes the way of loads,
+/// so the multiprocessor knows where the page is from then on. It may come before a wait for the
+/// writer, as above.
+///
+/// # Safety
+/// `address` is a global address.
+#[cfg(kasmina_tier = "hopper")]
+#[inline(always)]
+pub unsafe fn prefetch_global_l2(address: u64) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("prefetch.global.L2 [{}];", in(reg64) address, options(nostack, preserves_flags));
+    }
+}
+
 /// As [`ld_global_v4_u32`] if `exists`, else zeros. Not a branch, so that several of these are
 /// under way together.
 ///

@@ -1,6 +1,6 @@
 //! How a run of elements is cut into chunks, and what is left of a chunk.
 
-use super::{CLUSTER_BLOCKS, CLUSTER_TEAMS, Moments, THREADS, VECTORS};
+use super::{CLUSTER_BLOCKS, CLUSTER_THREADS, Moments, THREADS, VECTORS};
 use crate::abi::DType;
 
 /// Bytes of a block's vectors of the same number, and of its batch.
@@ -29,9 +29,9 @@ pub(super) const LOG2_MOST_ELEMENTS: u32 = 20;
 /// blocks finish at about the same time.
 const TAIL_BYTES: u64 = 4 << 20;
 
-/// Chunks that one cluster takes, and bytes: two batches for each.
-const CLUSTER_CHUNKS: u64 = CLUSTER_BLOCKS as u64 * CLUSTER_TEAMS as u64;
-pub(super) const FEW_BYTES: u64 = 2 * CLUSTER_CHUNKS * BATCH_BYTES;
+/// Bytes that one cluster takes, and those of a row of its blocks.
+pub(super) const FEW_BYTES: u64 = 1 << 20;
+const CLUSTER_ROW_BYTES: u64 = CLUSTER_THREADS as u64 * 16;
 
 /// How a run of elements is cut up: into large chunks, then small ones, the last of them shorter.
 #[repr(C)]
@@ -90,16 +90,16 @@ impl Chunks {
     }
 
     /// The chunks of a run so short that one cluster of blocks takes it; `None` if it is not, up to
-    /// 1 MiB. Each is a batch or two.
+    /// 1 MiB. They are whole rows of 4 KiB, a chunk for each of at most 16 blocks.
     #[must_use]
     pub const fn few(len: u64, dtype: DType) -> Option<Self> {
         let size = dtype.size() as u64;
         if len > FEW_BYTES / size {
             return None;
         }
-        let batch = BATCH_BYTES / size;
-        let each = len.div_ceil(batch * CLUSTER_CHUNKS);
-        Some(Self::equal(len, batch * if each > 1 { each } else { 1 }))
+        let row = CLUSTER_ROW_BYTES / size;
+        let rows = len.div_ceil(row).div_ceil(CLUSTER_BLOCKS as u64);
+        Some(Self::equal(len, row * if rows > 1 { rows } else { 1 }))
     }
 
     pub(super) const fn equal(len: u64, chunk: u64) -> Self {

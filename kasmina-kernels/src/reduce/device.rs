@@ -88,10 +88,9 @@ fn is_first_thread() -> bool {
     ptx::opaque_u32(ptx::thread_index()) == 0
 }
 
-/// Number of the thread among those that share a chunk: its block's, or a part of them where a
-/// block has several chunks.
+/// Number of the thread in a block of [`THREADS`], which the compiler then knows it to be below.
 #[inline(always)]
-fn thread_of_team() -> u32 {
+fn thread_of_block() -> u32 {
     ptx::thread_index() % THREADS
 }
 
@@ -102,23 +101,8 @@ fn warp_and_lane() -> (u32, u32) {
     (ptx::opaque_u32(thread / 32), ptx::opaque_u32(thread % 32))
 }
 
-/// Bytes of a chunk that are asked for ahead of the wait, at most.
-#[cfg(kasmina_tier = "hopper")]
-const PREFETCH_BYTES: u64 = 64 << 10;
-
-/// Has a chunk brought into the L2 cache while the grid before still runs. One thread is enough.
-///
-/// # Safety
-/// The chunk exists and is readable.
-#[cfg(kasmina_tier = "hopper")]
-#[inline(always)]
-unsafe fn prefetch<E: Element>(params: &ReduceParams, chunk: u32) {
-    let (first, len) = params.chunks.range(chunk);
-    // SAFETY: the caller's contract.
-    unsafe { prefetch_bytes::<E>(params.data + (first << E::LOG2_SIZE), len, PREFETCH_BYTES) };
-}
-
-/// The same of `len` elements, of which at most so many bytes.
+/// Has `len` elements brought into the L2 cache while the grid before still runs, of which at most
+/// so many bytes. One thread is enough.
 ///
 /// # Safety
 /// They exist and are readable.
@@ -264,7 +248,7 @@ fn first_batch<E: Element>(params: &ReduceParams, chunk: u32) -> (u64, u32) {
         return (0, 0);
     }
     let (first, len) = params.chunks.range(chunk);
-    let element = first + u64::from(thread_of_team() * E::WIDTH);
+    let element = first + u64::from(thread_of_block() * E::WIDTH);
     (params.data + (element << E::LOG2_SIZE), len)
 }
 

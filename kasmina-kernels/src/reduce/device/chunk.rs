@@ -3,7 +3,7 @@
 use core::marker::PhantomData;
 
 use super::load::*;
-use super::{Element, Statistic, thread_of_team};
+use super::{Element, Statistic, thread_of_block};
 use crate::ptx;
 use crate::reduce::{Accumulator, Batch, Rule, THREADS, VECTORS, share};
 use crate::unroll::unroll;
@@ -37,7 +37,7 @@ impl<E: Element> At<E> {
     #[inline(always)]
     pub(super) fn pivot(&self) -> f32 {
         let in_batch = if self.left < batch::<E>() { self.left } else { batch::<E>() };
-        pivot::<E>(&self.vectors, share(in_batch, E::WIDTH, THREADS, thread_of_team()))
+        pivot::<E>(&self.vectors, share(in_batch, E::WIDTH, THREADS, thread_of_block()))
     }
 
     /// Adds the rest of the chunk, and goes on to the first batch of the chunk that follows, given

@@ -1,6 +1,6 @@
 //! A thread's elements of a batch: loading them and adding them up.
 
-use super::{Element, Statistic, thread_of_team};
+use super::{Element, Statistic, thread_of_block};
 use crate::ptx;
 use crate::reduce::moments::{PIVOT_SCALE, max_nan, min_nan, pivot_of};
 use crate::reduce::{Accumulator, Batch, Rule, THREADS, VECTORS};
@@ -29,7 +29,7 @@ pub(super) fn address_of(address: u64, index: u32) -> u64 {
 pub(super) fn left_of_thread<E: Element>(left: u32) -> i32 {
     // Beyond a batch it makes no difference, and this cannot overflow.
     let left = if left < batch::<E>() { left } else { batch::<E>() };
-    left as i32 - (ptx::opaque_u32(thread_of_team()) * E::WIDTH) as i32
+    left as i32 - (ptx::opaque_u32(thread_of_block()) * E::WIDTH) as i32
 }
 
 /// Elements that exist from vector `v` on, of those from vector 0 on.

@@ -154,54 +154,68 @@ impl Node {
         }
     }
 
-    /// Sends the node, of so many elements, to another block's shared memory.
-    ///
-    /// # Safety
-    /// As [`ptx::st_async_shared_cluster_v4_u32`], for 48 bytes.
+    /// The two halves of a node of fewer than 2¹⁶ elements of each kind, without its pivot.
     #[cfg(kasmina_tier = "hopper")]
     #[inline(always)]
-    pub(super) unsafe fn send(&self, address: u32, elements: u32, barrier: u32) {
+    fn in_halves(&self) -> [[u32; 4]; 2] {
         let [a, b] = words(self.distances);
         let [c, d] = words(self.squares);
-        let [pivot, min, max] = [self.pivot, self.min, self.max].map(f32::to_bits);
+        let counts = self.non_finite | self.skipped << 16;
+        [[a, b, c, d], [self.min.to_bits(), self.max.to_bits(), self.dead, counts]]
+    }
+
+    /// Sends both to another block's shared memory: one to `address`, the other `half` bytes behind.
+    ///
+    /// # Safety
+    /// As [`ptx::st_async_shared_cluster_v4_u32`], for both.
+    #[cfg(kasmina_tier = "hopper")]
+    #[inline(always)]
+    pub(super) unsafe fn send_halves(&self, address: u32, half: u32, barrier: u32) {
+        let [first, second] = self.in_halves();
         // SAFETY: the caller's contract; places are multiples of 16.
         unsafe {
-            ptx::st_async_shared_cluster_v4_u32(address, [a, b, c, d], barrier);
-            let second = [pivot, min, max, self.dead];
-            ptx::st_async_shared_cluster_v4_u32(address + 16, second, barrier);
-            let third = [self.non_finite, self.skipped, elements, 0];
-            ptx::st_async_shared_cluster_v4_u32(address + 32, third, barrier);
+            ptx::st_async_shared_cluster_v4_u32(address, first, barrier);
+            ptx::st_async_shared_cluster_v4_u32(address + half, second, barrier);
         }
     }
 
-    /// A node that was sent, and its number of elements.
+    /// Puts both into the block's own shared memory.
+    ///
+    /// # Safety
+    /// As [`put`](Self::put), of these places.
+    #[cfg(kasmina_tier = "hopper")]
+    #[inline(always)]
+    pub(super) unsafe fn put_halves(&self, address: u32, half: u32) {
+        let [first, second] = self.in_halves();
+        // SAFETY: the caller's contract; places are multiples of 16.
+        unsafe {
+            ptx::st_shared_v4_u32(address, first);
+            ptx::st_shared_v4_u32(address + half, second);
+        }
+    }
+
+    /// A node that was sent.
     ///
     /// # Safety
     /// `address` is a place in shared memory to which a node was sent, and the barrier's phase has
     /// ended.
     #[cfg(kasmina_tier = "hopper")]
     #[inline(always)]
-    pub(super) unsafe fn received(address: u32) -> (Self, u32) {
+    pub(super) unsafe fn received_in_halves(address: u32, half: u32) -> Self {
         // SAFETY: the caller's contract; places are multiples of 16.
-        let ([a, b, c, d], [pivot, min, max, dead], [non_finite, skipped, elements, _]) = unsafe {
-            (
-                ptx::ld_shared_v4_u32(address),
-                ptx::ld_shared_v4_u32(address + 16),
-                ptx::ld_shared_v4_u32(address + 32),
-            )
-        };
+        let ([a, b, c, d], [min, max, dead, counts]) =
+            unsafe { (ptx::ld_shared_v4_u32(address), ptx::ld_shared_v4_u32(address + half)) };
         let double = |low: u32, high: u32| f64::from_bits(u64::from(low) | u64::from(high) << 32);
-        let node = Self {
+        Self {
             distances: double(a, b),
             squares: double(c, d),
-            pivot: f32::from_bits(pivot),
+            pivot: 0.0,
             min: f32::from_bits(min),
             max: f32::from_bits(max),
-            non_finite,
-            skipped,
+            non_finite: counts & 0xFFFF,
+            skipped: counts >> 16,
             dead,
-        };
-        (node, elements)
+        }
     }
 
     /// Adds another node, of `count` elements without those that were skipped, relative to this
@@ -220,6 +234,29 @@ impl Node {
         self.non_finite += other.non_finite;
         self.skipped += other.skipped;
         self.dead += other.dead;
+    }
+
+    /// Adds another node relative to the same pivot.
+    #[cfg(kasmina_tier = "hopper")]
+    #[inline(always)]
+    pub(super) fn add<S: Statistic>(&mut self, other: &Self) {
+        if S::SUM {
+            self.distances += other.distances;
+        }
+        if S::SQUARES {
+            self.squares += other.squares;
+        }
+        if S::MIN {
+            self.min = min_nan(self.min, other.min);
+        }
+        if S::MAX {
+            self.max = max_nan(self.max, other.max);
+        }
+        self.non_finite += other.non_finite;
+        self.skipped += other.skipped;
+        if S::COUNTS {
+            self.dead += other.dead;
+        }
     }
 }
 

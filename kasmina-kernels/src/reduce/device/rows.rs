@@ -7,17 +7,17 @@
 //! grid      the block that was the last to start adds up all slots and writes the result
 //! ```
 //! All lanes of a chunk share a pivot and all slots another, so that sums merge by addition. The
-//! next grid may start when nothing is left to load: its first bytes are on their way into the L2
-//! cache while this one merges.
+//! next grid may start as soon as there is room: its first bytes are on their way into the L2 cache
+//! while this one merges.
 
+use super::cluster::moments;
 use super::node::Node;
 use super::*;
 use crate::elementary::fused_multiply_add;
 use crate::reduce::RowParams;
-use crate::reduce::moments::count_if_below;
+use crate::reduce::moments::{count_if_below, max_nan, min_nan};
 use crate::reduce::rows::{
-    ROW_BLOCKS_PER_MULTIPROCESSOR, ROW_BYTES, ROW_RECORDS_BYTES, ROW_THREADS, ROW_WARPS, pivot,
-    stand,
+    ROW_BLOCKS_PER_MULTIPROCESSOR, ROW_RECORDS_BYTES, ROW_THREADS, ROW_WARPS, pivot, stand,
 };
 
 /// Bytes of a block's chunk that are asked for ahead of the wait.
@@ -33,31 +33,38 @@ const MISSING: u32 = 0x7FFF_7FFF;
 /// `Chunks::rows`, and there are as many blocks.
 #[inline(always)]
 pub(in crate::reduce) unsafe fn rows<E: Element, S: Statistic>(params: &RowParams) {
-    geometry::<ROW_THREADS, ROW_BLOCKS_PER_MULTIPROCESSOR>();
+    start::<ROW_THREADS, ROW_BLOCKS_PER_MULTIPROCESSOR>();
     let smem = ptx::dynamic_smem();
     let ticket = smem + 2 * ROW_RECORDS_BYTES;
-    let (warp, lane) = warp_and_lane();
-    let reduce = &params.reduce;
+    let (reduce, rule) = (&params.reduce, params.reduce.rule());
     let chunk = ptx::block_index();
-    let first = u64::from(chunk) * u64::from(reduce.chunks.small_len);
-    let left = reduce.chunks.len - first;
-    let usual = reduce.chunks.small_len;
-    let len = if left < u64::from(usual) { left as u32 } else { usual };
-    let start = reduce.data + (first << E::LOG2_SIZE);
+    let (start, len) = chunk_of::<E>(reduce, chunk);
+    let place = Place::of::<E, ROW_THREADS>(start, len, reduce.data % 16 == 0);
     // SAFETY: the chunk's elements are readable, from the wait on; records and slots as said at
     // each; whole warps.
     unsafe {
         if is_first_thread() {
             prefetch_bytes::<E>(start, len, AHEAD_BYTES);
+            ptx::prefetch_global_l2(reduce.counters);
+            ptx::prefetch_global_l2(reduce.partials);
+            ptx::prefetch_global_l2(reduce.result);
         }
+        place.prefetch();
+        let (warp, lane) = warp_and_lane();
         wait_for_predecessors();
         let mut started = 0;
         if is_first_thread() {
             started = ptx::atom_add_relaxed_gpu_u32(reduce.counters, 1);
         }
-        let place = Place::of::<E>(start, len, reduce.data % 16 == 0);
-        let (pivots, lane_node) = sums_of_lane::<E, S>(params, &place, start, len);
-        let node = over_warp::<E, S>(&place, lane_node, len, warp);
+        let mut firsts = [[MISSING; 4]; 2];
+        if S::SQUARES {
+            firsts = [
+                first_vector::<E>(reduce.data, reduce.chunks.len, place.aligned),
+                first_vector::<E>(start, u64::from(len), place.aligned),
+            ];
+        }
+        let (pivots, lane_node) = sums_of_lane::<E, S, ROW_THREADS, 4>(rule, &place, firsts);
+        let node = over_warp::<E, S, ROW_THREADS>(&place, lane_node, len, warp, rule);
         if lane == 0 {
             node.put(smem + warp * WARP_BYTES);
         }
@@ -77,31 +84,63 @@ pub(in crate::reduce) unsafe fn rows<E: Element, S: Statistic>(params: &RowParam
     }
 }
 
+/// The first vector of `len` elements.
+///
+/// # Safety
+/// As [`load_some`].
+#[inline(always)]
+pub(super) unsafe fn first_vector<E: Element>(address: u64, len: u64, aligned: bool) -> [u32; 4] {
+    let exist = if len < u64::from(E::WIDTH) { len as u32 } else { E::WIDTH };
+    // SAFETY: the caller's contract.
+    unsafe { load_some::<E>(address, exist as i32, aligned) }
+}
+
+/// Address of a chunk's first element, and how many it has; all chunks are equal but the last.
+#[inline(always)]
+pub(super) fn chunk_of<E: Element>(reduce: &ReduceParams, chunk: u32) -> (u64, u32) {
+    let usual = reduce.chunks.small_len;
+    let first = u64::from(chunk) * u64::from(usual);
+    let left = reduce.chunks.len.saturating_sub(first);
+    let len = if left < u64::from(usual) { left as u32 } else { usual };
+    (reduce.data + (first << E::LOG2_SIZE), len)
+}
+
 /// What elements of a chunk are measured from, and what the slots are.
 #[derive(Clone, Copy)]
-struct Pivots {
-    of_chunk: f32,
-    of_run: f32,
+pub(super) struct Pivots {
+    pub(super) of_chunk: f32,
+    pub(super) of_run: f32,
 }
 
 /// A thread's vectors in the rows of its block's chunk.
-struct Place {
+pub(super) struct Place {
     /// Address of the first.
     address: u64,
     /// Rows that exist as a whole.
     whole: u32,
     /// Elements from the thread's vector on in the row behind these; none if it is not positive.
     left: i32,
-    aligned: bool,
+    pub(super) aligned: bool,
 }
 
 impl Place {
+    /// In rows of a vector for each of so many threads.
     #[inline(always)]
-    fn of<E: Element>(start: u64, len: u32, aligned: bool) -> Self {
+    pub(super) fn of<E: Element, const THREADS: u32>(start: u64, len: u32, aligned: bool) -> Self {
         let thread = ptx::thread_index();
-        let row = ROW_BYTES >> E::LOG2_SIZE;
+        let row = THREADS * E::WIDTH;
         let left = (len % row) as i32 - (thread * E::WIDTH) as i32;
         Self { address: start + u64::from(thread * 16), whole: len / row, left, aligned }
+    }
+
+    /// Has the first vector brought into the L2 cache, ahead of the wait. What counts is that the
+    /// multiprocessor finds the page, which takes as long as the load.
+    #[inline(always)]
+    pub(super) fn prefetch(&self) {
+        if self.whole > 0 {
+            // SAFETY: the vector exists.
+            unsafe { ptx::prefetch_global_l2(self.address) };
+        }
     }
 }
 
@@ -111,7 +150,7 @@ impl Place {
 /// Those are readable, and nothing writes them while the kernel runs; the address is a multiple of
 /// 16 if `aligned`.
 #[inline(always)]
-unsafe fn load_some<E: Element>(address: u64, valid: i32, aligned: bool) -> [u32; 4] {
+pub(super) unsafe fn load_some<E: Element>(address: u64, valid: i32, aligned: bool) -> [u32; 4] {
     if aligned && valid >= E::WIDTH as i32 {
         // SAFETY: the whole vector exists.
         return unsafe { ptx::ld_global_v4_u32(address) };
@@ -181,8 +220,15 @@ impl Sums {
                     self.max = self.max.max(four[i]);
                     self.dead = count_if_below(self.dead, four[i], measure.epsilon);
                 }
-            } else {
+            } else if S::SUM {
                 self.distances[i] += if exists { four[i] } else { 0.0 };
+            } else if exists {
+                if S::MIN {
+                    self.min = min_nan(self.min, four[i]);
+                }
+                if S::MAX {
+                    self.max = max_nan(self.max, four[i]);
+                }
             }
         });
     }
@@ -190,6 +236,9 @@ impl Sums {
     /// Empties the sums into f64.
     #[inline(always)]
     fn take<E: Element, S: Statistic>(&mut self, distances: &mut f64, squares: &mut f64) {
+        if !S::SUM {
+            return;
+        }
         let [a, b, c, d] = self.distances;
         *distances += f64::from(if S::SQUARES { a + b } else { (a + b) + (c + d) });
         self.distances = [0.0; 4];
@@ -206,20 +255,24 @@ impl Sums {
     }
 }
 
-/// What a lane finds in its block's chunk of `len` elements, the first of which is at `start`.
+/// What a lane finds in its block's chunk, measured from what is in the midst of the two vectors
+/// `firsts`, those of the run and of the chunk. It has `DEPTH` vectors under way, 4 or 8.
 ///
 /// # Safety
 /// The elements are readable, and nothing writes them while the kernel runs.
 #[inline(always)]
-unsafe fn sums_of_lane<E: Element, S: Statistic>(
-    params: &RowParams,
+pub(super) unsafe fn sums_of_lane<
+    E: Element,
+    S: Statistic,
+    const THREADS: u32,
+    const DEPTH: u32,
+>(
+    rule: Rule,
     place: &Place,
-    start: u64,
-    len: u32,
+    firsts: [[u32; 4]; 2],
 ) -> (Pivots, Node) {
-    let reduce = &params.reduce;
     let width = E::WIDTH as i32;
-    let mut measure = Measure::new::<E, S>(reduce.rule());
+    let mut measure = Measure::new::<E, S>(rule);
     let mut pivots = Pivots { of_chunk: 0.0, of_run: 0.0 };
     let mut sums = Sums {
         distances: [0.0; 4],
@@ -231,23 +284,20 @@ unsafe fn sums_of_lane<E: Element, S: Statistic>(
     };
     let (mut distances, mut squares) = (0.0, 0.0);
     let (mut at, mut rows) = (place.address, place.whole);
-    // SAFETY: rows that are whole exist, and of the last so much as `left` says; a chunk has a
-    // first element.
+    // SAFETY: rows that are whole exist, and of the last so much as `left` says.
     unsafe {
-        let mut firsts = [[MISSING; 4]; 2];
-        if S::SQUARES {
-            let first = if len < E::WIDTH { len as i32 } else { width };
-            firsts = [
-                load_some::<E>(reduce.data, width, place.aligned),
-                load_some::<E>(start, first, place.aligned),
-            ];
-        }
-        let row = |at: u64, v: u32| at + u64::from(v * ROW_BYTES);
-        let mut vectors = [[0; 4]; VECTORS as usize];
+        let row = |at: u64, v: u32| at + u64::from(v * THREADS * 16);
+        let mut vectors = [[0; 4]; 8];
         if place.aligned {
-            unroll!(v: u32 in [0 1 2 3] {
-                vectors[v as usize] = ptx::ld_global_v4_u32_if(row(at, v), v < rows);
+            unroll!(v: u32 in [0 1 2 3 4 5 6 7] {
+                if v < DEPTH {
+                    vectors[v as usize] = ptx::ld_global_v4_u32_if(row(at, v), v < rows);
+                }
             });
+        }
+        let mut rest = [MISSING; 4];
+        if place.left > 0 {
+            rest = load_some::<E>(row(at, rows), place.left, place.aligned);
         }
         if S::SQUARES {
             let [of_run, of_chunk] = firsts.map(pivot_of::<E>);
@@ -255,33 +305,46 @@ unsafe fn sums_of_lane<E: Element, S: Statistic>(
             measure.pivot = of_chunk;
         }
         if place.aligned {
-            loop {
+            while rows > DEPTH {
                 ptx::nounroll();
-                if rows >= 2 * VECTORS {
-                    at = row(at, VECTORS);
-                    unroll!(v: u32 in [0 1 2 3] {
-                        sums.add::<E, S>(vectors[v as usize], width, measure);
-                        vectors[v as usize] = ptx::ld_global_v4_u32(row(at, v));
-                    });
-                } else if rows > VECTORS {
-                    at = row(at, VECTORS);
-                    unroll!(v: u32 in [0 1 2 3] {
-                        sums.add::<E, S>(vectors[v as usize], width, measure);
-                        let exists = VECTORS + v < rows;
-                        vectors[v as usize] = ptx::ld_global_v4_u32_if(row(at, v), exists);
+                at = row(at, DEPTH);
+                if rows >= 2 * DEPTH {
+                    unroll!(v: u32 in [0 1 2 3 4 5 6 7] {
+                        if v < DEPTH {
+                            sums.add::<E, S>(vectors[v as usize], width, measure);
+                            vectors[v as usize] = ptx::ld_global_v4_u32(row(at, v));
+                            if v == 3 && DEPTH == 8 {
+                                sums.take::<E, S>(&mut distances, &mut squares);
+                            }
+                        }
                     });
                 } else {
-                    break;
+                    unroll!(v: u32 in [0 1 2 3 4 5 6 7] {
+                        if v < DEPTH {
+                            sums.add::<E, S>(vectors[v as usize], width, measure);
+                            let exists = DEPTH + v < rows;
+                            vectors[v as usize] = ptx::ld_global_v4_u32_if(row(at, v), exists);
+                            if v == 3 && DEPTH == 8 {
+                                sums.take::<E, S>(&mut distances, &mut squares);
+                            }
+                        }
+                    });
                 }
                 sums.take::<E, S>(&mut distances, &mut squares);
-                rows -= VECTORS;
+                rows -= DEPTH;
             }
-            ptx::griddepcontrol_launch_dependents();
-            unroll!(v: u32 in [0 1 2 3] {
-                if v < rows {
+            // What is left out is jumped over at once.
+            'tail: {
+                unroll!(v: u32 in [0 1 2 3 4 5 6 7] {
+                    if v >= DEPTH || v >= rows {
+                        break 'tail;
+                    }
+                    if v == 4 {
+                        sums.take::<E, S>(&mut distances, &mut squares);
+                    }
                     sums.add::<E, S>(vectors[v as usize], width, measure);
-                }
-            });
+                });
+            }
             sums.take::<E, S>(&mut distances, &mut squares);
         } else {
             // The same sums of the same elements, a row at a time.
@@ -297,9 +360,7 @@ unsafe fn sums_of_lane<E: Element, S: Statistic>(
             }
         }
         if place.left > 0 {
-            let at = row(place.address, place.whole);
-            let vector = load_some::<E>(at, place.left, place.aligned);
-            sums.add::<E, S>(vector, place.left, measure);
+            sums.add::<E, S>(rest, place.left, measure);
             sums.take::<E, S>(&mut distances, &mut squares);
         }
     }
@@ -326,11 +387,12 @@ unsafe fn sums_of_lane<E: Element, S: Statistic>(
 /// The whole warp executes it; the elements are readable, and nothing writes them while the kernel
 /// runs.
 #[inline(always)]
-unsafe fn over_warp<E: Element, S: Statistic>(
+pub(super) unsafe fn over_warp<E: Element, S: Statistic, const THREADS: u32>(
     place: &Place,
     mut of_lane: Node,
     len: u32,
     warp: u32,
+    rule: Rule,
 ) -> Node {
     // Opaque, so that there is one copy of the exchanges.
     let mut in_f64 = ptx::opaque_u32(0) != 0;
@@ -339,16 +401,19 @@ unsafe fn over_warp<E: Element, S: Statistic>(
         // SAFETY: the whole warp, as all its lanes have the same sums and go the same way.
         let node = unsafe { of_lane.over::<S, 32>() };
         let stands = if S::SQUARES {
-            let count = share(len, E::WIDTH * 32, ROW_WARPS, warp);
+            let count = share(len, E::WIDTH * 32, THREADS / 32, warp);
             stand(node.distances, node.squares, node.min >= node.max, count, E::WIDTH)
-        } else {
+        } else if S::SUM {
             node.distances.is_finite()
+        } else {
+            !rule.skip_nan || !(S::MIN && node.min.is_nan() || S::MAX && node.max.is_nan())
         };
         if in_f64 || stands {
             return node;
         }
         // SAFETY: the caller's contract.
-        let accumulator = unsafe { added_in_f64::<E>(place, of_lane.pivot) };
+        let accumulator =
+            unsafe { added_in_f64::<E, THREADS>(place, of_lane.pivot, rule.skip_nan) };
         of_lane = Node { dead: of_lane.dead, ..Node::of(&accumulator) };
         in_f64 = ptx::opaque_u32(1) != 0;
     }
@@ -359,7 +424,11 @@ unsafe fn over_warp<E: Element, S: Statistic>(
 /// # Safety
 /// They are readable, and nothing writes them while the kernel runs.
 #[inline(always)]
-unsafe fn added_in_f64<E: Element>(place: &Place, pivot: f32) -> Accumulator {
+unsafe fn added_in_f64<E: Element, const THREADS: u32>(
+    place: &Place,
+    pivot: f32,
+    skip_nan: bool,
+) -> Accumulator {
     let mut accumulator = Accumulator::new(pivot);
     let (mut address, mut row) = (place.address, 0);
     while row <= place.whole {
@@ -371,7 +440,7 @@ unsafe fn added_in_f64<E: Element>(place: &Place, pivot: f32) -> Accumulator {
         while element < E::WIDTH && (element as i32) < valid {
             ptx::nounroll();
             let [word, b, c, d] = vector;
-            accumulator.add_exactly(E::widen(word), false);
+            accumulator.add_exactly(E::widen(word), skip_nan);
             // The next element, where it is looked for.
             vector = match (E::WIDTH, element % 2) {
                 (8, 0) => [word >> 16, b, c, d],
@@ -379,7 +448,7 @@ unsafe fn added_in_f64<E: Element>(place: &Place, pivot: f32) -> Accumulator {
             };
             element += 1;
         }
-        address += u64::from(ROW_BYTES);
+        address += u64::from(THREADS * 16);
         row += 1;
     }
     accumulator
@@ -430,36 +499,13 @@ unsafe fn merge<S: Statistic>(params: &RowParams, pivot: f32, records: u32) {
             node.put(records + warp * WARP_BYTES);
         }
         ptx::bar_sync::<0, ROW_THREADS>();
-        if warp != 0 {
-            return;
+        if warp == 0 {
+            node = Node::get(records + lane % ROW_WARPS * WARP_BYTES).over::<S, 16>();
+            node.pivot = pivot;
+            if is_first_thread() {
+                ptx::st_global_u32(reduce.counters, 0);
+                store_result(reduce.result, &moments::<S>(params, &node));
+            }
         }
-        node = Node::get(records + lane % ROW_WARPS * WARP_BYTES).over::<S, 16>();
-        if is_first_thread() {
-            ptx::st_global_u32(reduce.counters, 0);
-            store_result(reduce.result, &moments::<S>(params, &node, pivot));
-        }
-    }
-}
-
-/// The statistics from the sums of all elements relative to `pivot`.
-#[inline(always)]
-fn moments<S: Statistic>(params: &RowParams, node: &Node, pivot: f32) -> Moments {
-    let count = params.reduce.chunks.len;
-    let usual = Usual::with_inverse(count, params.inverse);
-    let (mut sum, mut m2) = (node.distances, 0.0);
-    if S::SQUARES {
-        sum += count as f64 * f64::from(pivot);
-        m2 = centred(node.squares, node.distances, usual.quotient(node.distances, count));
-    }
-    Moments {
-        count,
-        sum,
-        // What remains when infinity is divided is NaN.
-        mean: if sum.is_finite() { usual.quotient(sum, count) } else { sum },
-        m2,
-        non_finite: if S::COUNTS { u64::from(node.non_finite) } else { 0 },
-        dead: if S::COUNTS { u64::from(node.dead) } else { 0 },
-        min: if S::MIN { node.min } else { f32::INFINITY },
-        max: if S::MAX { node.max } else { f32::NEG_INFINITY },
     }
 }

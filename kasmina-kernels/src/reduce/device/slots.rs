@@ -76,23 +76,22 @@ impl Usual {
         Self { count: u64::from(count), inverse: quotient(1.0, u64::from(count)) }
     }
 
-    /// Of this many elements, whose inverse is known.
-    #[cfg(kasmina_tier = "hopper")]
-    #[inline(always)]
-    pub(super) fn with_inverse(count: u64, inverse: f64) -> Self {
-        Self { count, inverse }
-    }
-
     /// `value / count`, exact if that is a number.
     #[inline(always)]
     pub(super) fn quotient(self, value: f64, count: u64) -> f64 {
         if count != self.count {
             return quotient(value, count);
         }
-        let near = value * self.inverse;
-        let rest = ptx::fma_rn_f64(-near, count as f64, value);
-        ptx::fma_rn_f64(rest, self.inverse, near)
+        divided(value, count as f64, self.inverse)
     }
+}
+
+/// `value / by`, exact if that is a number, where the inverse is known.
+#[inline(always)]
+pub(super) fn divided(value: f64, by: f64, inverse: f64) -> f64 {
+    let near = value * inverse;
+    let rest = ptx::fma_rn_f64(-near, by, value);
+    ptx::fma_rn_f64(rest, inverse, near)
 }
 
 impl Total {
