@@ -158,7 +158,7 @@ impl<T: Element> Forward<'_, T> {
         let refused = || Obstacle::DType(T::DTYPE).refuse(OP, Tier::Hopper);
         let selected = hopper::select(T::DTYPE, self.layout, problem, sm_count, forced);
         let selected = selected.ok_or_else(refused)?;
-        let params = self.hopper_params(extents, selected.tile, y, gpu)?;
+        let params = self.hopper_params(extents, selected.tile, selected.store_rows(), y, gpu)?;
         let free = gpu.free_multiprocessors();
         let blocks = selected.tile.num_blocks(params.tiles.num_tiles(), free);
         launch.prepare(&selected.kernel)?;
@@ -320,6 +320,7 @@ impl<T: Element> Forward<'_, T> {
         &self,
         extents: Extents,
         tile: Tile,
+        store_rows: u32,
         y: &Tensor<T>,
         gpu: &Gpu,
     ) -> Result<HopperGemmParams> {
@@ -331,7 +332,7 @@ impl<T: Element> Forward<'_, T> {
             WeightLayout::OutIn => ([k, n], [hopper::BLOCK_K, tile.w_rows()]),
         };
         let x_box = [hopper::BLOCK_K, tile.x_rows(m)];
-        let y_box = [hopper::SLAB_N, tile.store_rows()];
+        let y_box = [hopper::SLAB_N, store_rows];
         // Timed on an H200: a twentieth to a tenth for tiles of 64 rows where blocks share
         // anything, and next to nothing where they do not.
         let promotion = match tile.block_m {

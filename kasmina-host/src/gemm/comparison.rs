@@ -56,13 +56,13 @@ impl<T: Element> Forward<'_, T> {
             let count = gpu.capability().sm_count;
             let row = hopper::select(T::DTYPE, self.layout, problem, count, forced)
                 .ok_or_else(refused)?;
-            let params = self.hopper_params(extents, row.tile, y, gpu)?;
+            let params = self.hopper_params(extents, row.tile, row.store_rows(), y, gpu)?;
             launch.prepare(&row.kernel)?;
             return self.ordered(y, || launch.run(&row.kernel, params.tiles.num_tiles(), &params));
         }
         let row = comparison::kernel(without, extents_of_tile).ok_or_else(refused)?;
         let params = ComparisonParams {
-            forward: self.hopper_params(extents, row.tile, y, gpu)?,
+            forward: self.hopper_params(extents, row.tile, row.tile.store_rows(), y, gpu)?,
             x: self.x.as_device_ptr(),
             w: self.w.as_device_ptr(),
             x_stride: row_stride_bytes(self.x),

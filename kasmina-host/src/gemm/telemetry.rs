@@ -148,7 +148,7 @@ impl<T: Element> Forward<'_, T> {
         let Some(Plan { row, cut }) = self.plan_fused(extents, config, sm_count, chunks) else {
             return Ok(None);
         };
-        let gemm = self.hopper_params(extents, row.tile, y, stream.gpu())?;
+        let gemm = self.hopper_params(extents, row.tile, row.tile.store_rows(), y, stream.gpu())?;
         let blocks =
             row.tile.num_blocks(gemm.tiles.num_tiles(), stream.gpu().free_multiprocessors());
         let launch = Launch {

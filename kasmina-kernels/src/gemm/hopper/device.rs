@@ -12,6 +12,7 @@ mod multiply;
 mod operands;
 mod producer;
 mod share;
+mod warps;
 pub(crate) use element::{BF16, Element, F16};
 pub(crate) use exchange::Exchange;
 pub(crate) use f32_epilogue::{F32Epilogue, Output, TransposedEpilogue};
@@ -19,6 +20,7 @@ pub(crate) use multiply::multiply_tile;
 pub(crate) use operands::{Matrices, Operands, Stage};
 pub(crate) use producer::{Work, produce};
 pub(super) use share::Shared;
+pub(super) use warps::finish_tile;
 
 // Three warpgroups start with 168 registers a thread each, 504 together: 40 + 2 · 232.
 pub(crate) const PRODUCER_REGISTERS: u32 = 40;
@@ -159,6 +161,8 @@ pub(crate) struct Epilogue {
     bias: u64,
     n: u32,
     activation: EpilogueActivation,
+    /// Whether warps store their own rows, by TMA, without waiting for each other.
+    by_warp: bool,
 }
 
 impl Epilogue {
@@ -185,6 +189,7 @@ impl Epilogue {
             bias,
             n,
             activation,
+            by_warp: false,
         }
     }
 
@@ -247,7 +252,7 @@ impl Epilogue {
     /// The whole warpgroup calls it.
     #[inline(always)]
     pub(crate) unsafe fn begin_slab(self) {
-        if self.thread == 0 {
+        if self.stores() {
             // The store that last read this buffer, one or two stores ago, has finished reading.
             if self.tile.slab_buffers() == 2 {
                 ptx::cp_async_bulk_wait_group_read::<1>();
@@ -256,7 +261,7 @@ impl Epilogue {
             }
         }
         // SAFETY: the whole warpgroup, by the caller's contract.
-        unsafe { self.sync() };
+        unsafe { self.sync_writers() };
     }
 
     /// Finishes 16 columns: registers `8·group ..` of the tile, as
@@ -306,7 +311,8 @@ impl Epilogue {
     /// The whole warpgroup calls it, after the slab's four `columns`.
     #[inline(always)]
     pub(crate) unsafe fn end_slab<E: Element>(self, slab: u32, m: u32, n: u32) {
-        let first = self.rank * self.tile.store_rows();
+        let rows = self.tile.store_rows();
+        let first = self.rank * rows;
         let row = m + self.first_row + first;
         let column = n + slab * SLAB_N;
         // SAFETY: by the caller's contract; the buffer is complete, and is not written before
@@ -314,10 +320,11 @@ impl Epilogue {
         unsafe {
             let buffer = self.complete_slab(slab);
             if self.plain.address != 0 {
-                let rows = self.tile.store_rows();
                 let slab = Slab { buffer, first, rows, row, column };
                 store_slab::<E>(self.plain, slab, self.thread, false);
-            } else if self.thread == 0 {
+            } else if self.stores() {
+                let first = first + self.first_row_of_warp();
+                let row = row + self.first_row_of_warp();
                 let buffer = buffer + first * SWIZZLE_ROW_BYTES;
                 ptx::cp_async_bulk_tensor_2d_store(self.y_map, column, row, buffer);
                 ptx::cp_async_bulk_commit_group();
@@ -333,7 +340,7 @@ impl Epilogue {
     unsafe fn complete_slab(self, slab: u32) -> u32 {
         ptx::fence_proxy_async_shared();
         // SAFETY: the whole warpgroup, by the caller's contract.
-        unsafe { self.sync() };
+        unsafe { self.sync_writers() };
         self.slab(slab)
     }
 
@@ -359,7 +366,7 @@ impl Epilogue {
     /// The whole warpgroup calls it.
     #[inline(always)]
     pub(super) unsafe fn complete_stores(self) {
-        if self.thread == 0 {
+        if self.stores() {
             ptx::cp_async_bulk_wait_group_all();
         }
         // SAFETY: the whole warpgroup, by the caller's contract.
@@ -385,7 +392,7 @@ impl Epilogue {
     /// Waits for the stores: shared memory must outlive their reads.
     #[inline(always)]
     pub(crate) fn finish(self) {
-        if self.thread == 0 {
+        if self.stores() {
             ptx::cp_async_bulk_wait_group_read::<0>();
         }
     }
@@ -494,6 +501,7 @@ macro_rules! entry {
                 let epilogue = Epilogue::new(
                     block, consumer, y_map, params.bias, params.n, params.activation,
                 )
+                .of_forward()
                 .storing(params.plain);
                 let elected = block.releases();
                 wait_for_predecessors();
@@ -529,24 +537,15 @@ macro_rules! entry {
                         }
                         let _ = chunk;
                     }
-                    epilogue.publish_bias::<$element>(bias);
-                    let mut group = 0;
-                    $(
-                        // SAFETY: the whole warpgroup goes through the slabs in order.
-                        unsafe {
-                            if group % 4 == 0 {
-                                epilogue.begin_slab();
-                            }
-                            if TILE.split_k == 1 || exchange.owns() {
-                                epilogue.columns::<$element>(group, [$($c),+]);
-                            }
-                            if group % 4 == 3 {
-                                epilogue.end_slab::<$element>(group / 4, m, n);
-                            }
-                        }
-                        group += 1;
-                    )+
-                    let _ = group;
+                    // SAFETY: the whole warpgroup.
+                    unsafe { epilogue.share_bias::<$element>(bias) };
+                    let branches = params.activation.smooth != 0 || params.plain.address != 0;
+                    if TILE.stores_by_warp() && !branches {
+                        let epilogue = epilogue.without_branches();
+                        device::finish_tile! { $element, TILE, epilogue, exchange, m, n, $([$($c)+])+ }
+                    } else {
+                        device::finish_tile! { $element, TILE, epilogue, exchange, m, n, $([$($c)+])+ }
+                    }
                 }
                 epilogue.finish();
             }
