@@ -9,7 +9,9 @@ use core::marker::PhantomData;
 use miniz_oxide::inflate;
 
 use crate::conv1d::{self, hopper as conv1d_hopper};
-use crate::gemm::hopper::{self, comparison, ping_pong, split, telemetry, tf32, weight_gradient};
+use crate::gemm::hopper::{
+    self, comparison, direct, ping_pong, split, telemetry, tf32, weight_gradient,
+};
 use crate::gemm::{backward, portable};
 use crate::persistent;
 use crate::reduce;
@@ -227,7 +229,8 @@ pub static MODULES: &[&Module] = &{
     const WGRAD: usize = GATHER + conv1d_hopper::gather::KERNELS.len();
     const HALO: usize = WGRAD + conv1d_hopper::wgrad::KERNELS.len();
     const TF32: usize = HALO + conv1d_hopper::gather::halo::KERNELS.len();
-    let mut modules = [FIRST[0]; TF32 + tf32::KERNELS.len()];
+    const DIRECT: usize = TF32 + tf32::KERNELS.len();
+    let mut modules = [FIRST[0]; DIRECT + direct::KERNELS.len()];
     let mut row = 0;
     while row < modules.len() {
         modules[row] = if row < GEMM {
@@ -250,8 +253,10 @@ pub static MODULES: &[&Module] = &{
             conv1d_hopper::wgrad::KERNELS[row - WGRAD].kernel.module
         } else if row < TF32 {
             conv1d_hopper::gather::halo::KERNELS[row - HALO].kernel.module
-        } else {
+        } else if row < DIRECT {
             tf32::KERNELS[row - TF32].kernel.module
+        } else {
+            direct::KERNELS[row - DIRECT].kernel.module
         };
         row += 1;
     }

@@ -184,15 +184,25 @@ pub fn has_tile(tile: [u32; 2]) -> bool {
 pub fn pays(
     products: F32Products,
     layout: WeightLayout,
-    shape @ [m, n, k]: [u32; 3],
+    shape: [u32; 3],
     multiprocessors: u32,
 ) -> bool {
-    let Some(row) = select(products, layout, shape, multiprocessors, None) else { return false };
+    cost(products, layout, shape, multiprocessors) < portable::f32_cost(shape, multiprocessors)
+}
+
+/// Estimated cycles of all three kernels; the most there is where none serves these products.
+#[must_use]
+pub fn cost(
+    products: F32Products,
+    layout: WeightLayout,
+    shape @ [m, n, k]: [u32; 3],
+    multiprocessors: u32,
+) -> u64 {
+    let Some(row) = select(products, layout, shape, multiprocessors, None) else { return u64::MAX };
     // Each operand is read in f32 and written in parts, at 2400 bytes a cycle; the two launches
     // more take about 5 µs.
     let bytes = (m as u64 + n as u64) * k as u64 * (4 + 2 * row.tile.parts as u64);
-    let cost = row.tile.cost(products.count(), shape, multiprocessors) + bytes / 2400 + 9000;
-    cost < portable::f32_cost(shape, multiprocessors)
+    row.tile.cost(products.count(), shape, multiprocessors) + bytes / 2400 + 9000
 }
 
 /// Whether the parts of an operand of so many rows and columns can be numbered.
