@@ -42,6 +42,7 @@ const USAGE: &str = "usage: gemm [option VALUE]...
   --split-k N            forces how many blocks of hopper share a tile
   --multicast N          forces into how many blocks of hopper W is loaded
   --ping-pong yes|no     forces whether consumers of hopper have a tile each
+  --direct yes|no        forces whether f32 is split into parts on its way or before
   --without tma|specialisation|persistence
                          takes a hopper kernel without that part
   --products six|three|tf32
@@ -208,6 +209,10 @@ impl Options {
                 "--ping-pong" => {
                     let turns = yes_or_no(&value).with_context(unknown)?;
                     options.force(&option, &value, |kernel| kernel.hopper_ping_pong(turns));
+                }
+                "--direct" => {
+                    let direct = yes_or_no(&value).with_context(unknown)?;
+                    options.force(&option, &value, |kernel| kernel.hopper_direct(direct));
                 }
                 "--without" => {
                     let part = match value.as_str() {

@@ -98,7 +98,6 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
     let mut claims = Vec::new();
     for dtype in DType::ALL {
         let of_dtype = match dtype {
-            DType::F32 if tier == Tier::Hopper => continue,
             DType::F32 => of::<f32>(tier),
             DType::F16 => of::<f16>(tier),
             _ => of::<bf16>(tier),
@@ -258,16 +257,25 @@ fn every_tile_unaligned<T: Poison>(device: &Device, tier: Tier) -> Result<(), Fa
 }
 
 fn each_tile<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result<(), Failed> {
-    for tile in [[128, 256], [128, 128], [64, 128], [64, 64]] {
-        let config = KernelConfig::default().hopper_tile(tile);
+    let default = KernelConfig::default();
+    let kernels: Vec<KernelConfig> = if T::DTYPE == DType::F32 {
+        let before = [[128, 128], [64, 128]].map(|tile| default.clone().hopper_tile(tile));
+        let direct = [([64, 64], 1), ([32, 64], 1), ([32, 64], 4)].map(|(tile, blocks)| {
+            default.clone().hopper_direct(true).hopper_tile(tile).hopper_split_k(blocks)
+        });
+        before.into_iter().chain(direct).collect()
+    } else {
+        let tiles = [[128, 256], [128, 128], [64, 128], [64, 64]];
+        tiles.map(|tile| default.clone().hopper_tile(tile)).into()
+    };
+    for config in kernels {
         // Without an activation the kernel itself sums the columns.
         let mut cases = cases.to_vec();
         for case in cases.iter_mut().step_by(3) {
             case.activation = Activation::None;
         }
-        each_with::<T>(device, tier, &config, &cases).map_err(|error| {
-            format!("tile {tile:?}: {}", error.message().unwrap_or("no message"))
-        })?;
+        each_with::<T>(device, tier, &config, &cases)
+            .map_err(|error| format!("{config:?}: {}", error.message().unwrap_or("no message")))?;
     }
     Ok(())
 }

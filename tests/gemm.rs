@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     if !gpu_lacks(Tier::Hopper) {
         trials.extend([
             gpu.trial(
-                "operands_that_tma_cannot_address_stay_and_small_f32_goes_to_portable",
+                "operands_that_tma_cannot_address_stay_and_f32_of_small_k_goes_to_portable",
                 hands_over,
             ),
             gpu.trial("forced_hopper_refuses_what_it_cannot_serve", hopper_refuses),
@@ -236,7 +236,15 @@ fn enough_cases() -> Result<(), Failed> {
 /// operands themselves.
 fn each<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result<(), Failed> {
     let mut cases = cases.to_vec();
-    if tier == Tier::Hopper && T::DTYPE != DType::F32 {
+    if tier == Tier::Hopper && T::DTYPE == DType::F32 {
+        // What the call would not get by itself, too.
+        for direct in [false, true] {
+            let config = KernelConfig::default().hopper_direct(direct);
+            each_with::<T>(device, tier, &config, &cases)?;
+        }
+        return Ok(());
+    }
+    if tier == Tier::Hopper {
         cases.iter_mut().for_each(Case::align);
     }
     each_with::<T>(device, tier, &KernelConfig::default(), &cases)
@@ -262,6 +270,10 @@ fn each_with<T: Poison>(
     }
     require(worst <= 1.0, || format!("the largest error is {worst} tolerances"))
 }
+
+/// Tiles of kernels that split f32 on its way, and how many blocks share one.
+const DIRECT_TILES: [([u32; 2], u32); 5] =
+    [([64, 64], 1), ([32, 64], 1), ([32, 64], 2), ([32, 64], 4), ([32, 64], 8)];
 
 /// Every tile on shapes of which some would not get it by themselves.
 fn every_tile<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
@@ -307,9 +319,16 @@ fn every_tile_unaligned<T: Poison>(device: &Device, tier: Tier) -> Result<(), Fa
 /// The cases with every kernel: tile, blocks that share it, blocks that W is loaded into, whether
 /// consumers take turns.
 fn each_kernel<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result<(), Failed> {
-    let kernels = match T::DTYPE {
-        DType::F32 => vec![([128, 128], 1, 1, false), ([64, 128], 1, 1, false)],
-        _ => vec![
+    let default = KernelConfig::default();
+    let kernels: Vec<KernelConfig> = match T::DTYPE {
+        DType::F32 => {
+            let before = [[128, 128], [64, 128]].map(|tile| default.clone().hopper_tile(tile));
+            let direct = DIRECT_TILES.map(|(tile, blocks)| {
+                default.clone().hopper_direct(true).hopper_tile(tile).hopper_split_k(blocks)
+            });
+            before.into_iter().chain(direct).collect()
+        }
+        _ => [
             ([128, 256], 1, 1, false),
             ([128, 128], 1, 1, false),
             ([128, 128], 1, 1, true),
@@ -319,16 +338,16 @@ fn each_kernel<T: Poison>(device: &Device, tier: Tier, cases: &[Case]) -> Result
             ([64, 64], 2, 1, false),
             ([64, 64], 4, 1, false),
             ([64, 64], 8, 1, false),
-        ],
+        ]
+        .map(|(tile, split_k, multicast, ping_pong)| {
+            let config = default.clone().hopper_tile(tile).hopper_ping_pong(ping_pong);
+            config.hopper_split_k(split_k).hopper_multicast(multicast)
+        })
+        .into(),
     };
-    for (tile, split_k, multicast, ping_pong) in kernels {
-        let config = KernelConfig::default().hopper_tile(tile).hopper_ping_pong(ping_pong);
-        let config = config.hopper_split_k(split_k).hopper_multicast(multicast);
-        each_with::<T>(device, tier, &config, cases).map_err(|error| {
-            let message = error.message().unwrap_or("no message");
-            let turns = if ping_pong { "in turns" } else { "together" };
-            format!("tile {tile:?} of {split_k} blocks, W into {multicast}, {turns}: {message}")
-        })?;
+    for config in kernels {
+        each_with::<T>(device, tier, &config, cases)
+            .map_err(|error| format!("{config:?}: {}", error.message().unwrap_or("no message")))?;
     }
     Ok(())
 }
@@ -468,11 +487,11 @@ fn layer<T: Poison>(device: &Device, tier: Tier) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Without a forced tier: f32 goes to the portable tier where there is little to multiply; the rest
+/// Without a forced tier: f32 goes to the portable tier where k is small; the rest
 /// does not, whether TMA can address it or not.
 fn hands_over(device: &Device) -> Result<(), Failed> {
-    fn served<T: Poison>(device: &Device, placement: Placement) -> Result<Tier, Failed> {
-        let (shape, layout) = ([40, 64, 48], WeightLayout::OutIn);
+    fn served<T: Poison>(device: &Device, placement: Placement, k: usize) -> Result<Tier, Failed> {
+        let (shape, layout) = ([40, 64, k], WeightLayout::OutIn);
         let activation = Activation::Relu;
         let linear = Linear::<T>::random(shape);
         let (w, w_shape) = linear.weight(layout);
@@ -488,13 +507,23 @@ fn hands_over(device: &Device) -> Result<(), Failed> {
         Ok(tier)
     }
     let got = [
-        served::<bf16>(device, Placement::Contiguous)?,
-        served::<bf16>(device, Placement::Aligned)?,
-        served::<bf16>(device, Placement::Misaligned)?,
-        served::<f16>(device, Placement::Misaligned)?,
-        served::<f32>(device, Placement::Contiguous)?,
+        served::<bf16>(device, Placement::Contiguous, 48)?,
+        served::<bf16>(device, Placement::Aligned, 48)?,
+        served::<bf16>(device, Placement::Misaligned, 48)?,
+        served::<f16>(device, Placement::Misaligned, 48)?,
+        served::<f32>(device, Placement::Contiguous, 48)?,
+        served::<f32>(device, Placement::Misaligned, 48)?,
+        served::<f32>(device, Placement::Contiguous, 16)?,
     ];
-    let expected = [Tier::Hopper, Tier::Hopper, Tier::Hopper, Tier::Hopper, Tier::Portable];
+    let expected = [
+        Tier::Hopper,
+        Tier::Hopper,
+        Tier::Hopper,
+        Tier::Hopper,
+        Tier::Hopper,
+        Tier::Hopper,
+        Tier::Portable,
+    ];
     require(got == expected, || format!("served by {got:?}, expected {expected:?}"))
 }
 

@@ -28,6 +28,11 @@ fn main() -> ExitCode {
         if module.name.starts_with("persistent_") && module.name != "persistent_echo" {
             trials.push(Trial::test(name("has_each_barrier_once"), || barriers_are_single(module)));
         }
+        if module.name.contains("_direct_") {
+            trials.push(Trial::test(name("has_each_barrier_once"), || {
+                direct_barriers_are_single(module)
+            }));
+        }
         if module.name.starts_with("reduce") || module.name.ends_with("telemetry") {
             trials.push(Trial::test(name("exchanges_nothing_in_two_copies"), || {
                 exchanges_stand_once(module)
@@ -60,6 +65,10 @@ fn tool_trials() -> Vec<Trial> {
         let multiplies =
             ["gemm", "wgrad", "conv1d_f32"].iter().any(|prefix| module.name.starts_with(prefix));
         if module.tier == Tier::Hopper && multiplies {
+            if module.name.contains("_direct_") {
+                add(module, "compiles_to_mma_and_asynchronous_copies", uses_mma);
+                continue;
+            }
             add(module, "compiles_to_wgmma_and_tma", uses_tensor_cores_and_tma);
             add(module, "main_loop_has_no_memory_barrier", main_loop_is_free_of_barriers);
         }
@@ -176,6 +185,24 @@ fn barriers_are_single(module: &Module) -> Result<(), Failed> {
     require(found == expected, || format!("{found} barriers instead of {expected}"))
 }
 
+/// As [`barriers_are_single`], of the kernels that split f32 on its way.
+fn direct_barriers_are_single(module: &Module) -> Result<(), Failed> {
+    let ptx = module.ptx();
+    // Two of the block; two of each slice, of warps or of lanes; two of the cluster, if there is one.
+    let of_warps = module.name.contains("_64x64");
+    let clusters = module.name.contains("64_k");
+    for (barrier, expected) in [
+        ("bar.sync", if of_warps { 4 } else { 2 }),
+        ("bar.warp.sync", if of_warps { 0 } else { 2 }),
+        ("barrier.cluster.arrive", if clusters { 2 } else { 0 }),
+        ("redux.sync", 1),
+    ] {
+        let found = ptx.matches(barrier).count();
+        require(found == expected, || format!("{found} {barrier} instead of {expected}"))?;
+    }
+    Ok(())
+}
+
 fn assembles_cleanly(module: &Module, tools: &NvidiaTools) -> Result<(), Failed> {
     let report = assemble(module, tools)?.report;
     let frames: Vec<&str> = report.lines().filter(|line| line.contains("stack frame")).collect();
@@ -199,6 +226,21 @@ fn uses_tensor_cores_and_tma(module: &Module, tools: &NvidiaTools) -> Result<(),
         }
         for forbidden in ["LDL", "STL"] {
             require(!sass.iter().any(|opcode| is(opcode, forbidden)), || format!("a {forbidden}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn uses_mma(module: &Module, tools: &NvidiaTools) -> Result<(), Failed> {
+    for sass in disassemble(module, tools)? {
+        for wanted in ["HMMA", "LDGSTS"] {
+            require(sass.iter().any(|opcode| is(opcode, wanted)), || format!("no {wanted}"))?;
+        }
+        for forbidden in ["LDL", "STL", "MEMBAR"] {
+            let found = sass.iter().any(|opcode| is(opcode, forbidden));
+            // A cluster's barrier orders memory outside of the block.
+            let allowed = forbidden == "MEMBAR" && module.name.contains("64_k");
+            require(!found || allowed, || format!("a {forbidden}"))?;
         }
     }
     Ok(())

@@ -27,6 +27,7 @@ pub struct KernelConfig {
     hopper_split_k: Option<u32>,
     hopper_multicast: Option<u32>,
     hopper_ping_pong: Option<bool>,
+    hopper_direct: Option<bool>,
     without: Option<Without>,
     f32_products: F32Products,
     enable_tma: bool,
@@ -43,6 +44,7 @@ impl Default for KernelConfig {
             hopper_split_k: None,
             hopper_multicast: None,
             hopper_ping_pong: None,
+            hopper_direct: None,
             without: None,
             f32_products: F32Products::Six,
             enable_tma: true,
@@ -120,6 +122,18 @@ impl KernelConfig {
     #[must_use]
     pub const fn hopper_ping_pong(mut self, ping_pong: bool) -> Self {
         self.hopper_ping_pong = Some(ping_pong);
+        self
+    }
+
+    /// Forces whether kernels that multiply f32 by six products split it into parts on its way into
+    /// the tensor cores, in one launch and without memory for parts, or take parts made before. Those
+    /// have tiles of `[64, 64]`, or of `[32, 64]` with 1, 2, 4 or 8 blocks to a tile, which
+    /// `hopper_tile` and `hopper_split_k` then force. By default, where no tile is forced, each call
+    /// gets what is expected to be faster. The weight's gradient is split on its way or, without that,
+    /// not computed on tensor cores. Other products and types take no notice.
+    #[must_use]
+    pub const fn hopper_direct(mut self, direct: bool) -> Self {
+        self.hopper_direct = Some(direct);
         self
     }
 
@@ -205,6 +219,12 @@ impl KernelConfig {
     #[must_use]
     pub const fn forced_hopper_ping_pong(&self) -> Option<bool> {
         self.hopper_ping_pong
+    }
+
+    /// Whether f32 is forced to be split on its way into the tensor cores or before, if either is.
+    #[must_use]
+    pub const fn forced_hopper_direct(&self) -> Option<bool> {
+        self.hopper_direct
     }
 
     /// The part that Hopper's forward kernels are to go without, if one is.

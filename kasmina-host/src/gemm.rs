@@ -6,6 +6,7 @@
 
 mod backward;
 mod comparison;
+mod direct;
 mod split;
 mod telemetry;
 mod tf32;
@@ -71,10 +72,10 @@ struct Extents {
 impl<T: Element> Forward<'_, T> {
     /// Enqueues the pass, writes Y, and says which tier runs it.
     ///
-    /// On the `hopper` tier, f32 in parts takes 4 to 6 bytes of device memory for each element of X
-    /// and W (also in place of TF32, where TMA cannot address them), and a 16-bit X or W whose rows
-    /// are no multiple of 16 bytes apart takes that of a copy, from the stream's pool; where there is
-    /// none, the next tier runs it unless one is forced.
+    /// On the `hopper` tier, f32 in parts that are made before takes 4 to 6 bytes of device memory
+    /// for each element of X and W (also in place of TF32, where TMA cannot address them), and a
+    /// 16-bit X or W whose rows are no multiple of 16 bytes apart takes that of a copy, from the
+    /// stream's pool; where there is none, the next tier runs it unless one is forced.
     ///
     /// # Errors
     /// Before anything is enqueued: [`Error::DeviceMismatch`], [`Error::Shape`],
@@ -103,9 +104,15 @@ impl<T: Element> Forward<'_, T> {
             return Ok(tier);
         }
         let served = if T::DTYPE == DType::F32 {
-            match split::products(config, self.is_addressable()) {
-                F32Products::Tf32 => self.run_in_tf32(extents, y, &launch, config),
-                products => self.run_in_parts(extents, y, &launch, stream, products, config),
+            let products = split::products(config, self.is_addressable());
+            let sm_count = stream.gpu().capability().sm_count;
+            let Extents { m, n, k } = extents;
+            match direct::choose(config, products, self.layout, [m, n, k], sm_count) {
+                Some(selected) => self.run_direct(extents, y, &launch, selected),
+                None if products == F32Products::Tf32 => {
+                    self.run_in_tf32(extents, y, &launch, config)
+                }
+                None => self.run_in_parts(extents, y, &launch, stream, products, config),
             }
         } else {
             self.run_on_hopper(extents, y, &launch, config)

@@ -9,7 +9,9 @@ use core::marker::PhantomData;
 use miniz_oxide::inflate;
 
 use crate::conv1d::{self, hopper as conv1d_hopper};
-use crate::gemm::hopper::{self, comparison, ping_pong, split, telemetry, tf32, weight_gradient};
+use crate::gemm::hopper::{
+    self, comparison, direct, ping_pong, split, telemetry, tf32, weight_gradient,
+};
 use crate::gemm::{backward, portable};
 use crate::persistent;
 use crate::reduce;
@@ -180,91 +182,84 @@ macro_rules! module {
 }
 pub(crate) use module;
 
+/// The modules that hold several kernels, or one that has no table.
+static SHARED_MODULES: &[&Module] = &[
+    &portable::F32,
+    &portable::F16,
+    &portable::BF16,
+    &portable::F32_REPAIR,
+    &portable::TRANSPOSED_F32,
+    &portable::TRANSPOSED_F16,
+    &portable::TRANSPOSED_BF16,
+    &backward::PORTABLE_F32,
+    &backward::PORTABLE_F16,
+    &backward::PORTABLE_BF16,
+    &backward::HOPPER_F32,
+    &backward::HOPPER_F16,
+    &backward::HOPPER_BF16,
+    &reduce::PORTABLE_F32,
+    &reduce::PORTABLE_F16,
+    &reduce::PORTABLE_BF16,
+    &reduce::HOPPER_F32,
+    &reduce::HOPPER_F16,
+    &reduce::HOPPER_BF16,
+    &persistent::PORTABLE_F32,
+    &persistent::PORTABLE_F16,
+    &persistent::PORTABLE_BF16,
+    &persistent::PORTABLE_ECHO,
+    &persistent::HOPPER_F16,
+    &persistent::HOPPER_BF16,
+    &conv1d::portable::F32,
+    &conv1d::portable::F16,
+    &conv1d::portable::BF16,
+    &conv1d::portable::F32_REPAIR,
+    &conv1d_hopper::parts::split::MODULE,
+    &hopper::unaligned::MODULE,
+    &split::SPLIT_MODULE,
+    &conv1d_hopper::depthwise::F16,
+    &conv1d_hopper::depthwise::BF16,
+    &conv1d_hopper::pack::MODULE,
+    &conv1d_hopper::wgrad::sum::MODULE,
+];
+
+/// The modules of `$first`, then those of the tables of kernels that each have a module.
+macro_rules! modules {
+    ($first:path, $($table:path),+ $(,)?) => {{
+        let mut modules = [$first[0]; $first.len() $(+ $table.len())+];
+        let mut len = 0;
+        while len < $first.len() {
+            modules[len] = $first[len];
+            len += 1;
+        }
+        $(
+            let mut row = 0;
+            while row < $table.len() {
+                modules[len] = $table[row].kernel.module;
+                len += 1;
+                row += 1;
+            }
+        )+
+        modules
+    }};
+}
+
 /// Every PTX module, in the order `cargo xtask ptx` writes them.
-pub static MODULES: &[&Module] = &{
-    const FIRST: [&Module; 35] = [
-        &portable::F32,
-        &portable::F16,
-        &portable::BF16,
-        &portable::F32_REPAIR,
-        &portable::TRANSPOSED_F32,
-        &portable::TRANSPOSED_F16,
-        &portable::TRANSPOSED_BF16,
-        &backward::PORTABLE_F32,
-        &backward::PORTABLE_F16,
-        &backward::PORTABLE_BF16,
-        &backward::HOPPER_F32,
-        &backward::HOPPER_F16,
-        &backward::HOPPER_BF16,
-        &reduce::PORTABLE_F32,
-        &reduce::PORTABLE_F16,
-        &reduce::PORTABLE_BF16,
-        &reduce::HOPPER_F32,
-        &reduce::HOPPER_F16,
-        &reduce::HOPPER_BF16,
-        &persistent::PORTABLE_F32,
-        &persistent::PORTABLE_F16,
-        &persistent::PORTABLE_BF16,
-        &persistent::PORTABLE_ECHO,
-        &persistent::HOPPER_F16,
-        &persistent::HOPPER_BF16,
-        &conv1d::portable::F32,
-        &conv1d::portable::F16,
-        &conv1d::portable::BF16,
-        &conv1d::portable::F32_REPAIR,
-        &conv1d_hopper::parts::split::MODULE,
-        &hopper::unaligned::MODULE,
-        &conv1d_hopper::depthwise::F16,
-        &conv1d_hopper::depthwise::BF16,
-        &conv1d_hopper::pack::MODULE,
-        &conv1d_hopper::wgrad::sum::MODULE,
-    ];
-    const GEMM: usize = FIRST.len();
-    const PING_PONG: usize = GEMM + hopper::KERNELS.len();
-    const GEMM_WGRAD: usize = PING_PONG + ping_pong::KERNELS.len();
-    const SPLIT: usize = GEMM_WGRAD + weight_gradient::KERNELS.len();
-    const COMPARISON: usize = SPLIT + split::NUM_MODULES;
-    const TELEMETRY: usize = COMPARISON + comparison::KERNELS.len();
-    const GATHER: usize = TELEMETRY + telemetry::KERNELS.len();
-    const WGRAD: usize = GATHER + conv1d_hopper::gather::KERNELS.len();
-    const HALO: usize = WGRAD + conv1d_hopper::wgrad::KERNELS.len();
-    const TF32: usize = HALO + conv1d_hopper::gather::halo::KERNELS.len();
-    const CONV1D_PARTS: usize = TF32 + tf32::KERNELS.len();
-    const WGRAD_PARTS: usize = CONV1D_PARTS + conv1d_hopper::parts::KERNELS.len();
-    let mut modules = [FIRST[0]; WGRAD_PARTS + conv1d_hopper::parts::wgrad::KERNELS.len()];
-    let mut row = 0;
-    while row < modules.len() {
-        modules[row] = if row < GEMM {
-            FIRST[row]
-        } else if row < PING_PONG {
-            hopper::KERNELS[row - GEMM].kernel.module
-        } else if row < GEMM_WGRAD {
-            ping_pong::KERNELS[row - PING_PONG].kernel.module
-        } else if row < SPLIT {
-            weight_gradient::KERNELS[row - GEMM_WGRAD].kernel.module
-        } else if row < COMPARISON {
-            split::module(row - SPLIT)
-        } else if row < TELEMETRY {
-            comparison::KERNELS[row - COMPARISON].kernel.module
-        } else if row < GATHER {
-            telemetry::KERNELS[row - TELEMETRY].kernel.module
-        } else if row < WGRAD {
-            conv1d_hopper::gather::KERNELS[row - GATHER].kernel.module
-        } else if row < HALO {
-            conv1d_hopper::wgrad::KERNELS[row - WGRAD].kernel.module
-        } else if row < TF32 {
-            conv1d_hopper::gather::halo::KERNELS[row - HALO].kernel.module
-        } else if row < CONV1D_PARTS {
-            tf32::KERNELS[row - TF32].kernel.module
-        } else if row < WGRAD_PARTS {
-            conv1d_hopper::parts::KERNELS[row - CONV1D_PARTS].kernel.module
-        } else {
-            conv1d_hopper::parts::wgrad::KERNELS[row - WGRAD_PARTS].kernel.module
-        };
-        row += 1;
-    }
-    modules
-};
+pub static MODULES: &[&Module] = &modules![
+    SHARED_MODULES,
+    hopper::KERNELS,
+    ping_pong::KERNELS,
+    weight_gradient::KERNELS,
+    split::KERNELS,
+    direct::KERNELS,
+    tf32::KERNELS,
+    comparison::KERNELS,
+    telemetry::KERNELS,
+    conv1d_hopper::gather::KERNELS,
+    conv1d_hopper::gather::halo::KERNELS,
+    conv1d_hopper::wgrad::KERNELS,
+    conv1d_hopper::parts::KERNELS,
+    conv1d_hopper::parts::wgrad::KERNELS,
+];
 
 /// A kernel that takes one parameter struct `P` by value.
 ///

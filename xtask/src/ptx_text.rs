@@ -18,6 +18,10 @@ const LAUNCH_DIRECTIVES: [&str; 3] = [".maxntid", ".minnctapersm", ".reqnctaperc
 /// The marker that raises the alignment of the entry's one parameter.
 const PARAM_ALIGN: &str = ".param_align";
 
+/// How LLVM begins the label of a block: the numbers of its function and of the block follow. It
+/// is known inside its function only, so that it needs no number of that.
+const BLOCK_LABEL: &str = "$L__BB";
+
 /// Instructions of a later ISA version than the one rustc names, and that version.
 const LATER_INSTRUCTIONS: [(&str, &str); 1] = [("st.async.", "8.1")];
 
@@ -175,7 +179,8 @@ fn first_line(statement: &str) -> &str {
     statement.lines().next().unwrap_or_default()
 }
 
-/// Drops comments that are no markers, blank lines and references to source lines.
+/// Drops comments that are no markers, blank lines, references to source lines, and from labels
+/// the number of their function, which changes whenever a kernel is added before it.
 fn strip_noise(text: &str) -> String {
     let mut kept = String::with_capacity(text.len());
     for line in text.lines() {
@@ -187,7 +192,12 @@ fn strip_noise(text: &str) -> String {
         };
         let line = line.trim_end();
         if !line.is_empty() && !trimmed.starts_with(".loc") && !trimmed.starts_with(".file") {
-            kept.push_str(line);
+            let mut pieces = line.split(BLOCK_LABEL);
+            kept.push_str(pieces.next().unwrap_or_default());
+            for piece in pieces {
+                kept.push_str(BLOCK_LABEL);
+                kept.push_str(piece.trim_start_matches(|c: char| c.is_ascii_digit()));
+            }
             kept.push('\n');
         }
     }

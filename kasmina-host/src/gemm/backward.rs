@@ -8,7 +8,7 @@
 mod partials;
 mod product;
 
-use kasmina_kernels::abi::Tier;
+use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::gemm::backward::{Chunks, GradientParams, gradient_kernel};
 use kasmina_kernels::gemm::hopper::Forced;
@@ -17,8 +17,8 @@ use kasmina_kernels::gemm::{InputLayout, WeightLayout};
 
 use super::unaligned::is_addressable;
 use super::{
-    Forward, Packed, Pass, check_shape, choose_forward_tier, extent, kernel_obstacle, ordered,
-    pack, pick,
+    Forward, Packed, Pass, check_shape, choose_forward_tier, direct, extent, kernel_obstacle,
+    ordered, pack, pick,
 };
 use crate::config::KernelConfig;
 use crate::cpu;
@@ -274,7 +274,13 @@ impl<T: Element> Backward<'_, T> {
             };
             choose_forward_tier(device, config, pass)
         };
-        let of_dw = || {
+        let of_dw = |dw: &Tensor<T>| {
+            if T::DTYPE == DType::F32 {
+                let shape = [dw.shape().rows(), dw.shape().columns(), self.x.shape().rows()];
+                // Extents beyond 32 bits are refused later; here they only have to be compared.
+                let shape = shape.map(|extent| u32::try_from(extent).unwrap_or(u32::MAX));
+                return direct::choose_gradient_tier(device, config, OP, shape);
+            }
             pick(OP, forced, |tier| {
                 let of_call = || match tier {
                     Tier::Hopper if !weight_gradient::serves(T::DTYPE) => {
@@ -294,7 +300,7 @@ impl<T: Element> Backward<'_, T> {
         };
         Ok(Tiers {
             dx: gradients.dx.as_deref().map(of_dx).transpose()?,
-            dw: gradients.dw.as_deref().map(|_| of_dw()).transpose()?,
+            dw: gradients.dw.as_deref().map(of_dw).transpose()?,
         })
     }
 
@@ -371,6 +377,7 @@ impl<T: Element> Backward<'_, T> {
             let product = Product { device: self.w.device(), first, second, batch: m, accumulate };
             match how {
                 WeightGradient::Portable(tiles) => product.enqueue_portable(dw, tiles, launch)?,
+                WeightGradient::Direct(kernel) => product.enqueue_direct(dw, kernel, launch)?,
                 WeightGradient::Hopper(plan) => {
                     let db = db.map(|db| (db, summed));
                     product.enqueue_hopper(dw, plan, db, &mut partials, launch)?;

@@ -5,14 +5,15 @@
 use std::sync::Arc;
 
 use kasmina_kernels::abi::{DType, Tier};
+use kasmina_kernels::gemm::hopper::direct as kernels;
 use kasmina_kernels::gemm::hopper::split::{
     self, BLOCK_K, BLOCK_N, SplitGemmParams, SplitOperand, SplitParams, SplitTile, Workspace,
 };
 use kasmina_kernels::gemm::hopper::{Forced, SLAB_N, tf32};
 use kasmina_kernels::gemm::portable::{self, RepairParams};
-use kasmina_kernels::gemm::{F32Products, WeightLayout};
+use kasmina_kernels::gemm::{F32Products, InputLayout, WeightLayout};
 
-use super::{Extents, Forward, OP, check_tiles, choose_tier, pick};
+use super::{Extents, Forward, OP, check_tiles, choose_tier, direct, pick};
 use crate::config::KernelConfig;
 use crate::device::Device;
 use crate::element::Element;
@@ -51,6 +52,9 @@ pub(crate) fn choose_forward_tier(
             Tier::Hopper if products == F32Products::Tf32 => {
                 tf32_obstacle(layout, config.forced_hopper())
             }
+            Tier::Hopper if direct::is_forced(config, products) => {
+                direct::obstacle(InputLayout::Plain, layout, config.forced_hopper())
+            }
             Tier::Hopper => {
                 let tile = config.forced_hopper_tile().filter(|&tile| !split::has_tile(tile));
                 tile.map(Obstacle::Tile)
@@ -64,7 +68,9 @@ pub(crate) fn choose_forward_tier(
     let multiprocessors = device.capability().map_or(1, |capability| capability.sm_count);
     let better = || {
         let shape = [m, n, k];
+        let direct = direct::choose(config, products, layout, shape, multiprocessors);
         products == F32Products::Tf32
+            || direct.is_some_and(|row| kernels::pays(row, shape, multiprocessors))
             || fits(shape, layout) && split::pays(products, layout, shape, multiprocessors)
     };
     if tier == Tier::Hopper && forced.is_none() && !better() {

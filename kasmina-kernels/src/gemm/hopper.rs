@@ -36,6 +36,7 @@ use crate::tile_scheduler::TileScheduler;
 use unaligned::PlainRows;
 
 pub mod comparison;
+pub mod direct;
 pub mod ping_pong;
 pub mod split;
 pub mod telemetry;

@@ -101,6 +101,20 @@ impl Findings {
     }
 }
 
+/// The findings about elements that are split on the device two at a time, where the first part is
+/// rounded to nearest without exception: from the largest magnitudes of first parts, two packed
+/// bf16, and from what first and second parts leave over, all bits of all elements together.
+///
+/// As [`Findings::bits`], but the magnitudes are rounded to bf16 first; and what two parts leave over
+/// is a bf16 unless its lower half has bits.
+#[must_use]
+#[inline(always)]
+pub const fn packed_findings(largest: u32, left_over: u32) -> u32 {
+    let (low, high) = (largest << 16, largest & 0xFFFF_0000);
+    let largest = if low > high { low } else { high };
+    Findings { largest, missed: left_over & 0xFFFF }.bits()
+}
+
 /// Whether a product has to be computed without parts, from the findings of X and, shifted by
 /// [`W_SHIFT`], of W.
 ///
@@ -231,6 +245,40 @@ mod tests {
         let below = f32::from_bits(HUGE_BITS - 1);
         let below = Findings::NONE.with(below, split(below).1).bits();
         assert!(!needs_repair(below | below << W_SHIFT));
+    }
+
+    #[test]
+    fn packed_findings_are_those_of_the_elements_rounded_to_bf16() {
+        // As `split_pair` of the direct kernels: parts rounded to nearest, infinity included.
+        let rounded = |x: f32| {
+            let bits = x.to_bits();
+            let bits = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) & 0xFFFF_0000;
+            f32::from_bits(if x.is_nan() { 0x7FFF_0000 } else { bits })
+        };
+        let packed = |x: f32| {
+            let first = rounded(x);
+            let rest = x - first;
+            let rest = rest - rounded(rest);
+            let largest = first.to_bits() >> 16 & 0x7FFF;
+            (
+                packed_findings(largest, rest.to_bits()),
+                packed_findings(largest << 16, rest.to_bits()),
+            )
+        };
+        for x in samples().filter(|x| x.abs() < f32::from_bits(HUGE_BITS - 0x8000)) {
+            let (low, high) = packed(x);
+            let near_large = (65_280.0..65_536.0).contains(&x.abs());
+            let expected = Findings::NONE.with(x, split(x).1).bits();
+            assert_eq!(low & !LARGE | expected & LARGE, expected, "{x:e}");
+            assert!(low & LARGE == expected & LARGE || near_large, "{x:e}");
+            assert_eq!(low, high);
+        }
+        for x in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+            assert_eq!(packed(x).0 & NOT_FINITE, NOT_FINITE);
+        }
+        for x in [f32::MAX, -f32::MAX, f32::from_bits(HUGE_BITS)] {
+            assert_eq!(packed(x).0 & HUGE, HUGE);
+        }
     }
 
     #[test]

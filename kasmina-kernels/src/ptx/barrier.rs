@@ -18,6 +18,20 @@ pub unsafe fn bar_sync<const ID: u32, const THREADS: u32>() {
     }
 }
 
+/// As [`bar_sync`], with the barrier and the number of threads at run time: for groups of warps that
+/// have a barrier each.
+///
+/// # Safety
+/// As [`bar_sync`]; `id` is at most 15.
+#[cfg(kasmina_tier = "hopper")]
+#[inline(always)]
+pub unsafe fn bar_sync_of(id: u32, threads: u32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("bar.sync {}, {};", in(reg32) id, in(reg32) threads, options(nostack));
+    }
+}
+
 /// `bar.red.or.pred`: as [`bar_sync`], and tells whether any of the threads said so.
 ///
 /// # Safety

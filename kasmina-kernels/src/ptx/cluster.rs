@@ -40,6 +40,39 @@ pub fn mapa_shared_cluster(address: u32, rank: u32) -> u32 {
     value
 }
 
+/// Loads four f32 from the shared memory of a block of the cluster.
+///
+/// # Safety
+/// `address` is one of `mapa_shared_cluster`, 16-aligned and inside the dynamic shared memory of a
+/// block that runs; nobody writes there without a barrier of the cluster between.
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_shared_cluster_v4_f32(address: u32) -> [f32; 4] {
+    let (a, b, c, d): (f32, f32, f32, f32);
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.shared::cluster.v4.f32 {{{}, {}, {}, {}}}, [{}];", out(reg32) a, out(reg32) b,
+             out(reg32) c, out(reg32) d, in(reg32) address, options(readonly, nostack));
+    }
+    [a, b, c, d]
+}
+
+/// As [`ld_shared_cluster_v4_f32`], 32 bits.
+///
+/// # Safety
+/// As there; `address` is 4-aligned.
+#[must_use]
+#[inline(always)]
+pub unsafe fn ld_shared_cluster_u32(address: u32) -> u32 {
+    let value: u32;
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("ld.shared::cluster.u32 {}, [{}];", out(reg32) value, in(reg32) address,
+             options(readonly, nostack));
+    }
+    value
+}
+
 /// Starts copying `bytes` bytes from this block's shared memory to another's; they count on
 /// `barrier`, which is in the other block.
 ///

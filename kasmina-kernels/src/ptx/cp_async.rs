@@ -17,6 +17,19 @@ pub unsafe fn cp_async_cg_16(dst: u32, src: u64, bytes: u32) {
     }
 }
 
+/// Starts copying 4 bytes, or, if not `exists`, putting zeros there.
+///
+/// # Safety
+/// As [`cp_async_cg_16`], with `dst` and `src` 4-aligned and 4 readable bytes, if `exists`.
+#[inline(always)]
+pub unsafe fn cp_async_ca_4(dst: u32, src: u64, exists: bool) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("cp.async.ca.shared.global [{}], [{}], 4, {};", in(reg32) dst, in(reg64) src,
+             in(reg32) u32::from(exists) * 4, options(nostack));
+    }
+}
+
 /// Closes this thread's current group of copies.
 #[inline(always)]
 pub fn cp_async_commit_group() {

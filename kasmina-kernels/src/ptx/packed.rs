@@ -77,3 +77,17 @@ pub fn cvt_rp_f16_f32(value: f32) -> u16 {
     }
     bits
 }
+
+/// The larger magnitudes of each pair of bf16; NaN where either is.
+#[must_use]
+#[inline(always)]
+pub fn max_nan_abs_bf16x2(largest: u32, x: u32) -> u32 {
+    let d: u32;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        asm!("{{", ".reg .b32 t;", "abs.bf16x2 t, {x};", "max.NaN.bf16x2 {d}, {largest}, t;", "}}",
+             x = in(reg32) x, largest = in(reg32) largest, d = out(reg32) d,
+             options(pure, nomem, nostack, preserves_flags));
+    }
+    d
+}

@@ -99,6 +99,8 @@ macro_rules! redux {
 }
 
 redux! {
+    /// Bitwise or over the warp; compute capability 8.0 and later.
+    redux_sync_or_b32: u32 = "redux.sync.or.b32";
     /// Sum over the warp; compute capability 8.0 and later.
     redux_sync_add_u32: u32 = "redux.sync.add.u32";
     /// Minimum over the warp; compute capability 8.0 and later.

@@ -136,6 +136,19 @@ fn module_parses_to_itself() {
     assert_eq!(Ptx::parse(&module).unwrap().module(&["gemm_a", "gemm_b"]).unwrap(), module);
 }
 
+/// So that a kernel's text stays as it is when another is added before it.
+#[test]
+fn labels_lose_the_number_of_their_function() {
+    let labelled = |function: u32| {
+        let body = format!(
+            "$L__BB{function}_1:\n\t@%p1 bra \t$L__BB{function}_1;\n\tbra.uni \t$L__BB{function}_12;"
+        );
+        entry(&body).unwrap().module(&["k"]).unwrap()
+    };
+    assert_eq!(labelled(7), labelled(123));
+    assert!(labelled(7).contains("$L__BB_1:\n\t@%p1 bra \t$L__BB_1;\n\tbra.uni \t$L__BB_12;"));
+}
+
 #[test]
 fn missing_entry_is_named() {
     let message = emitted().module(&["gemm_c"]).unwrap_err().to_string();

@@ -1,7 +1,8 @@
 //! The weight's gradient as a product on a GPU.
 
-use kasmina_kernels::abi::Tier;
+use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
+use kasmina_kernels::gemm::hopper::direct::{self, DirectGemmKernel};
 use kasmina_kernels::gemm::hopper::unaligned::PlainRows;
 use kasmina_kernels::gemm::hopper::weight_gradient::{self, Plan, Summed, WeightGradientParams};
 use kasmina_kernels::gemm::hopper::{BLOCK_K, CONSUMER_M, SLAB_N};
@@ -15,6 +16,7 @@ use crate::config::KernelConfig;
 use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Obstacle, Result};
+use crate::gemm::direct::{blocks, forced_for_gradient};
 use crate::gemm::{Packed, check_tiles, extent, pack, plain_rows, tensor_map_key};
 use crate::gpu::{Gpu, Launch};
 use crate::tensor::Tensor;
@@ -23,6 +25,8 @@ use crate::tensor::Tensor;
 pub(super) enum WeightGradient {
     Portable(TileScheduler),
     Hopper(Plan),
+    /// f32.
+    Direct(&'static DirectGemmKernel),
 }
 
 impl WeightGradient {
@@ -38,6 +42,19 @@ impl WeightGradient {
         let columns = extent(OP, "the number of columns of the weight", dw.shape().columns())?;
         let sm_count = launch.stream.gpu().capability().sm_count;
         let (extents, tile) = ([rows, columns, batch], config.forced_hopper_tile());
+        if T::DTYPE == DType::F32 && tier == Tier::Hopper {
+            let forced = forced_for_gradient(config);
+            let selected = direct::select(
+                InputLayout::Transposed,
+                WeightLayout::InOut,
+                extents,
+                sm_count,
+                forced,
+            );
+            let selected = selected.ok_or_else(|| Obstacle::Operation.refuse(OP, tier))?;
+            launch.prepare(&selected.kernel)?;
+            return Ok(WeightGradient::Direct(selected));
+        }
         match weight_gradient::select(T::DTYPE, extents, sm_count, tile) {
             Some(plan) if tier == Tier::Hopper => {
                 check_tiles(OP, plan.row.tile.scheduler(rows, columns))?;
@@ -78,8 +95,23 @@ impl<T: Element> Product<'_, T> {
         let kernel = portable::kernel(T::DTYPE, InputLayout::Transposed, WeightLayout::InOut);
         let unsupported = || Obstacle::DType(T::DTYPE).refuse(OP, Tier::Portable);
         let kernel = kernel.ok_or_else(unsupported)?;
+        launch.run(kernel, tiles.num_tiles(), &self.plain_params(dw))
+    }
+
+    /// On tensor cores in f32, split on its way.
+    pub(super) fn enqueue_direct(
+        &self,
+        dw: &Tensor<T>,
+        selected: &'static DirectGemmKernel,
+        launch: &Launch<'_>,
+    ) -> Result<()> {
+        let blocks = blocks(selected, self.extents(), OP)?;
+        launch.run(&selected.kernel, blocks, &self.plain_params(dw))
+    }
+
+    fn plain_params(&self, dw: &Tensor<T>) -> PortableGemmParams {
         let [m, n] = self.extents();
-        let params = PortableGemmParams {
+        PortableGemmParams {
             x: self.first.as_device_ptr(),
             w: self.second.as_device_ptr(),
             bias: 0,
@@ -93,8 +125,7 @@ impl<T: Element> Product<'_, T> {
             activation: Activation::None as u32,
             accumulate: u32::from(self.accumulate),
             reserved: 0,
-        };
-        launch.run(kernel, tiles.num_tiles(), &params)
+        }
     }
 
     /// With `db`, the sums of an operand's columns too.

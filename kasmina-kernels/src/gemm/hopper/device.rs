@@ -15,7 +15,7 @@ mod share;
 mod warps;
 pub(crate) use element::{BF16, Element, F16};
 pub(crate) use exchange::Exchange;
-pub(crate) use f32_epilogue::{F32Epilogue, Output, TransposedEpilogue};
+pub(crate) use f32_epilogue::{F32Epilogue, Output, TransposedEpilogue, load_some, store_some};
 pub(crate) use multiply::multiply_tile;
 pub(crate) use operands::{Matrices, Operands, Stage};
 pub(crate) use producer::{Work, produce};

@@ -184,15 +184,25 @@ pub fn has_tile(tile: [u32; 2]) -> bool {
 pub fn pays(
     products: F32Products,
     layout: WeightLayout,
-    shape @ [m, n, k]: [u32; 3],
+    shape: [u32; 3],
     multiprocessors: u32,
 ) -> bool {
-    let Some(row) = select(products, layout, shape, multiprocessors, None) else { return false };
+    cost(products, layout, shape, multiprocessors) < portable::f32_cost(shape, multiprocessors)
+}
+
+/// Estimated cycles of all three kernels; the most there is where none serves these products.
+#[must_use]
+pub fn cost(
+    products: F32Products,
+    layout: WeightLayout,
+    shape @ [m, n, k]: [u32; 3],
+    multiprocessors: u32,
+) -> u64 {
+    let Some(row) = select(products, layout, shape, multiprocessors, None) else { return u64::MAX };
     // Each operand is read in f32 and written in parts, at 2400 bytes a cycle; the two launches
     // more take about 5 µs.
     let bytes = (m as u64 + n as u64) * k as u64 * (4 + 2 * row.tile.parts as u64);
-    let cost = row.tile.cost(products.count(), shape, multiprocessors) + bytes / 2400 + 9000;
-    cost < portable::f32_cost(shape, multiprocessors)
+    row.tile.cost(products.count(), shape, multiprocessors) + bytes / 2400 + 9000
 }
 
 /// Whether the parts of an operand of so many rows and columns can be numbered.
@@ -264,7 +274,8 @@ pub struct SplitParams {
 unsafe impl KernelParams for SplitParams {}
 const _: () = assert!(size_of::<SplitParams>() == 2 * 32 + 16);
 
-static SPLIT_MODULE: Module = module!(Hopper, "hopper", "split_f32", ["split_f32"]);
+/// The pass that splits f32 operands into parts.
+pub static SPLIT_MODULE: Module = module!(Hopper, "hopper", "split_f32", ["split_f32"]);
 
 /// Splits both operands.
 pub static SPLIT: Kernel<SplitParams> =
@@ -347,15 +358,6 @@ kernels! {
     gemm_f32_three_kn_64x128x32: Three three 2 parts, InOut MN, 64 x 128, 8 stages;
     gemm_f32_three_nk_128x128x32: Three three 2 parts, OutIn K, 128 x 128, 6 stages;
     gemm_f32_three_nk_64x128x32: Three three 2 parts, OutIn K, 64 x 128, 8 stages;
-}
-
-/// Every module of the split, in the order of [`MODULES`](crate::abi::MODULES).
-pub const NUM_MODULES: usize = 1 + KERNELS.len();
-
-/// Module `index` of [`NUM_MODULES`].
-#[must_use]
-pub const fn module(index: usize) -> &'static Module {
-    if index == 0 { &SPLIT_MODULE } else { KERNELS[index - 1].kernel.module }
 }
 
 #[cfg(test)]

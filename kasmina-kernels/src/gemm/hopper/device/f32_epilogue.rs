@@ -240,7 +240,7 @@ const fn staged_offset(row: u32, column: u32) -> u32 {
 /// # Safety
 /// `address` is that of `left` readable elements.
 #[inline(always)]
-unsafe fn load_some(address: u64, left: u32) -> [f32; 4] {
+pub(crate) unsafe fn load_some(address: u64, left: u32) -> [f32; 4] {
     let element = |i: u32| {
         // SAFETY: one of those that exist.
         let bits =
@@ -255,7 +255,7 @@ unsafe fn load_some(address: u64, left: u32) -> [f32; 4] {
 /// # Safety
 /// `address` is that of `left` writable elements, which no other thread accesses.
 #[inline(always)]
-unsafe fn store_some(address: u64, left: u32, [a, b, c, d]: [u32; 4]) {
+pub(crate) unsafe fn store_some(address: u64, left: u32, [a, b, c, d]: [u32; 4]) {
     let element = |i: u32, value: u32| {
         if i < left {
             // SAFETY: one of those that exist.
