@@ -84,31 +84,45 @@ fn stripped_release(workspace: &Path) -> Command {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+    use std::process::Output;
 
-    /// A folder with the script and benches that are shell scripts of these texts.
-    fn folder(benches: &[(&str, &str)]) -> tempfile::TempDir {
+    /// A folder with the script and programs that are shell scripts of these texts.
+    fn folder(programs: &[(&str, &str)]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         fs::copy(crate::workspace().join(RUN), folder.path().join("run")).unwrap();
-        fs::create_dir(folder.path().join("bench")).unwrap();
-        for (name, text) in benches {
-            let path = folder.path().join("bench").join(name);
+        for (name, text) in programs {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         }
         folder
     }
 
+    /// The script, with the programs of the folder `bin` before others.
+    fn run(folder: &tempfile::TempDir, arguments: &[&str]) -> Command {
+        let path = folder.path().join("bin").into_os_string().into_string().unwrap();
+        let mut run = Command::new("bash");
+        run.arg("run")
+            .args(arguments)
+            .current_dir(folder.path())
+            .env("PATH", path + ":" + &std::env::var("PATH").unwrap())
+            // So that no nvcc is looked for.
+            .env("KASMINA_CUB", "none");
+        run
+    }
+
+    /// Whether it succeeds, and what it prints as output and as errors.
+    fn outcome(run: &mut Command) -> (bool, String, String) {
+        let Output { status, stdout, stderr } = run.output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (status.success(), text(stdout), text(stderr))
+    }
+
     /// Whether `run perf` succeeds, and what it left in its file.
     fn perf(folder: &tempfile::TempDir) -> (bool, String) {
-        let status = Command::new("bash")
-            .args(["run", "perf", "results"])
-            .current_dir(folder.path())
-            // So that no nvcc is looked for.
-            .env("KASMINA_CUB", "none")
-            .status()
-            .unwrap();
-        let results = fs::read_to_string(folder.path().join("results")).unwrap_or_default();
-        (status.success(), results)
+        let (succeeded, ..) = outcome(&mut run(folder, &["perf", "results"]));
+        (succeeded, fs::read_to_string(folder.path().join("results")).unwrap_or_default())
     }
 
     const WRITES: &str = r#"[ "$1" = --help ] && echo "--json FILE" || echo "$0 $2" >> "$3""#;
@@ -116,9 +130,9 @@ mod tests {
     #[test]
     fn perf_runs_every_bench_and_collects_what_those_with_json_write() {
         let folder = folder(&[
-            ("gemm", WRITES),
-            ("launch", r#"[ "$1" = --help ] || [ $# = 1 ]"#),
-            ("reduce", WRITES),
+            ("bench/gemm", WRITES),
+            ("bench/launch", r#"[ "$1" = --help ] || [ $# = 1 ]"#),
+            ("bench/reduce", WRITES),
         ]);
         let (succeeded, results) = perf(&folder);
         assert!(succeeded);
@@ -129,8 +143,49 @@ mod tests {
 
     #[test]
     fn perf_fails_where_a_bench_does_after_the_others_have_run_or_where_none_measures() {
-        let (succeeded, results) = perf(&folder(&[("a", "exit 3"), ("b", WRITES)]));
+        let (succeeded, results) = perf(&folder(&[("bench/a", "exit 3"), ("bench/b", WRITES)]));
         assert!(!succeeded && results.contains("b --json"), "{results}");
-        assert!(!perf(&folder(&[("launch", "true")])).0);
+        assert!(!perf(&folder(&[("bench/launch", "true")])).0);
+    }
+
+    const PASSES: &str = r#"echo "test result: ok, $*""#;
+
+    #[test]
+    fn tests_get_the_arguments_and_one_that_fails_is_named_after_all_have_run() {
+        let folder = folder(&[
+            ("test/conv1d", "echo wrong; exit 101"),
+            ("test/gemm", PASSES),
+            ("test/persistent", PASSES),
+        ]);
+        let (succeeded, out, err) = outcome(&mut run(&folder, &["test", "ragged", "--exact"]));
+        assert!(!succeeded);
+        for name in ["gemm", "persistent"] {
+            assert!(out.contains(&format!("== {name}: test result: ok, ragged --exact")), "{out}");
+        }
+        assert!(err.contains("wrong\nexit status 101\nfailed: conv1d\n"), "{err}");
+    }
+
+    #[test]
+    fn tests_that_take_longer_than_their_limit_have_failed() {
+        let folder = folder(&[("test/gemm", "sleep 60")]);
+        let (succeeded, _, err) = outcome(run(&folder, &["test"]).env("KASMINA_TEST_LIMIT", "0.1"));
+        assert!(!succeeded && err.contains("exit status 124"), "{err}");
+    }
+
+    #[test]
+    fn sanitizers_get_every_test_with_short_lists() {
+        let folder = folder(&[
+            ("bin/compute-sanitizer", "echo ERROR SUMMARY: $KASMINA_TEST_REDUCED $*"),
+            ("test/gemm", "exit 1"),
+            ("test/persistent", "exit 1"),
+        ]);
+        let (succeeded, out, _) = outcome(&mut run(&folder, &["sanitize", "racecheck", "prime"]));
+        assert!(succeeded, "{out}");
+        for name in ["gemm", "persistent"] {
+            let line = out.lines().find(|line| line.starts_with(&format!("== {name}: "))).unwrap();
+            assert!(line.contains("1 --tool racecheck"), "{line}");
+            assert!(line.ends_with(&format!("/test/{name} prime")), "{line}");
+        }
+        assert!(!outcome(&mut run(&folder, &["sanitize"])).0);
     }
 }
