@@ -3,15 +3,15 @@
 //! `benches/results/README.md` says how it is measured.
 
 use std::cell::RefCell;
-use std::path::PathBuf;
-use std::process::ExitCode;
 
 use anyhow::{Context, bail};
+use clap::Parser;
 use convolutions::operands::{Convolution, Operands, Pass, Results, SHAPES};
 use convolutions::record::{self, Case, Record, Timing};
 use half::{bf16, f16};
 use kasmina::{DType, Device, Element, FilterLayout, KernelConfig, SequenceLayout, Tier};
 use measure::cuda::Clock;
+use measure::options::{self, Sampling, one_of};
 use measure::random::Normals;
 use measure::record::{Peer, Provenance, append};
 use measure::regime::{self, Contender, Regime};
@@ -25,40 +25,13 @@ mod peer {
     pub(crate) mod library;
 }
 
-const USAGE: &str = "usage: conv1d [option VALUE]...
-
-  --shapes BxIxOxLxK[xG],...
-                         batch, input and output channels, length, taps, groups; default seven
-                         layers of 32 to 1024 channels and three depthwise ones
-  --dtype bf16|f16|f32   element type; default bf16
-  --layout ncl|nlc       default both
-  --filter oik|koi       layout of the filter; default oik
-  --pass forward|dgrad|wgrad
-                         default all
-  --tier hopper|portable forces a tier; default the best
-  --tiling on|off        off is the kernel without any reuse; default on
-  --regime burst|steady|graph
-                         default burst
-  --samples N            samples in burst and graph; default 60
-  --json FILE            appends the results as JSON lines";
-
-fn main() -> anyhow::Result<ExitCode> {
-    let Some(options) = Options::parse(std::env::args().skip(1))? else {
-        println!("{USAGE}");
-        return Ok(ExitCode::SUCCESS);
-    };
-    // A stream of its own can be captured into a graph.
-    let device = match Device::cuda(0).and_then(|device| device.on_new_stream()) {
-        Ok(device) => device,
-        Err(error) => {
-            println!("nothing to measure: {error}");
-            return Ok(ExitCode::SUCCESS);
-        }
-    };
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let Some(device) = options::device() else { return Ok(()) };
     let bench = Bench::new(device)?;
     let mut normals = Normals::new();
     let mut records = Vec::new();
-    for &shape in &options.shapes {
+    for shape in options.shapes() {
         for &layout in &options.layouts {
             let some = match options.dtype {
                 DType::F32 => bench.run::<f32>(shape, layout, &options, &mut normals),
@@ -70,90 +43,69 @@ fn main() -> anyhow::Result<ExitCode> {
         }
     }
     println!("\n{}", record::table(&records));
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
+/// One-dimensional convolution beside cuDNN.
+#[derive(Parser)]
 struct Options {
+    /// Batch, input and output channels, length, taps, groups; default seven layers of 32 to 1024
+    /// channels and three depthwise ones
+    #[arg(
+        long,
+        value_name = "BxIxOxLxK[xG]",
+        value_delimiter = ',',
+        value_parser = Convolution::parse
+    )]
     shapes: Vec<Convolution>,
+    #[arg(long, default_value = "bf16", value_parser = one_of(DType::ALL, DType::name))]
     dtype: DType,
+    #[arg(
+        long = "layout",
+        default_values = ["ncl", "nlc"],
+        value_parser = one_of(SequenceLayout::ALL, SequenceLayout::name)
+    )]
     layouts: Vec<SequenceLayout>,
+    /// Layout of the filter
+    #[arg(
+        long = "filter",
+        default_value = "oik",
+        value_parser = one_of(FilterLayout::ALL, FilterLayout::name)
+    )]
     filter_layout: FilterLayout,
+    #[arg(
+        long = "pass",
+        default_values = ["forward", "dgrad", "wgrad"],
+        value_parser = one_of(Pass::ALL, Pass::name)
+    )]
     passes: Vec<Pass>,
-    config: KernelConfig,
+    /// Forces a tier; default the best
+    #[arg(long, value_parser = one_of(Tier::ALL, Tier::name))]
+    tier: Option<Tier>,
+    /// Takes the kernel without any reuse
+    #[arg(long)]
+    untiled: bool,
+    #[arg(long, default_value = "burst", value_parser = one_of(Regime::ALL, Regime::name))]
     regime: Regime,
-    samples: usize,
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    sampling: Sampling,
 }
 
 impl Options {
-    /// `None` if help is asked for.
-    fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Option<Self>> {
-        let mut options = Self {
-            shapes: SHAPES.map(Convolution::of).to_vec(),
-            dtype: DType::BF16,
-            layouts: SequenceLayout::ALL.to_vec(),
-            filter_layout: FilterLayout::OutInTap,
-            passes: Pass::ALL.to_vec(),
-            config: KernelConfig::default(),
-            regime: Regime::Burst,
-            samples: 60,
-            json: None,
-        };
-        while let Some(option) = arguments.next() {
-            match option.as_str() {
-                "--help" | "-h" => return Ok(None),
-                // cargo bench passes it.
-                "--bench" => continue,
-                _ => {}
-            }
-            let value = arguments.next().with_context(|| format!("{option} needs a value"))?;
-            let unknown = || format!("{option} {value} is not known\n{USAGE}");
-            match option.as_str() {
-                "--shapes" => {
-                    options.shapes =
-                        value.split(',').map(Convolution::parse).collect::<Result<_, _>>()?;
-                }
-                "--dtype" => {
-                    let named = DType::ALL.into_iter().find(|dtype| dtype.name() == value);
-                    options.dtype = named.with_context(unknown)?;
-                }
-                "--layout" => {
-                    options.layouts.retain(|layout| layout.name() == value);
-                    options.layouts.first().with_context(unknown)?;
-                }
-                "--filter" => {
-                    let named = FilterLayout::ALL.into_iter().find(|layout| layout.name() == value);
-                    options.filter_layout = named.with_context(unknown)?;
-                }
-                "--pass" => {
-                    options.passes.retain(|pass| pass.name() == value);
-                    options.passes.first().with_context(unknown)?;
-                }
-                "--tier" => {
-                    let tier = Tier::from_name(&value).with_context(unknown)?;
-                    options.config = options.config.tier(tier);
-                }
-                "--tiling" => {
-                    let enable = match value.as_str() {
-                        "on" => true,
-                        "off" => false,
-                        _ => bail!("{}", unknown()),
-                    };
-                    options.config = options.config.enable_tiling(enable);
-                }
-                "--regime" => {
-                    let named = Regime::ALL.into_iter().find(|regime| regime.name() == value);
-                    options.regime = named.with_context(unknown)?;
-                }
-                "--samples" => {
-                    options.samples =
-                        value.parse().ok().filter(|&n| n > 0).with_context(unknown)?;
-                }
-                "--json" => options.json = Some(value.into()),
-                _ => bail!("{}", unknown()),
-            }
+    fn shapes(&self) -> Vec<Convolution> {
+        if self.shapes.is_empty() {
+            SHAPES.map(Convolution::of).to_vec()
+        } else {
+            self.shapes.clone()
         }
-        Ok(Some(options))
+    }
+
+    fn config(&self) -> KernelConfig {
+        let config = KernelConfig::default().enable_tiling(!self.untiled);
+        match self.tier {
+            Some(tier) => config.tier(tier),
+            None => config,
+        }
     }
 }
 
@@ -185,13 +137,13 @@ impl Bench {
         options: &Options,
         normals: &mut Normals,
     ) -> anyhow::Result<Vec<Record>> {
-        let filter_layout = options.filter_layout;
+        let (filter_layout, config) = (options.filter_layout, options.config());
         let layouts = (layout, filter_layout);
         let operands = Operands::<T>::new(&self.device, convolution, layouts, normals)?;
         let mut records = Vec::new();
         for &pass in &options.passes {
             let mut results = operands.results(&self.device, pass)?;
-            let tier = operands.enqueue(pass, &mut results, &options.config)?;
+            let tier = operands.enqueue(pass, &mut results, &config)?;
             let ours = results.sample(pass)?;
 
             let peer_results = operands.results(&self.device, pass)?;
@@ -215,9 +167,8 @@ impl Bench {
                 if comparable { Some(distance(&ours, &peer_results.sample(pass)?)) } else { None };
 
             let results = RefCell::new(results);
-            let enqueue_ours = |_: usize| {
-                operands.enqueue(pass, &mut results.borrow_mut(), &options.config).map(drop)
-            };
+            let enqueue_ours =
+                |_: usize| operands.enqueue(pass, &mut results.borrow_mut(), &config).map(drop);
             let enqueue_peer = |_: usize| match &prepared {
                 Some((_, prepared)) => prepared.enqueue(),
                 None => Ok(()),
@@ -229,8 +180,9 @@ impl Bench {
             // Untimed, so that neither side's first samples hold what a first call sets up.
             contenders.iter().try_for_each(|contender| contender(0))?;
             let regime = options.regime;
-            let summaries = regime::measure(&self.clock, regime, options.samples, &contenders)?;
-            let tiled = options.config.tiling_enabled();
+            let summaries =
+                regime::measure(&self.clock, regime, options.sampling.samples_or(60), &contenders)?;
+            let tiled = !options.untiled;
             let dtype = T::DTYPE;
             let case =
                 Case { convolution, pass, dtype, layout, filter_layout, tier, tiled, regime };
@@ -240,7 +192,7 @@ impl Bench {
             });
             let timing = Timing::new(&case, &summaries[0]);
             let record = Record::new(&self.provenance, &case, timing, peer, difference);
-            if let Some(file) = &options.json {
+            if let Some(file) = &options.sampling.json {
                 append(&record, file)?;
             }
             println!("{record:?}");

@@ -2,16 +2,15 @@
 //!
 //! `benches/results/README.md` says how it is measured.
 
-use std::path::PathBuf;
-use std::process::ExitCode;
-
 use anyhow::{Context, bail};
+use clap::{Args, Parser};
 use half::{bf16, f16};
 use kasmina::{
     Activation, DType, Device, Element, F32Products, KernelConfig, Tensor, Tier, WeightLayout,
     Without,
 };
 use measure::cuda::Clock;
+use measure::options::{self, Sampling, one_of};
 use measure::random::Normals;
 use measure::record::{Peer, Provenance, append};
 use measure::regime::{self, Contender, Regime};
@@ -28,52 +27,17 @@ mod peer {
 }
 mod products;
 
-const USAGE: &str = "usage: gemm [option VALUE]...
-
-  --shapes MxNxK,...     shapes to measure instead of the default table
-  --operation forward|dx|dw
-                         default forward; dw is dW and db
-  --dtype bf16|f16|f32   element type; default bf16
-  --layout in-out|out-in how W lies; default both
-  --activation none|relu|gelu|gelutanh|silu
-                         default relu
-  --tier hopper|portable forces a tier; default the best
-  --tile MxN             forces the output tile of hopper
-  --split-k N            forces how many blocks of hopper share a tile
-  --multicast N          forces into how many blocks of hopper W is loaded
-  --ping-pong yes|no     forces whether consumers of hopper have a tile each
-  --direct yes|no        forces whether f32 is split into parts on its way or before
-  --without tma|specialisation|persistence
-                         takes a hopper kernel without that part
-  --products six|three|tf32
-                         products that make up those of f32 on hopper; default six
-  --peer-tf32 yes|no     lets cuBLASLt round f32 to TF32; default no
-  --regime burst|steady|graph|all
-                         all, the default, is graph for calls under 20 us, else burst and steady
-  --samples N            samples in burst and graph; default 60
-  --json FILE            appends the results as JSON lines";
-
 /// Calls shorter than this, in microseconds, are timed in a graph.
 const GRAPH_BELOW: f64 = 20.0;
 
-fn main() -> anyhow::Result<ExitCode> {
-    let Some(options) = Options::parse(std::env::args().skip(1))? else {
-        println!("{USAGE}");
-        return Ok(ExitCode::SUCCESS);
-    };
-    // A stream of its own can be captured into a graph.
-    let device = match Device::cuda(0).and_then(|device| device.on_new_stream()) {
-        Ok(device) => device,
-        Err(error) => {
-            println!("nothing to measure: {error}");
-            return Ok(ExitCode::SUCCESS);
-        }
-    };
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let Some(device) = options::device() else { return Ok(()) };
     let bench = Bench::new(device, options.peer_tf32)?;
     let mut normals = Normals::new();
     let mut records = Vec::new();
     for case in options.cases() {
-        if let Some(operation) = options.gradient {
+        if let Operation::Gradient(operation) = options.operation {
             let problem = case.problem;
             let (bench, settings) = (bench.gradients(), options.settings(case.tier));
             match problem.dtype {
@@ -94,27 +58,89 @@ fn main() -> anyhow::Result<ExitCode> {
     if !records.is_empty() {
         println!("\n{}", record::table(&records));
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
+/// The linear layer beside cuBLASLt.
+#[derive(Parser)]
 struct Options {
-    /// `None` is the forward pass.
-    gradient: Option<gradients::Operation>,
+    /// Shapes to measure instead of the default table
+    #[arg(long, value_name = "MxNxK", value_delimiter = ',', value_parser = options::extents::<3>)]
     shapes: Vec<[usize; 3]>,
+    /// What to compute; dw is dW and db
+    #[arg(long, default_value = "forward", value_parser = one_of(Operation::ALL, Operation::name))]
+    operation: Operation,
+    #[arg(long, default_value = "bf16", value_parser = one_of(DType::ALL, DType::name))]
     dtype: DType,
+    /// How W lies
+    #[arg(
+        long = "layout",
+        default_values = ["in-out", "out-in"],
+        value_parser = one_of(WeightLayout::ALL, record::layout_name)
+    )]
     layouts: Vec<WeightLayout>,
+    #[arg(long, default_value = "relu", value_parser = one_of(Activation::ALL, Activation::name))]
     activation: Activation,
+    /// Forces a tier; default the best
+    #[arg(long, value_parser = one_of(Tier::ALL, Tier::name))]
     tier: Option<Tier>,
-    /// What of the kernel is forced.
-    kernel: KernelConfig,
-    /// The options that force it, for the records.
-    variant: Vec<String>,
+    #[command(flatten)]
+    forced: Forced,
+    /// Products that make up one of f32 on hopper
+    #[arg(long, default_value = "six", value_parser = one_of(PRODUCTS, products_name))]
     products: F32Products,
+    /// Lets cuBLASLt round f32 to TF32
+    #[arg(long)]
     peer_tf32: bool,
-    /// `None` is all that suit the problem.
+    /// Default graph for calls under 20 us, else burst and steady
+    #[arg(long, value_parser = one_of(Regime::ALL, Regime::name))]
     regime: Option<Regime>,
-    samples: usize,
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    sampling: Sampling,
+}
+
+/// What of hopper's kernels is forced.
+#[derive(Args)]
+struct Forced {
+    /// Forces the output tile of hopper
+    #[arg(long, value_name = "MxN", value_parser = options::extents::<2>)]
+    tile: Option<[usize; 2]>,
+    /// Forces how many blocks of hopper share a tile
+    #[arg(long, value_name = "N")]
+    split_k: Option<u32>,
+    /// Forces into how many blocks of hopper W is loaded
+    #[arg(long, value_name = "N")]
+    multicast: Option<u32>,
+    /// Forces whether consumers of hopper have a tile each
+    #[arg(long, value_parser = options::yes_or_no())]
+    ping_pong: Option<bool>,
+    /// Forces whether f32 is split into parts on its way or before
+    #[arg(long, value_parser = options::yes_or_no())]
+    direct: Option<bool>,
+    /// Takes a hopper kernel without that part
+    #[arg(long, value_parser = one_of(WITHOUT, without_name))]
+    without: Option<Without>,
+}
+
+#[derive(Clone, Copy)]
+enum Operation {
+    Forward,
+    Gradient(gradients::Operation),
+}
+
+impl Operation {
+    const ALL: [Self; 3] = [
+        Self::Forward,
+        Self::Gradient(gradients::Operation::Input),
+        Self::Gradient(gradients::Operation::Weight),
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Gradient(gradient) => gradient.name(),
+        }
+    }
 }
 
 /// A problem and the tier forced on it.
@@ -123,131 +149,59 @@ struct Case {
     tier: Option<Tier>,
 }
 
-impl Options {
-    /// `None` if help is asked for.
-    fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Option<Self>> {
-        let mut options = Self {
-            gradient: None,
-            shapes: Vec::new(),
-            dtype: DType::BF16,
-            layouts: WeightLayout::ALL.to_vec(),
-            activation: Activation::Relu,
-            tier: None,
-            kernel: KernelConfig::default(),
-            variant: Vec::new(),
-            products: F32Products::Six,
-            peer_tf32: false,
-            regime: None,
-            samples: 60,
-            json: None,
-        };
-        while let Some(option) = arguments.next() {
-            match option.as_str() {
-                "--help" | "-h" => return Ok(None),
-                // cargo bench passes it.
-                "--bench" => continue,
-                _ => {}
-            }
-            let value = arguments.next().with_context(|| format!("{option} needs a value"))?;
-            let unknown = || format!("{option} {value} is not known\n{USAGE}");
-            match option.as_str() {
-                "--shapes" => {
-                    options.shapes = value.split(',').map(parse_shape).collect::<Result<_, _>>()?;
-                }
-                "--operation" if value == "forward" => options.gradient = None,
-                "--operation" => {
-                    let named = gradients::Operation::ALL
-                        .into_iter()
-                        .find(|operation| operation.name() == value);
-                    options.gradient = Some(named.with_context(unknown)?);
-                }
-                "--dtype" => {
-                    let named = DType::ALL.into_iter().find(|dtype| dtype.name() == value);
-                    options.dtype = named.with_context(unknown)?;
-                }
-                "--layout" => {
-                    options.layouts.retain(|&layout| record::layout_name(layout) == value);
-                    options.layouts.first().with_context(unknown)?;
-                }
-                "--activation" => {
-                    let named = Activation::ALL
-                        .into_iter()
-                        .find(|activation| format!("{activation:?}").to_lowercase() == value);
-                    options.activation = named.with_context(unknown)?;
-                }
-                "--tier" => options.tier = Some(Tier::from_name(&value).with_context(unknown)?),
-                "--products" => {
-                    let named = [F32Products::Six, F32Products::Three, F32Products::Tf32]
-                        .into_iter()
-                        .find(|&products| products_name(products) == value);
-                    options.products = named.with_context(unknown)?;
-                }
-                "--peer-tf32" => {
-                    options.peer_tf32 = yes_or_no(&value).with_context(unknown)?;
-                }
-                "--regime" if value == "all" => options.regime = None,
-                "--regime" => {
-                    let named = Regime::ALL.into_iter().find(|regime| regime.name() == value);
-                    options.regime = Some(named.with_context(unknown)?);
-                }
-                "--samples" => {
-                    options.samples =
-                        value.parse().ok().filter(|&n| n > 0).with_context(unknown)?;
-                }
-                "--tile" => {
-                    let tile = parse_tile(&value).with_context(unknown)?;
-                    options.force(&option, &value, |kernel| kernel.hopper_tile(tile));
-                }
-                "--split-k" => {
-                    let blocks = value.parse().with_context(unknown)?;
-                    options.force(&option, &value, |kernel| kernel.hopper_split_k(blocks));
-                }
-                "--multicast" => {
-                    let blocks = value.parse().with_context(unknown)?;
-                    options.force(&option, &value, |kernel| kernel.hopper_multicast(blocks));
-                }
-                "--ping-pong" => {
-                    let turns = yes_or_no(&value).with_context(unknown)?;
-                    options.force(&option, &value, |kernel| kernel.hopper_ping_pong(turns));
-                }
-                "--direct" => {
-                    let direct = yes_or_no(&value).with_context(unknown)?;
-                    options.force(&option, &value, |kernel| kernel.hopper_direct(direct));
-                }
-                "--without" => {
-                    let part = match value.as_str() {
-                        "tma" => Without::TmaLoads,
-                        "specialisation" => Without::WarpSpecialization,
-                        "persistence" => Without::PersistentBlocks,
-                        _ => bail!("{}", unknown()),
-                    };
-                    options.force(&option, &value, |kernel| kernel.hopper_without(part));
-                }
-                "--json" => options.json = Some(value.into()),
-                _ => bail!("{}", unknown()),
-            }
+impl Forced {
+    fn config(&self) -> anyhow::Result<KernelConfig> {
+        let mut config = KernelConfig::default();
+        if let Some([rows, columns]) = self.tile {
+            config = config.hopper_tile([rows.try_into()?, columns.try_into()?]);
         }
-        Ok(Some(options))
+        config = force(config, self.split_k, KernelConfig::hopper_split_k);
+        config = force(config, self.multicast, KernelConfig::hopper_multicast);
+        config = force(config, self.ping_pong, KernelConfig::hopper_ping_pong);
+        config = force(config, self.direct, KernelConfig::hopper_direct);
+        Ok(force(config, self.without, KernelConfig::hopper_without))
     }
 
-    fn force(
-        &mut self,
-        option: &str,
-        value: &str,
-        kernel: impl FnOnce(KernelConfig) -> KernelConfig,
-    ) {
-        self.kernel = kernel(std::mem::take(&mut self.kernel));
-        self.variant.push(format!("{} {value}", option.trim_start_matches('-')));
+    /// The options that force something, for the records; `None` where none does.
+    fn variant(&self) -> Option<String> {
+        let yes_or_no = |yes| if yes { "yes" } else { "no" };
+        let options = [
+            self.tile.map(|[rows, columns]| format!("tile {rows}x{columns}")),
+            self.split_k.map(|blocks| format!("split-k {blocks}")),
+            self.multicast.map(|blocks| format!("multicast {blocks}")),
+            self.ping_pong.map(|turns| format!("ping-pong {}", yes_or_no(turns))),
+            self.direct.map(|direct| format!("direct {}", yes_or_no(direct))),
+            self.without.map(|part| format!("without {}", without_name(part))),
+        ];
+        let given: Vec<String> = options.into_iter().flatten().collect();
+        (!given.is_empty()).then(|| given.join(", "))
     }
+}
 
+fn force<T>(
+    config: KernelConfig,
+    value: Option<T>,
+    setter: impl FnOnce(KernelConfig, T) -> KernelConfig,
+) -> KernelConfig {
+    match value {
+        Some(value) => setter(config, value),
+        None => config,
+    }
+}
+
+impl Options {
     fn settings(&self, tier: Option<Tier>) -> gradients::Settings<'_> {
         gradients::Settings {
             tier,
             regime: self.regime,
-            samples: self.samples,
+            samples: self.samples(),
             graph_below: GRAPH_BELOW,
-            json: self.json.as_deref(),
+            json: self.sampling.json.as_deref(),
         }
+    }
+
+    fn samples(&self) -> usize {
+        self.sampling.samples_or(60)
     }
 
     /// The shapes asked for, or the default table.
@@ -275,6 +229,8 @@ impl Options {
     }
 }
 
+const PRODUCTS: [F32Products; 3] = [F32Products::Six, F32Products::Three, F32Products::Tf32];
+
 const fn products_name(products: F32Products) -> &'static str {
     match products {
         F32Products::Six => "six",
@@ -283,24 +239,14 @@ const fn products_name(products: F32Products) -> &'static str {
     }
 }
 
-fn yes_or_no(value: &str) -> Option<bool> {
-    match value {
-        "yes" => Some(true),
-        "no" => Some(false),
-        _ => None,
-    }
-}
+const WITHOUT: [Without; 3] =
+    [Without::TmaLoads, Without::WarpSpecialization, Without::PersistentBlocks];
 
-fn parse_tile(text: &str) -> Option<[u32; 2]> {
-    let (rows, columns) = text.split_once('x')?;
-    Some([rows.parse().ok()?, columns.parse().ok()?])
-}
-
-fn parse_shape(text: &str) -> anyhow::Result<[usize; 3]> {
-    let extents: Vec<usize> = text.split('x').filter_map(|extent| extent.parse().ok()).collect();
-    match extents[..] {
-        [m, n, k] if m > 0 && n > 0 && k > 0 => Ok([m, n, k]),
-        _ => bail!("{text} is not a shape like 4096x4096x4096"),
+const fn without_name(part: Without) -> &'static str {
+    match part {
+        Without::TmaLoads => "tma",
+        Without::WarpSpecialization => "specialisation",
+        Without::PersistentBlocks => "persistence",
     }
 }
 
@@ -344,7 +290,7 @@ impl Bench {
         normals: &mut Normals,
     ) -> anyhow::Result<Vec<Record>> {
         let problem = &case.problem;
-        let config = options.kernel.clone().f32_products(options.products);
+        let config = options.forced.config()?.f32_products(options.products);
         let config = case.tier.map_or_else(|| config.clone(), |tier| config.clone().tier(tier));
         let l2_bytes = self.device.capability().map_or(0, |capability| capability.l2_bytes);
         let operands = Operands::<T>::new(&self.device, *problem, l2_bytes, normals)?;
@@ -387,7 +333,7 @@ impl Bench {
         };
         let mut records = Vec::new();
         for regime in regimes {
-            let summaries = regime::measure(&self.clock, regime, options.samples, &contenders)?;
+            let summaries = regime::measure(&self.clock, regime, options.samples(), &contenders)?;
             let timing = Timing::new(problem, regime, &summaries[0], error);
             let peer = product.as_ref().map(|(name, _)| Peer {
                 name: name.clone(),
@@ -397,8 +343,8 @@ impl Bench {
             if (problem.dtype, tier) == (DType::F32, Tier::Hopper) {
                 record.products = Some(products_name(options.products));
             }
-            record.variant = (!options.variant.is_empty()).then(|| options.variant.join(", "));
-            if let Some(file) = &options.json {
+            record.variant = options.forced.variant();
+            if let Some(file) = &options.sampling.json {
                 append(&record, file)?;
             }
             println!("{record:?}");

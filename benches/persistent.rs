@@ -3,17 +3,17 @@
 //!
 //! `benches/results/README.md` says how it is measured.
 
-use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::ensure;
+use clap::Parser;
 use half::bf16;
 use kasmina::{
     Activation, DType, Device, KasminaLayer, LinearConfig, StreamConfig, StreamPath, StreamSession,
     Tensor,
 };
 use measure::cuda::Clock;
+use measure::options::{self, Sampling};
 use measure::random::Normals;
 use measure::record::{Provenance, append};
 use serde::Serialize;
@@ -24,32 +24,14 @@ use streaming::latency::{Latency, measure};
 mod measure;
 mod streaming;
 
-const USAGE: &str = "usage: persistent [option VALUE]...
-
-  --samples N      answers of each contender; default 20000
-  --blocks N       blocks of the resident grid; default the session's
-  --part-rows N    rows of the parts that batches are cut into; default as few as occupy the grid
-  --only NAME      only cases whose name contains this
-  --json FILE      appends the results as JSON lines";
-
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Batches in flight when throughput is measured, and batches per sample.
 const DEPTH: usize = 64;
 const BATCHES: usize = 20_000;
 
-fn main() -> anyhow::Result<ExitCode> {
-    let Some(options) = Options::parse(std::env::args().skip(1))? else {
-        println!("{USAGE}");
-        return Ok(ExitCode::SUCCESS);
-    };
-    // A stream of its own can be captured into a graph.
-    let device = match Device::cuda(0).and_then(|device| device.on_new_stream()) {
-        Ok(device) => device,
-        Err(error) => {
-            println!("nothing to measure: {error}");
-            return Ok(ExitCode::SUCCESS);
-        }
-    };
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let Some(device) = options::device() else { return Ok(()) };
     println!("{}, {} tier", device.name(), device.tier());
     println!("\n| case | contender | p50 µs | p99 | p99.9 | mean |\n|---|---|---|---|---|---|");
     let bench = Bench { provenance: Provenance::new(&device), device, options };
@@ -61,42 +43,28 @@ fn main() -> anyhow::Result<ExitCode> {
     bench.throughput(32)?;
     bench.throughput(1)?;
     bench.beside()?;
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
+/// Resident sessions beside a launch per batch.
+#[derive(Parser)]
 struct Options {
-    samples: usize,
+    /// Blocks of the resident grid; default the session's
+    #[arg(long, value_name = "N")]
     blocks: Option<u32>,
+    /// Rows of the parts that batches are cut into; default as few as occupy the grid
+    #[arg(long, value_name = "N")]
     part_rows: Option<u32>,
+    /// Only cases whose name contains this
+    #[arg(long, value_name = "NAME")]
     only: Option<String>,
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    sampling: Sampling,
 }
 
 impl Options {
-    /// `None` if help is asked for.
-    fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Option<Self>> {
-        let mut options =
-            Self { samples: 20_000, blocks: None, part_rows: None, only: None, json: None };
-        while let Some(option) = arguments.next() {
-            match option.as_str() {
-                "--help" | "-h" => return Ok(None),
-                // cargo bench passes it.
-                "--bench" => continue,
-                _ => {}
-            }
-            let value = arguments.next().with_context(|| format!("{option} needs a value"))?;
-            let number =
-                || value.parse::<u32>().with_context(|| format!("{option} {value}\n{USAGE}"));
-            match option.as_str() {
-                "--samples" => options.samples = number()?.max(1) as usize,
-                "--blocks" => options.blocks = Some(number()?),
-                "--part-rows" => options.part_rows = Some(number()?),
-                "--only" => options.only = Some(value),
-                "--json" => options.json = Some(value.into()),
-                _ => bail!("{option} is not known\n{USAGE}"),
-            }
-        }
-        Ok(Some(options))
+    fn samples(&self) -> usize {
+        self.sampling.samples_or(20_000)
     }
 
     fn config(&self) -> StreamConfig {
@@ -136,7 +104,7 @@ impl Bench {
             println!(
                 "| {case} | {contender} | {p50_us:.2} | {p99_us:.2} | {p999_us:.2} | {mean_us:.2} |"
             );
-            if let Some(file) = &self.options.json {
+            if let Some(file) = &self.options.sampling.json {
                 let Options { blocks, part_rows, .. } = self.options;
                 let provenance = &self.provenance;
                 append(&Record { provenance, case, contender, blocks, part_rows, latency }, file)?;
@@ -176,7 +144,7 @@ impl Bench {
         let session = self.session(&layers, self.options.config())?;
         echo.start()?;
         let latencies = measure(
-            self.options.samples,
+            self.options.samples(),
             &mut [
                 ("ping-pong of one thread", &mut || echo.ping()),
                 ("resident", &mut || Ok(session.ping(TIMEOUT).map(drop)?)),
@@ -224,7 +192,7 @@ impl Bench {
             .map(|layer| Tensor::<bf16>::zeros(&self.device, [batch, layer.out_features()]))
             .collect::<Result<Vec<_>, _>>()?;
         let latencies = measure(
-            self.options.samples,
+            self.options.samples(),
             &mut [
                 (names[0], &mut || {
                     let mut ticket = session.submit(&input)?;

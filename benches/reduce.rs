@@ -2,16 +2,15 @@
 //!
 //! `benches/results/README.md` says how it is measured.
 
-use std::path::PathBuf;
-use std::process::ExitCode;
-
 use anyhow::{Context, bail};
+use clap::Parser;
 use half::{bf16, f16};
 use kasmina::{
     DType, Device, Element, KernelConfig, ReducerConfig, Reduction, Segments, TelemetryReducer,
     Tensor, Tier,
 };
 use measure::cuda::Clock;
+use measure::options::{self, Sampling, one_of};
 use measure::random::Normals;
 use measure::record::{Peer, Provenance, append};
 use measure::regime::{self, Contender, Regime};
@@ -27,18 +26,6 @@ mod peer {
 }
 mod reductions;
 
-const USAGE: &str = "usage: reduce [option VALUE]...
-
-  --lengths N,...        numbers of elements, 1000 or 2^20; default 2^10, 2^12, ... 2^30
-  --dtype bf16|f16|f32   element type; default f32 and bf16
-  --operation sum|summary|chunks|columns|naive
-                         default all
-  --tier hopper|portable forces a tier; default the best
-  --regime burst|steady|graph|all
-                         all, the default, is graph up to 2^24 elements and burst from there on
-  --samples N            samples in burst and graph; default 60
-  --json FILE            appends the results as JSON lines";
-
 /// From this length on calls are long enough to be timed singly, up to it short enough for a graph.
 const BOTH_REGIMES: usize = 1 << 24;
 /// How the matrix is cut up where each part has statistics of its own.
@@ -46,24 +33,14 @@ const CHUNKS: Segments = Segments::Chunks(16);
 /// Smaller elements count as dead, which a few of normal numbers are.
 const EPSILON: f32 = 1e-3;
 
-fn main() -> anyhow::Result<ExitCode> {
-    let Some(options) = Options::parse(std::env::args().skip(1))? else {
-        println!("{USAGE}");
-        return Ok(ExitCode::SUCCESS);
-    };
-    // A stream of its own can be captured into a graph.
-    let device = match Device::cuda(0).and_then(|device| device.on_new_stream()) {
-        Ok(device) => device,
-        Err(error) => {
-            println!("nothing to measure: {error}");
-            return Ok(ExitCode::SUCCESS);
-        }
-    };
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let Some(device) = options::device() else { return Ok(()) };
     let bench = Bench::new(device)?;
     let mut normals = Normals::new();
     let mut records = Vec::new();
     for &dtype in &options.dtypes {
-        for &len in &options.lengths {
+        for len in options.lengths() {
             records.extend(match dtype {
                 DType::F32 => bench.run::<f32>(len, &options, &mut normals)?,
                 DType::F16 => bench.run::<f16>(len, &options, &mut normals)?,
@@ -73,69 +50,42 @@ fn main() -> anyhow::Result<ExitCode> {
         }
     }
     println!("\n{}", record::table(&records));
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
+/// Reductions beside CUB's sum.
+#[derive(Parser)]
 struct Options {
+    /// Numbers of elements, 1000 or 2^20; default 2^10, 2^12, ... 2^30
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = parse_length)]
     lengths: Vec<usize>,
+    #[arg(
+        long = "dtype",
+        default_values = ["f32", "bf16"],
+        value_parser = one_of(DType::ALL, DType::name)
+    )]
     dtypes: Vec<DType>,
+    /// Default all
+    #[arg(long = "operation", value_parser = one_of(Operation::ALL, Operation::name))]
     operations: Vec<Operation>,
+    /// Forces a tier; default the best
+    #[arg(long, value_parser = one_of(Tier::ALL, Tier::name))]
     tier: Option<Tier>,
-    /// `None` is all that suit the length.
+    /// Default graph up to 2^24 elements and burst from there on
+    #[arg(long, value_parser = one_of(Regime::ALL, Regime::name))]
     regime: Option<Regime>,
-    samples: usize,
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    sampling: Sampling,
 }
 
 impl Options {
-    /// `None` if help is asked for.
-    fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Option<Self>> {
-        let mut options = Self {
-            lengths: (10..=30).step_by(2).map(|log2| 1 << log2).collect(),
-            dtypes: vec![DType::F32, DType::BF16],
-            operations: Operation::ALL.to_vec(),
-            tier: None,
-            regime: None,
-            samples: 60,
-            json: None,
-        };
-        while let Some(option) = arguments.next() {
-            match option.as_str() {
-                "--help" | "-h" => return Ok(None),
-                // cargo bench passes it.
-                "--bench" => continue,
-                _ => {}
-            }
-            let value = arguments.next().with_context(|| format!("{option} needs a value"))?;
-            let unknown = || format!("{option} {value} is not known\n{USAGE}");
-            match option.as_str() {
-                "--lengths" => {
-                    options.lengths =
-                        value.split(',').map(parse_length).collect::<Result<_, _>>()?;
-                }
-                "--dtype" => {
-                    let named = DType::ALL.into_iter().find(|dtype| dtype.name() == value);
-                    options.dtypes = vec![named.with_context(unknown)?];
-                }
-                "--operation" => {
-                    options.operations.retain(|operation| operation.name() == value);
-                    options.operations.first().with_context(unknown)?;
-                }
-                "--tier" => options.tier = Some(Tier::from_name(&value).with_context(unknown)?),
-                "--regime" if value == "all" => options.regime = None,
-                "--regime" => {
-                    let named = Regime::ALL.into_iter().find(|regime| regime.name() == value);
-                    options.regime = Some(named.with_context(unknown)?);
-                }
-                "--samples" => {
-                    options.samples =
-                        value.parse().ok().filter(|&n| n > 0).with_context(unknown)?;
-                }
-                "--json" => options.json = Some(value.into()),
-                _ => bail!("{}", unknown()),
-            }
-        }
-        Ok(Some(options))
+    fn lengths(&self) -> Vec<usize> {
+        let default = || (10..=30).step_by(2).map(|log2| 1 << log2).collect();
+        if self.lengths.is_empty() { default() } else { self.lengths.clone() }
+    }
+
+    fn operations(&self) -> &[Operation] {
+        if self.operations.is_empty() { &Operation::ALL } else { &self.operations }
     }
 
     fn regimes(&self, len: usize) -> Vec<Regime> {
@@ -231,7 +181,7 @@ impl Bench {
 
         let mut ours = Vec::new();
         let mut errors = Vec::new();
-        let operations = options.operations.iter().filter(|&&operation| {
+        let operations = options.operations().iter().filter(|&&operation| {
             // One row is nothing to cut into columns.
             operation != Operation::Columns || (len > COLUMNS && len.is_multiple_of(COLUMNS))
         });
@@ -267,7 +217,8 @@ impl Bench {
 
         let mut records = Vec::new();
         for regime in options.regimes(len) {
-            let summaries = regime::measure(&self.clock, regime, options.samples, &contenders)?;
+            let summaries =
+                regime::measure(&self.clock, regime, options.sampling.samples_or(60), &contenders)?;
             for (index, one) in ours.iter().enumerate() {
                 let (operation, tier) = (one.operation, one.reducer.tier());
                 let case = Case { operation, len, dtype: T::DTYPE, tier, regime };
@@ -276,7 +227,7 @@ impl Bench {
                     .as_ref()
                     .map(|(name, _)| Peer { name: name.to_string(), timing: timing(ours.len()) });
                 let record = Record::new(&self.provenance, &case, timing(index), peer);
-                if let Some(file) = &options.json {
+                if let Some(file) = &options.sampling.json {
                     append(&record, file)?;
                 }
                 println!("{record:?}");

@@ -5,30 +5,21 @@
 
 mod measure;
 
-use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::ensure;
+use clap::Parser;
 use half::bf16;
 use kasmina::{
     Activation, DType, Device, KasminaLayer, LinearConfig, Segments, Summary, TelemetryReducer,
     Tensor, WeightLayout,
 };
 use measure::cuda::Clock;
+use measure::options::{self, Sampling, one_of};
 use measure::random::Normals;
 use measure::record::{Peer, Provenance, Times, append};
 use measure::regime::{self, Contender, Regime};
 use serde::Serialize;
-
-const USAGE: &str = "usage: telemetry [option VALUE]...
-
-  --shapes MxNxK,...     shapes to measure; default 1024, 4096 and 8192 cubed, 4096x14336x4096
-  --chunks N             chunks of the output features; default 8
-  --regime burst|steady|graph
-                         default burst, and graph for passes under 20 us
-  --samples N            samples in burst and graph; default 60
-  --json FILE            appends the results as JSON lines";
 
 /// Calls shorter than this, in microseconds, are timed in a graph.
 const GRAPH_BELOW: f64 = 20.0;
@@ -37,19 +28,9 @@ const INPUTS: usize = 2;
 /// How often summaries are read for the time that takes.
 const READS: usize = 21;
 
-fn main() -> anyhow::Result<ExitCode> {
-    let Some(options) = Options::parse(std::env::args().skip(1))? else {
-        println!("{USAGE}");
-        return Ok(ExitCode::SUCCESS);
-    };
-    // A stream of its own can be captured into a graph.
-    let device = match Device::cuda(0).and_then(|device| device.on_new_stream()) {
-        Ok(device) => device,
-        Err(error) => {
-            println!("nothing to measure: {error}");
-            return Ok(ExitCode::SUCCESS);
-        }
-    };
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let Some(device) = options::device() else { return Ok(()) };
     let (clock, provenance) = (Clock::new(&device)?, Provenance::new(&device));
     let mut normals = Normals::new();
     println!("bf16, bias and ReLU, {} chunks; medians in us", options.chunks);
@@ -59,67 +40,33 @@ fn main() -> anyhow::Result<ExitCode> {
             let pass = Pass::new(&device, shape, layout, options.chunks, &mut normals)?;
             let record = pass.measure(&clock, &provenance, &options)?;
             println!("{}", record.row());
-            if let Some(file) = &options.json {
+            if let Some(file) = &options.sampling.json {
                 append(&record, file)?;
             }
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
+/// A forward pass with telemetry of its output.
+#[derive(Parser)]
 struct Options {
+    #[arg(
+        long,
+        value_name = "MxNxK",
+        value_delimiter = ',',
+        default_values = ["1024x1024x1024", "4096x4096x4096", "8192x8192x8192", "4096x14336x4096"],
+        value_parser = options::extents::<3>
+    )]
     shapes: Vec<[usize; 3]>,
+    /// Chunks of the output features
+    #[arg(long, value_name = "N", default_value_t = 8)]
     chunks: usize,
-    /// `None` is what suits the pass.
+    /// Default burst, and graph for passes under 20 us
+    #[arg(long, value_parser = one_of(Regime::ALL, Regime::name))]
     regime: Option<Regime>,
-    samples: usize,
-    json: Option<PathBuf>,
-}
-
-impl Options {
-    /// `None` if help is asked for.
-    fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Option<Self>> {
-        let mut options = Self {
-            shapes: vec![[1024; 3], [4096; 3], [8192; 3], [4096, 14_336, 4096]],
-            chunks: 8,
-            regime: None,
-            samples: 60,
-            json: None,
-        };
-        while let Some(option) = arguments.next() {
-            match option.as_str() {
-                "--help" | "-h" => return Ok(None),
-                // cargo bench passes it.
-                "--bench" => continue,
-                _ => {}
-            }
-            let value = arguments.next().with_context(|| format!("{option} needs a value"))?;
-            let unknown = || format!("{option} {value} is not known\n{USAGE}");
-            match option.as_str() {
-                "--shapes" => {
-                    options.shapes = value.split(',').map(parse_shape).collect::<Result<_, _>>()?;
-                }
-                "--chunks" => options.chunks = value.parse().with_context(unknown)?,
-                "--regime" => {
-                    let named = Regime::ALL.into_iter().find(|regime| regime.name() == value);
-                    options.regime = Some(named.with_context(unknown)?);
-                }
-                "--samples" => {
-                    options.samples =
-                        value.parse().ok().filter(|&n| n > 0).with_context(unknown)?;
-                }
-                "--json" => options.json = Some(value.into()),
-                _ => bail!("{}", unknown()),
-            }
-        }
-        Ok(Some(options))
-    }
-}
-
-fn parse_shape(text: &str) -> anyhow::Result<[usize; 3]> {
-    let extents: Option<Vec<usize>> = text.split('x').map(|extent| extent.parse().ok()).collect();
-    let shape = extents.and_then(|extents| extents.try_into().ok());
-    shape.with_context(|| format!("{text} is not a shape like 4096x4096x4096"))
+    #[command(flatten)]
+    sampling: Sampling,
 }
 
 /// A layer with its operands.
@@ -202,7 +149,8 @@ impl Pass {
             None if regime::estimate(clock, &plain)? < GRAPH_BELOW => Regime::Graph,
             None => Regime::Burst,
         };
-        let summaries = regime::measure(clock, regime, options.samples, &contenders)?;
+        let summaries =
+            regime::measure(clock, regime, options.sampling.samples_or(60), &contenders)?;
         let times = |contender: usize| Times::from(&summaries[contender]);
         let peer = |name: &str, contender| Peer { name: name.to_owned(), timing: times(contender) };
         let [m, n, k] = self.shape;

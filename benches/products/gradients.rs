@@ -26,8 +26,6 @@ pub(crate) enum Operation {
 }
 
 impl Operation {
-    pub(crate) const ALL: [Self; 2] = [Self::Input, Self::Weight];
-
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Input => "dx",

@@ -44,7 +44,7 @@ pub(crate) struct Record {
     k: usize,
     dtype: &'static str,
     layout: &'static str,
-    activation: String,
+    activation: &'static str,
     tier: &'static str,
     /// Of parts, for f32 on tensor cores: `six` or `three`.
     pub(crate) products: Option<&'static str>,
@@ -74,7 +74,7 @@ impl Record {
             k: problem.k,
             dtype: problem.dtype.name(),
             layout: layout_name(problem.layout),
-            activation: format!("{:?}", problem.activation).to_lowercase(),
+            activation: problem.activation.name(),
             tier: tier.name(),
             products: None,
             variant: None,

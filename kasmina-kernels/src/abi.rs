@@ -182,6 +182,17 @@ macro_rules! module {
 }
 pub(crate) use module;
 
+/// A [`Kernel`] of the Hopper tier that waits for predecessors, alone in a module of its name.
+macro_rules! hopper_kernel {
+    ($entry:ident, $block_dim:expr, $smem_bytes:expr) => {{
+        static MODULE: $crate::abi::Module =
+            $crate::abi::module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
+        $crate::abi::Kernel::new(&MODULE, stringify!($entry), $block_dim, $smem_bytes)
+            .waiting_for_predecessors()
+    }};
+}
+pub(crate) use hopper_kernel;
+
 /// The modules that hold several kernels, or one that has no table.
 static SHARED_MODULES: &[&Module] = &[
     &portable::F32,

@@ -34,6 +34,18 @@ impl Activation {
     /// Every activation.
     pub const ALL: [Self; 5] = [Self::None, Self::Relu, Self::Gelu, Self::GeluTanh, Self::Silu];
 
+    /// Lower-case name, `gelu-tanh` for instance.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Relu => "relu",
+            Self::Gelu => "gelu",
+            Self::GeluTanh => "gelu-tanh",
+            Self::Silu => "silu",
+        }
+    }
+
     /// The activation whose discriminant is `code`, the form in which it crosses to the device;
     /// an unknown code is [`Activation::None`].
     #[must_use]

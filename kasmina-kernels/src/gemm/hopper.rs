@@ -28,7 +28,7 @@
 //!   beyond Y: else X and W are packed before, and Y is stored without TMA (`unaligned`).
 //! - The number of tiles plus a grid fits 32 bits.
 
-use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
+use crate::abi::{DType, Kernel, KernelParams, TensorMap, hopper_kernel};
 use crate::activation::EpilogueActivation;
 use crate::gemm::WeightLayout;
 use crate::pipeline::RingBarriers;
@@ -76,6 +76,11 @@ pub struct Tile {
 }
 
 impl Tile {
+    /// A tile that a block computes by itself.
+    pub(crate) const fn new(block_m: u32, block_n: u32, num_stages: u32) -> Self {
+        Self { block_m, block_n, num_stages, split_k: 1, cluster_m: 1 }
+    }
+
     pub(crate) const fn num_consumers(self) -> u32 {
         self.block_m / CONSUMER_M
     }
@@ -433,7 +438,6 @@ macro_rules! kernels {
         $split_k:tt split, $cluster_m:tt share;)+) => {
         /// Every kernel, for each element type and layout from the largest tile to the smallest.
         pub static KERNELS: [HopperKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: $split_k,
                 cluster_m: $cluster_m,
@@ -443,10 +447,7 @@ macro_rules! kernels {
                 layout: WeightLayout::$layout,
                 tile,
                 ping_pong: false,
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, tile.block_dim(), tile.smem_bytes()),
             }
         }),+];
         $(

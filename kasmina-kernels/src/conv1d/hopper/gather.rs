@@ -27,7 +27,7 @@
 //! - `taps` is at least 1; a walk without taps has one that meets only zeros ([`Walk::new`]).
 
 use super::{MAX_STEP, box_positions, load_cycles};
-use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
+use crate::abi::{DType, Kernel, KernelParams, TensorMap, hopper_kernel};
 use crate::activation::EpilogueActivation;
 use crate::conv1d::{Gather, MAX_POSITIONS, SequenceLayout};
 use crate::gemm::hopper::{BLOCK_K, Tile};
@@ -358,20 +358,13 @@ macro_rules! kernels {
         /// Every kernel without a halo, for each element type and pair of layouts from the largest
         /// tile to the smallest.
         pub static KERNELS: [GatherKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
-            let tile = Tile {
-                block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
-                cluster_m: 1,
-            };
+            let tile = Tile::new($block_m, $block_n, $num_stages);
             GatherKernel {
                 dtype: DType::$element,
                 input: SequenceLayout::$input,
                 output: SequenceLayout::$output,
                 cut: Cut::PerTap { tile, blocks_per_multiprocessor: $blocks },
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, tile.block_dim(), tile.smem_bytes()),
             }
         }),+];
         $(

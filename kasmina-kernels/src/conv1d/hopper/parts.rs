@@ -41,7 +41,7 @@
 //! - The number of tiles plus a grid fits 32 bits.
 
 use super::gather::{Problem, Walk};
-use crate::abi::{Kernel, KernelParams, Module, TensorMap, module};
+use crate::abi::{Kernel, KernelParams, TensorMap, hopper_kernel};
 use crate::conv1d::SequenceLayout;
 #[cfg(doc)]
 use crate::conv1d::{Gather, portable};
@@ -264,17 +264,12 @@ macro_rules! kernels {
     ($($entry:ident: $block_m:literal x 128, $num_stages:literal stages;)+) => {
         /// The kernels, from the larger tile to the smaller.
         pub static KERNELS: [PartsKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module =
-                module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = SplitTile {
                 block_m: $block_m, num_stages: $num_stages, parts: PARTS as u32,
             };
             PartsKernel {
                 tile,
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, tile.block_dim(), tile.smem_bytes()),
             }
         }),+];
         $(

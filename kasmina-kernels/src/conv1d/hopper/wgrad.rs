@@ -35,7 +35,7 @@
 //!   so an infinity or NaN of x may reach further taps than it should.
 
 use super::{BLOCK_K, SLAB_N, box_positions, load_cycles};
-use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
+use crate::abi::{DType, Kernel, KernelParams, TensorMap, hopper_kernel};
 use crate::conv1d::{Conv1dShape, SequenceLayout};
 use crate::gemm::hopper::Tile;
 use crate::pipeline::RingBarriers;
@@ -488,11 +488,7 @@ macro_rules! kernels {
         /// Every kernel, for each element type and pair of layouts from the largest tile to the
         /// smallest, those whose taps share boxes first.
         pub static KERNELS: [WgradKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
-            let tile = Tile {
-                block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
-                cluster_m: 1,
-            };
+            let tile = Tile::new($block_m, $block_n, $num_stages);
             let stages = if $tile_taps > 0 { haloed_stages(tile) } else { tile };
             let transposes = $tile_taps > 0 && matches!(SequenceLayout::$x, SequenceLayout::Ncl);
             let transposers = if transposes { 32 * TRANSPOSERS } else { 0 };
@@ -502,11 +498,7 @@ macro_rules! kernels {
                 x: SequenceLayout::$x,
                 tile,
                 tile_taps: $tile_taps,
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim() + transposers,
-                    smem_bytes(stages, transposes),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, tile.block_dim() + transposers, smem_bytes(stages, transposes)),
             }
         }),+];
         $(

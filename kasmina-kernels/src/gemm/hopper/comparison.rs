@@ -17,7 +17,7 @@
 use core::fmt;
 
 use super::{HopperGemmParams, Tile};
-use crate::abi::{Kernel, KernelParams, Module, module};
+use crate::abi::{Kernel, KernelParams, hopper_kernel};
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
@@ -102,18 +102,11 @@ macro_rules! kernels {
         $block_m:literal x $block_n:tt, $num_stages:literal stages;)+) => {
         /// Every kernel for comparison.
         pub static KERNELS: [ComparisonKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
-            let tile = Tile {
-                block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
-                cluster_m: 1,
-            };
+            let tile = Tile::new($block_m, $block_n, $num_stages);
             ComparisonKernel {
                 without: Without::$without,
                 tile,
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), 128 * $warpgroups, tile.smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, 128 * $warpgroups, tile.smem_bytes()),
             }
         }),+];
         $(

@@ -31,7 +31,7 @@
 //! - The number of tiles times the blocks that share one fits 31 bits.
 
 use super::{Forced, split};
-use crate::abi::{Kernel, Module, module};
+use crate::abi::{Kernel, hopper_kernel};
 use crate::gemm::portable::{self, PortableGemmParams};
 use crate::gemm::{F32Products, InputLayout, WeightLayout};
 use crate::tile_scheduler::TileScheduler;
@@ -264,7 +264,6 @@ macro_rules! kernels {
         $slices:literal slices, $num_stages:literal stages, $split_k:tt split;)+) => {
         /// Every kernel.
         pub static KERNELS: [DirectGemmKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = DirectTile {
                 warps_m: $warps_m, warps_n: $warps_n, slices: $slices,
                 num_stages: $num_stages, split_k: $split_k,
@@ -273,10 +272,7 @@ macro_rules! kernels {
                 x_layout: InputLayout::$x_layout,
                 layout: WeightLayout::$layout,
                 tile,
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, tile.block_dim(), tile.smem_bytes()),
             }
         }),+];
         $(

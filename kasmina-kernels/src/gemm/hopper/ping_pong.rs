@@ -15,7 +15,7 @@
 //! - As `hopper.rs`.
 
 use super::{BLOCK_K, HopperKernel, Problem, Tile};
-use crate::abi::{DType, Kernel, Module, module};
+use crate::abi::{DType, hopper_kernel};
 use crate::gemm::WeightLayout;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
@@ -51,19 +51,13 @@ macro_rules! kernels {
         $num_stages:literal stages;)+) => {
         /// Every kernel whose consumers take turns.
         pub static KERNELS: [HopperKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
-            let tile = Tile {
-                block_m: 128, block_n: 128, num_stages: $num_stages, split_k: 1, cluster_m: 1,
-            };
+            let tile = Tile::new(128, 128, $num_stages);
             HopperKernel {
                 dtype: DType::$element,
                 layout: WeightLayout::$layout,
                 tile,
                 ping_pong: true,
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.ping_pong_smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, tile.block_dim(), tile.ping_pong_smem_bytes()),
             }
         }),+];
         $(

@@ -36,7 +36,7 @@
 //! - The number of tiles plus a grid fits 32 bits.
 
 use super::{CONSUMER_M, SLAB_N, WARPGROUP};
-use crate::abi::{Kernel, KernelParams, Module, TensorMap, module};
+use crate::abi::{Kernel, KernelParams, Module, TensorMap, hopper_kernel, module};
 use crate::gemm::{F32Products, WeightLayout, portable};
 use crate::pipeline::RingBarriers;
 use crate::tile_scheduler::TileScheduler;
@@ -329,17 +329,13 @@ macro_rules! kernels {
         $block_m:literal x 128, $num_stages:literal stages;)+) => {
         /// Every kernel, for each set of products and layout from the larger tile to the smaller.
         pub static KERNELS: [SplitGemmKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile =
                 SplitTile { block_m: $block_m, num_stages: $num_stages, parts: $parts };
             SplitGemmKernel {
                 products: F32Products::$products,
                 layout: WeightLayout::$layout,
                 tile,
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, tile.block_dim(), tile.smem_bytes()),
             }
         }),+];
         $(

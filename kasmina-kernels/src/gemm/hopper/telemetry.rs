@@ -26,7 +26,7 @@
 use core::num::NonZeroU32;
 
 use super::{Forced, HopperGemmParams, Problem, Tile};
-use crate::abi::{DType, Kernel, KernelParams, Module, module};
+use crate::abi::{DType, Kernel, KernelParams, hopper_kernel};
 use crate::gemm::WeightLayout;
 use crate::reduce::{SegmentParams, Segments};
 use crate::tile_scheduler::div;
@@ -167,19 +167,12 @@ macro_rules! kernels {
         $block_m:literal x $block_n:tt, $num_stages:literal stages;)+) => {
         /// Every kernel, for each element type and layout from the largest tile to the smallest.
         pub static KERNELS: [TelemetryKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
-            let tile = Tile {
-                block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
-                cluster_m: 1,
-            };
+            let tile = Tile::new($block_m, $block_n, $num_stages);
             TelemetryKernel {
                 dtype: DType::$element,
                 layout: WeightLayout::$layout,
                 tile,
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, tile.block_dim(), tile.smem_bytes()),
             }
         }),+];
         $(
@@ -207,10 +200,10 @@ mod tests {
     use std::vec;
 
     const TILES: [Tile; 4] = [
-        Tile { block_m: 128, block_n: 256, num_stages: 4, split_k: 1, cluster_m: 1 },
-        Tile { block_m: 128, block_n: 128, num_stages: 6, split_k: 1, cluster_m: 1 },
-        Tile { block_m: 64, block_n: 128, num_stages: 8, split_k: 1, cluster_m: 1 },
-        Tile { block_m: 64, block_n: 64, num_stages: 8, split_k: 1, cluster_m: 1 },
+        Tile::new(128, 256, 4),
+        Tile::new(128, 128, 6),
+        Tile::new(64, 128, 8),
+        Tile::new(64, 64, 8),
     ];
 
     fn chunks(count: u32) -> NonZeroU32 {

@@ -99,7 +99,7 @@ fn no_more_large_clusters_are_launched_than_run_at_once() {
 
 #[test]
 fn the_largest_tiles_get_no_more_blocks_than_their_rounds_need() {
-    let tile = Tile { block_m: 128, block_n: 256, num_stages: 4, split_k: 1, cluster_m: 1 };
+    let tile = Tile::new(128, 256, 4);
     for (tiles, blocks) in
         [(0, 0), (1, 1), (128, 128), (132, 132), (133, 67), (512, 128), (1792, 128), (2048, 128)]
     {
@@ -123,7 +123,7 @@ fn the_stores_of_a_kernels_warps_cover_its_rows_once() {
 
 #[test]
 fn a_box_has_no_more_groups_of_rows_than_the_input() {
-    let tile = Tile { block_m: 64, block_n: 64, num_stages: 8, split_k: 1, cluster_m: 1 };
+    let tile = Tile::new(64, 64, 8);
     for (m, rows) in [(1, 8), (8, 8), (9, 16), (57, 64), (64, 64), (65, 64)] {
         assert_eq!(tile.x_rows(m), rows);
     }

@@ -16,7 +16,7 @@
 //! - The number of tiles plus a grid fits 32 bits.
 
 use super::{Forced, Problem, Tile};
-use crate::abi::{Kernel, KernelParams, Module, TensorMap, module};
+use crate::abi::{Kernel, KernelParams, TensorMap, hopper_kernel};
 use crate::gemm::WeightLayout;
 use crate::tile_scheduler::TileScheduler;
 
@@ -161,7 +161,6 @@ macro_rules! kernels {
         $split_k:tt split;)+) => {
         /// Every kernel, for each layout from the largest tile to the smallest.
         pub static KERNELS: [Tf32GemmKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = Tile {
                 block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: $split_k,
                 cluster_m: 1,
@@ -169,10 +168,7 @@ macro_rules! kernels {
             Tf32GemmKernel {
                 layout: WeightLayout::$layout,
                 tile,
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, tile.block_dim(), tile.smem_bytes()),
             }
         }),+];
         $(

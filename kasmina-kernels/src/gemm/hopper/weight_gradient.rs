@@ -25,7 +25,7 @@
 
 use super::unaligned::PlainRows;
 use super::{BLOCK_K, Tile};
-use crate::abi::{DType, Kernel, KernelParams, Module, TensorMap, module};
+use crate::abi::{DType, Kernel, KernelParams, TensorMap, hopper_kernel};
 use crate::tile_scheduler::TileScheduler;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
@@ -167,18 +167,11 @@ macro_rules! kernels {
         $block_m:literal x $block_n:tt, $num_stages:literal stages;)+) => {
         /// Every kernel, for each element type from the largest tile to the smallest.
         pub static KERNELS: [WeightGradientKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
-            let tile = Tile {
-                block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
-                cluster_m: 1,
-            };
+            let tile = Tile::new($block_m, $block_n, $num_stages);
             WeightGradientKernel {
                 dtype: DType::$element,
                 tile,
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, tile.block_dim(), tile.smem_bytes()),
             }
         }),+];
         $(

@@ -227,10 +227,7 @@ macro_rules! entry {
             use device::{Source, load_bias, needs_registers, place, store_tile};
 
             const TILE: Tile =
-                Tile {
-                block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
-                cluster_m: 1,
-            };
+                Tile::new($block_m, $block_n, $num_stages);
             const OUTPUT: SequenceLayout = SequenceLayout::$output;
             type Elements = crate::gemm::hopper::device::$element;
             let in_map: u64;

@@ -25,7 +25,7 @@
 use super::{Cut, GatherKernel};
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 use super::{GatherParams, Walk};
-use crate::abi::{DType, Kernel, Module, module};
+use crate::abi::{DType, hopper_kernel};
 use crate::conv1d::SequenceLayout;
 use crate::pipeline::RingBarriers;
 use crate::smem_layout::swizzle_128b;
@@ -155,7 +155,6 @@ macro_rules! kernels {
         /// Every kernel with a halo, for each element type and pair of layouts from the larger
         /// tile to the smaller.
         pub static KERNELS: [GatherKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module = module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = HaloTile {
                 channels: $channels, filter_stages: $filter_stages, buffers: $buffers,
                 transposes: matches!(SequenceLayout::$input, SequenceLayout::Ncl),
@@ -165,10 +164,7 @@ macro_rules! kernels {
                 input: SequenceLayout::$input,
                 output: SequenceLayout::$output,
                 cut: Cut::Haloed(tile),
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), BLOCK_DIM, tile.smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, BLOCK_DIM, tile.smem_bytes()),
             }
         }),+];
         $(

@@ -25,7 +25,7 @@
 //! - Both tensors as [`super::fits`] has it, and steps of all tiles in 31 bits.
 
 use super::{BLOCK_K, BLOCK_N, PARTS, SplitTile, split};
-use crate::abi::{Kernel, KernelParams, Module, TensorMap, module};
+use crate::abi::{Kernel, KernelParams, TensorMap, hopper_kernel};
 use crate::conv1d::Conv1dShape;
 use crate::conv1d::hopper::wgrad::sum;
 use crate::conv1d::hopper::wgrad::{Split, Walk};
@@ -51,7 +51,7 @@ pub const fn boxes(in_step: u32) -> [[u32; 2]; 2] {
 /// As the 16-bit kernels describe a tile of so many rows.
 #[must_use]
 pub const fn sums_tile(block_m: u32) -> Tile {
-    Tile { block_m, block_n: BLOCK_N, num_stages: 1, split_k: 1, cluster_m: 1 }
+    Tile::new(block_m, BLOCK_N, 1)
 }
 
 impl PartsWgradKernel {
@@ -126,17 +126,12 @@ macro_rules! kernels {
     ($($entry:ident: $block_m:literal x 128, $num_stages:literal stages;)+) => {
         /// The kernels, from the larger tile to the smaller.
         pub static KERNELS: [PartsWgradKernel; [$(stringify!($entry)),+].len()] = [$({
-            static MODULE: Module =
-                module!(Hopper, "hopper", stringify!($entry), [stringify!($entry)]);
             let tile = SplitTile {
                 block_m: $block_m, num_stages: $num_stages, parts: PARTS as u32,
             };
             PartsWgradKernel {
                 tile,
-                kernel: Kernel::new(
-                    &MODULE, stringify!($entry), tile.block_dim(), tile.smem_bytes(),
-                )
-                .waiting_for_predecessors(),
+                kernel: hopper_kernel!($entry, tile.block_dim(), tile.smem_bytes()),
             }
         }),+];
         $(

@@ -360,10 +360,7 @@ macro_rules! entry {
             use device::*;
 
             const TILE: Tile =
-                Tile {
-                block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
-                cluster_m: 1,
-            };
+                Tile::new($block_m, $block_n, $num_stages);
             const DZ: Major = Major::$dz_major;
             const X: Major = Major::$x_major;
             // The stages are laid out as this one's.

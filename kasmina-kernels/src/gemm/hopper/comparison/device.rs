@@ -228,10 +228,7 @@ macro_rules! entry {
             use crate::{pipeline::RingPosition, ptx};
             use device::*;
 
-            const TILE: Tile = Tile {
-                block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
-                cluster_m: 1,
-            };
+            const TILE: Tile = Tile::new($block_m, $block_n, $num_stages);
             const BY_POINTERS: bool = matches!(Without::$without, Without::TmaLoads);
             let x_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference

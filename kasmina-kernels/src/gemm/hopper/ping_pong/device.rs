@@ -93,9 +93,7 @@ macro_rules! entry {
             use crate::{pipeline::RingPosition, ptx};
             use device::*;
 
-            const TILE: Tile = Tile {
-                block_m: 128, block_n: 128, num_stages: $num_stages, split_k: 1, cluster_m: 1,
-            };
+            const TILE: Tile = Tile::new(128, 128, $num_stages);
             const X_MAJOR: Major = Major::K;
             const W_MAJOR: Major = Major::$w_major;
             let x_map: u64;

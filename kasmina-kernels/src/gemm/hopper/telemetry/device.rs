@@ -188,10 +188,7 @@ macro_rules! entry {
             use crate::smem_layout::Major;
             use crate::{pipeline::RingPosition, ptx, reduce::device as reduce};
 
-            const TILE: Tile = Tile {
-                block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
-                cluster_m: 1,
-            };
+            const TILE: Tile = Tile::new($block_m, $block_n, $num_stages);
             const SLABS: usize = (TILE.block_n / SLAB_N) as usize;
             const X_MAJOR: Major = Major::K;
             const W_MAJOR: Major = Major::$w_major;

@@ -397,10 +397,7 @@ macro_rules! entry {
             use crate::{pipeline::RingPosition, ptx};
             use device::*;
 
-            const TILE: Tile = Tile {
-                block_m: $block_m, block_n: $block_n, num_stages: $num_stages, split_k: 1,
-                cluster_m: 1,
-            };
+            const TILE: Tile = Tile::new($block_m, $block_n, $num_stages);
             let x_map: u64;
             // SAFETY: comments for `cargo xtask ptx`, and the parameter's own address: a reference
             // to `params` in Rust would be a copy in local memory, useless to TMA.

@@ -1,0 +1,71 @@
+//! What the options of benches have in common.
+#![allow(dead_code, reason = "no bench needs all of it")]
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use kasmina::Device;
+
+/// How often, and where to.
+#[derive(clap::Args)]
+pub(crate) struct Sampling {
+    /// Samples in burst and graph, or answers
+    #[arg(long, value_name = "N", value_parser = positive)]
+    samples: Option<usize>,
+    /// Appends the results to this file as JSON lines
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// What cargo passes to every bench
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+impl Sampling {
+    /// As many as were asked for.
+    pub(crate) fn samples_or(&self, default: usize) -> usize {
+        self.samples.unwrap_or(default)
+    }
+}
+
+/// The first GPU, on a stream of its own, which can be captured into a graph. Says so where there
+/// is none, and nothing to measure.
+pub(crate) fn device() -> Option<Device> {
+    match Device::cuda(0).and_then(|device| device.on_new_stream()) {
+        Ok(device) => Some(device),
+        Err(error) => {
+            println!("nothing to measure: {error}");
+            None
+        }
+    }
+}
+
+/// Parses the names of these values.
+pub(crate) fn one_of<T: Copy + Send + Sync + 'static>(
+    values: impl IntoIterator<Item = T>,
+    name: impl Fn(T) -> &'static str,
+) -> impl TypedValueParser<Value = T> {
+    let named: Vec<(&str, T)> = values.into_iter().map(|value| (name(value), value)).collect();
+    let names: Vec<&str> = named.iter().map(|(name, _)| *name).collect();
+    PossibleValuesParser::new(names).try_map(move |text| {
+        let found = named.iter().find(|(name, _)| *name == text);
+        found.map(|&(_, value)| value).with_context(|| format!("{text} is not known"))
+    })
+}
+
+/// Parses yes or no.
+pub(crate) fn yes_or_no() -> impl TypedValueParser<Value = bool> {
+    one_of([true, false], |yes| if yes { "yes" } else { "no" })
+}
+
+/// Parses `4096x4096x4096`, or as many extents as there are.
+pub(crate) fn extents<const AXES: usize>(text: &str) -> anyhow::Result<[usize; AXES]> {
+    let extents: Option<Vec<usize>> =
+        text.split('x').map(|extent| extent.parse().ok().filter(|&extent| extent > 0)).collect();
+    let extents = extents.and_then(|extents| extents.try_into().ok());
+    extents.with_context(|| format!("{text} is not {AXES} extents like 64x64"))
+}
+
+fn positive(text: &str) -> anyhow::Result<usize> {
+    text.parse().ok().filter(|&number| number > 0).context("not a positive number")
+}
