@@ -179,11 +179,15 @@ mod tests {
             ("test/gemm", "exit 1"),
             ("test/persistent", "exit 1"),
         ]);
-        let (succeeded, out, _) = outcome(&mut run(&folder, &["sanitize", "racecheck", "prime"]));
+        let (succeeded, out, _) = outcome(
+            run(&folder, &["sanitize", "racecheck", "prime"])
+                .env("KASMINA_SANITIZER_OPTIONS", "--print-limit 40"),
+        );
         assert!(succeeded, "{out}");
         for name in ["gemm", "persistent"] {
             let line = out.lines().find(|line| line.starts_with(&format!("== {name}: "))).unwrap();
             assert!(line.contains("1 --tool racecheck"), "{line}");
+            assert!(line.contains(" --print-limit 40 "), "{line}");
             assert!(line.ends_with(&format!("/test/{name} prime")), "{line}");
         }
         assert!(!outcome(&mut run(&folder, &["sanitize"])).0);

@@ -187,6 +187,14 @@ pub const fn mn_major_place(extent: u32, k: u32, chunk: u32) -> u32 {
     k * (extent * 4) + (chunk ^ swizzle) * 16
 }
 
+/// Bytes from the start of a row of memory to the `chunk`th four elements from `first`, if they exist.
+#[must_use]
+#[inline(always)]
+pub const fn row_offset(first: u32, chunk: u32) -> u64 {
+    // The index of an element fits 32 bits; its bytes do not from 2³⁰ on.
+    4 * first.wrapping_add(4 * chunk) as u64
+}
+
 /// Offset of four sums of a tile of `block_n` columns, from `row` and `4·chunk`, so that neither
 /// lanes that hold rows 4 apart nor those that read a row meet on a bank.
 #[must_use]

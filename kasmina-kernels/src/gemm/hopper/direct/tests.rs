@@ -55,6 +55,13 @@ fn every_piece_of_a_stage_has_a_place_of_its_own() {
 }
 
 #[test]
+fn elements_of_rows_longer_than_four_gigabytes_are_found() {
+    assert_eq!(row_offset(0, 15), 240);
+    assert_eq!(row_offset(1 << 30, 1), (1 << 32) + 16);
+    assert_eq!(row_offset(u32::MAX - 31, 7), 4 * (u64::from(u32::MAX) - 3));
+}
+
+#[test]
 fn sums_of_a_tile_have_places_of_their_own_without_bank_conflicts() {
     for row in &KERNELS {
         let tile = row.tile;

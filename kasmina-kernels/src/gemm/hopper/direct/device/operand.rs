@@ -70,9 +70,9 @@ impl Operand {
             if has_row { left } else { 0 }
         };
         let first = if A::K_MAJOR {
-            u64::from(row) * self.stride + u64::from(4 * (k + 4 * chunk))
+            u64::from(row) * self.stride + row_offset(k, chunk)
         } else {
-            u64::from(k + row) * self.stride + u64::from(16 * chunk)
+            u64::from(k + row) * self.stride + row_offset(0, chunk)
         };
         let mut address = self.base + first;
         let step = u64::from(rows) * self.stride;
