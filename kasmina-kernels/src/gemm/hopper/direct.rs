@@ -1,5 +1,5 @@
 //! `Y = act(X·W + b)` in f32 on Hopper's tensor cores in one launch, without memory for parts: for
-//! products that are over before two launches more would pay ([`split`](super::split) has those).
+//! products that are over before two launches more would pay ([`split`] has those).
 //!
 //! Operands arrive in shared memory as they are, and each warp splits its elements into bf16
 //! [`parts`](crate::gemm::parts) on their way into the tensor cores:
