@@ -10,13 +10,14 @@ use serde_json::{Map, Value};
 /// Says on what a case was measured.
 const PROVENANCE: [&str; 5] = ["commit", "ptx_digest", "gpu", "driver", "cuda"];
 /// Says what a measurement gave, beside the fields whose names end in a unit.
-const MEASUREMENT: [&str; 10] = [
+const MEASUREMENT: [&str; 11] = [
     "samples",
     "tflops",
     "tbps",
     "flops",
     "bytes",
     "max_error",
+    "difference",
     "peer",
     "ratio",
     "details",
@@ -276,6 +277,22 @@ pub(crate) mod tests {
         assert_eq!(Record::parse(&later).unwrap().identity, record.identity);
         let other = Record::parse(&product_line("steady", 180.0, 200.0)).unwrap();
         assert_ne!(other.identity, record.identity);
+    }
+
+    #[test]
+    fn records_that_differ_in_what_was_measured_are_one_case() {
+        let line = |median: f64, difference: &str| {
+            format!(
+                r#"{{"gpu":"G","operation":"conv1d dgrad","batch":16,"layout":"ncl","regime":"burst",
+                "median_us":{median},"tflops":{median},"max_error":{median},
+                "details":{{"x":{median}}},"peer":null,"difference":{difference}}}"#
+            )
+        };
+        let [first, second, without] = [(36.0, "0.0002"), (37.0, "0.00021"), (38.0, "null")]
+            .map(|(median, difference)| Record::parse(&line(median, difference)).unwrap());
+        assert_eq!(first.identity, second.identity);
+        assert_eq!(first.identity, without.identity);
+        assert_eq!(first.case(), "batch 16, ncl");
     }
 
     #[test]
