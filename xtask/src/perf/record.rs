@@ -91,14 +91,10 @@ impl Record {
     /// # Errors
     /// A file that cannot be read, and the number of a line that is no record.
     pub fn read(file: &Path) -> Result<Vec<Self>> {
-        let text =
-            fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        let lines = text.lines().zip(1..).filter(|(line, _)| !line.trim().is_empty());
-        lines
-            .map(|(line, number)| {
-                Self::parse(line).with_context(|| format!("{}:{number}", file.display()))
-            })
-            .collect()
+        let name = || file.display().to_string();
+        let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", name()))?;
+        let lines = read_lines(&text).with_context(name)?;
+        Ok(lines.into_iter().map(|(_, record)| record).collect())
     }
 
     /// The record in a JSON line.
@@ -145,6 +141,12 @@ impl Record {
         })
     }
 
+    /// What records of one case on one GPU model have in common, and no others.
+    #[must_use]
+    pub fn key(&self) -> (String, BTreeMap<String, String>) {
+        (self.gpu.clone(), self.identity.clone())
+    }
+
     /// The case in words, without what heads its table.
     #[must_use]
     pub fn case(&self) -> String {
@@ -181,13 +183,27 @@ impl Record {
     }
 }
 
+/// The lines of a text of JSON Lines, each with its record.
+///
+/// # Errors
+/// The number of a line that is no record.
+pub fn read_lines(text: &str) -> Result<Vec<(&str, Record)>> {
+    let lines = text.lines().zip(1..).filter(|(line, _)| !line.trim().is_empty());
+    lines
+        .map(|(line, number)| {
+            let record = Record::parse(line).with_context(|| format!("line {number}"))?;
+            Ok((line, record))
+        })
+        .collect()
+}
+
 /// The last record of each case, in the order in which the cases first appear.
 #[must_use]
 pub fn latest(records: Vec<Record>) -> Vec<Record> {
     let mut places = BTreeMap::new();
     let mut kept: Vec<Record> = Vec::new();
     for record in records {
-        let key = (record.gpu.clone(), record.identity.clone());
+        let key = record.key();
         if let Some(&place) = places.get(&key) {
             kept[place] = record;
         } else {
