@@ -76,7 +76,7 @@ struct Options {
     #[arg(
         long = "layout",
         default_values = ["in-out", "out-in"],
-        value_parser = one_of(WeightLayout::ALL, record::layout_name)
+        value_parser = one_of(WeightLayout::ALL, options::layout_name)
     )]
     layouts: Vec<WeightLayout>,
     #[arg(long, default_value = "relu", value_parser = one_of(Activation::ALL, Activation::name))]

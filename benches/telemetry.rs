@@ -12,15 +12,17 @@ use clap::Parser;
 use half::bf16;
 use kasmina::{
     Activation, DType, Device, KasminaLayer, LinearConfig, Segments, Summary, TelemetryReducer,
-    Tensor, WeightLayout,
+    Tensor, Tier, WeightLayout,
 };
 use measure::cuda::Clock;
-use measure::options::{self, Sampling, one_of};
+use measure::options::{self, Sampling, layout_name, one_of};
 use measure::random::Normals;
 use measure::record::{Peer, Provenance, Times, append};
 use measure::regime::{self, Contender, Regime};
 use serde::Serialize;
 
+const DTYPE: DType = DType::BF16;
+const ACTIVATION: Activation = Activation::Relu;
 /// Calls shorter than this, in microseconds, are timed in a graph.
 const GRAPH_BELOW: f64 = 20.0;
 /// Inputs that are used in turn.
@@ -88,7 +90,7 @@ impl Pass {
         normals: &mut Normals,
     ) -> anyhow::Result<Self> {
         let [m, n, k] = shape;
-        let config = LinearConfig::new(k, n).activation(Activation::Relu).dtype(DType::BF16);
+        let config = LinearConfig::new(k, n).activation(ACTIVATION).dtype(DTYPE);
         let mut layer = config.weight_layout(layout).build(device)?;
         let weights: Vec<f32> = normals.take(n * k, 1.0 / (k as f32).sqrt());
         layer.set_weight(&weights)?;
@@ -166,10 +168,15 @@ impl Pass {
         })?;
         Ok(Record {
             provenance: provenance.clone(),
+            operation: "telemetry",
             m,
             n,
             k,
-            layout: self.layout.name(),
+            dtype: DTYPE.name(),
+            layout: layout_name(self.layout),
+            activation: ACTIVATION.name(),
+            // The only one with a fused pass, and `check` has seen that it is one.
+            tier: Tier::Hopper.name(),
             chunks,
             regime: regime.name(),
             fused: times(1),
@@ -209,10 +216,14 @@ fn median_of_reads<R: FnOnce() -> kasmina::Result<Vec<Summary>>>(
 struct Record {
     #[serde(flatten)]
     provenance: Provenance,
+    operation: &'static str,
     m: usize,
     n: usize,
     k: usize,
+    dtype: &'static str,
     layout: &'static str,
+    activation: &'static str,
+    tier: &'static str,
     chunks: usize,
     regime: &'static str,
     #[serde(flatten)]

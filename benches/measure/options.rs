@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use kasmina::Device;
+use kasmina::{Device, WeightLayout};
 
 /// How often, and where to.
 #[derive(clap::Args)]
@@ -51,6 +51,14 @@ pub(crate) fn one_of<T: Copy + Send + Sync + 'static>(
         let found = named.iter().find(|(name, _)| *name == text);
         found.map(|&(_, value)| value).with_context(|| format!("{text} is not known"))
     })
+}
+
+/// The name of a layout on the command line and in the results.
+pub(crate) const fn layout_name(layout: WeightLayout) -> &'static str {
+    match layout {
+        WeightLayout::InOut => "in-out",
+        WeightLayout::OutIn => "out-in",
+    }
 }
 
 /// Parses yes or no.

@@ -9,8 +9,9 @@ use kasmina::{Activation, Device, Element, KernelConfig, Tensor, Tier, WeightLay
 use serde::Serialize;
 
 use super::operands::Problem;
-use super::record::{Timing, layout_name};
+use super::record::Timing;
 use crate::measure::cuda::Clock;
+use crate::measure::options::layout_name;
 use crate::measure::random::{Normals, SplitMix};
 use crate::measure::record::{Peer, Provenance, append};
 use crate::measure::regime::{self, Contender, NODES, Regime};
