@@ -87,7 +87,7 @@ struct Options {
     #[command(flatten)]
     forced: Forced,
     /// Products that make up one of f32 on hopper
-    #[arg(long, default_value = "six", value_parser = one_of(PRODUCTS, products_name))]
+    #[arg(long, default_value = "six", value_parser = one_of(options::PRODUCTS, options::products_name))]
     products: F32Products,
     /// Lets cuBLASLt round f32 to TF32
     #[arg(long)]
@@ -229,16 +229,6 @@ impl Options {
     }
 }
 
-const PRODUCTS: [F32Products; 3] = [F32Products::Six, F32Products::Three, F32Products::Tf32];
-
-const fn products_name(products: F32Products) -> &'static str {
-    match products {
-        F32Products::Six => "six",
-        F32Products::Three => "three",
-        F32Products::Tf32 => "tf32",
-    }
-}
-
 const WITHOUT: [Without; 3] =
     [Without::TmaLoads, Without::WarpSpecialization, Without::PersistentBlocks];
 
@@ -340,9 +330,7 @@ impl Bench {
                 timing: Timing::new(problem, regime, &summaries[1], peer_error),
             });
             let mut record = Record::new(&self.provenance, problem, tier, regime, timing, peer);
-            if (problem.dtype, tier) == (DType::F32, Tier::Hopper) {
-                record.products = Some(products_name(options.products));
-            }
+            record.products = options::products_of(problem.dtype, tier, options.products);
             record.variant = options.forced.variant();
             if let Some(file) = &options.sampling.json {
                 append(&record, file)?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use kasmina::{Device, WeightLayout};
+use kasmina::{DType, Device, F32Products, Tier, WeightLayout};
 
 /// How often, and where to.
 #[derive(clap::Args)]
@@ -59,6 +59,22 @@ pub(crate) const fn layout_name(layout: WeightLayout) -> &'static str {
         WeightLayout::InOut => "in-out",
         WeightLayout::OutIn => "out-in",
     }
+}
+
+pub(crate) const PRODUCTS: [F32Products; 3] =
+    [F32Products::Six, F32Products::Three, F32Products::Tf32];
+
+pub(crate) const fn products_name(products: F32Products) -> &'static str {
+    match products {
+        F32Products::Six => "six",
+        F32Products::Three => "three",
+        F32Products::Tf32 => "tf32",
+    }
+}
+
+/// The name of the products that make up one, for the results: `None` but for f32 on tensor cores.
+pub(crate) fn products_of(dtype: DType, tier: Tier, products: F32Products) -> Option<&'static str> {
+    ((dtype, tier) == (DType::F32, Tier::Hopper)).then(|| products_name(products))
 }
 
 /// Parses yes or no.

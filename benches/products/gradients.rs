@@ -5,13 +5,13 @@ use std::path::Path;
 
 use anyhow::{Context, ensure};
 use kasmina::gemm::{Backward, Gradients, Saved};
-use kasmina::{Activation, Device, Element, KernelConfig, Tensor, Tier, WeightLayout};
+use kasmina::{Activation, Device, Element, F32Products, KernelConfig, Tensor, Tier, WeightLayout};
 use serde::Serialize;
 
 use super::operands::Problem;
 use super::record::Timing;
 use crate::measure::cuda::Clock;
-use crate::measure::options::layout_name;
+use crate::measure::options::{layout_name, products_of};
 use crate::measure::random::{Normals, SplitMix};
 use crate::measure::record::{Peer, Provenance, append};
 use crate::measure::regime::{self, Contender, NODES, Regime};
@@ -58,6 +58,8 @@ struct Record {
     dtype: &'static str,
     layout: &'static str,
     tier: &'static str,
+    /// For f32 on tensor cores.
+    products: Option<&'static str>,
     regime: &'static str,
     #[serde(flatten)]
     timing: Timing,
@@ -119,7 +121,7 @@ impl<T: Element> Operands<T> {
         operation: Operation,
         call: usize,
         config: &KernelConfig,
-    ) -> anyhow::Result<&'static str> {
+    ) -> anyhow::Result<Tier> {
         let mut sets = self.sets.borrow_mut();
         let index = call % sets.len();
         let Set { x, w, dz, dx, dw, db } = &mut sets[index];
@@ -136,7 +138,7 @@ impl<T: Element> Operands<T> {
             Operation::Weight => Gradients { dw: Some(dw), db: Some(db), ..Gradients::default() },
         };
         let tiers = backward.run(gradients, config)?;
-        Ok(tiers.dx.or(tiers.dw).map_or("none", |tier| tier.name()))
+        tiers.dx.or(tiers.dw).context("the pass says which tier served it")
     }
 
     /// The operands of cuBLASLt's call number `call`.
@@ -269,20 +271,22 @@ impl Bench<'_> {
                 k: problem.k,
                 dtype: problem.dtype.name(),
                 layout: layout_name(problem.layout),
-                tier,
+                tier: tier.name(),
+                products: products_of(problem.dtype, tier, F32Products::Six),
                 regime: regime.name(),
                 timing,
                 peer,
                 ratio,
             };
             println!(
-                "{} {}x{}x{} {} {} {tier} {}: {:.2} us, peer {:.2} us, ratio {:.3}",
+                "{} {}x{}x{} {} {} {} {}: {:.2} us, peer {:.2} us, ratio {:.3}",
                 record.operation,
                 problem.m,
                 problem.n,
                 problem.k,
                 record.dtype,
                 record.layout,
+                record.tier,
                 record.regime,
                 regime.representative(&times[0]),
                 times.get(1).map_or(f64::NAN, |times| regime.representative(times)),

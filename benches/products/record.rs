@@ -47,7 +47,7 @@ pub(crate) struct Record {
     layout: &'static str,
     activation: &'static str,
     tier: &'static str,
-    /// Of parts, for f32 on tensor cores: `six` or `three`.
+    /// For f32 on tensor cores: `six`, `three` or `tf32`.
     pub(crate) products: Option<&'static str>,
     /// What of the kernel was forced, if anything was.
     #[serde(skip_serializing_if = "Option::is_none")]
