@@ -23,8 +23,6 @@ use serde::Serialize;
 
 const DTYPE: DType = DType::BF16;
 const ACTIVATION: Activation = Activation::Relu;
-/// Calls shorter than this, in microseconds, are timed in a graph.
-const GRAPH_BELOW: f64 = 20.0;
 /// Inputs that are used in turn.
 const INPUTS: usize = 2;
 /// How often summaries are read for the time that takes.
@@ -57,7 +55,14 @@ struct Options {
         long,
         value_name = "MxNxK",
         value_delimiter = ',',
-        default_values = ["1024x1024x1024", "4096x4096x4096", "8192x8192x8192", "4096x14336x4096"],
+        default_values = [
+            "1024x1024x1024",
+            "2048x2048x2048",
+            "4096x4096x4096",
+            "8192x8192x8192",
+            "4096x14336x4096",
+            "16384x4096x4096",
+        ],
         value_parser = options::extents::<3>
     )]
     shapes: Vec<[usize; 3]>,
@@ -148,11 +153,10 @@ impl Pass {
         let contenders: [Contender<'_>; 3] = [&plain, &fused, &reduced];
         let regime = match options.regime {
             Some(regime) => regime,
-            None if regime::estimate(clock, &plain)? < GRAPH_BELOW => Regime::Graph,
-            None => Regime::Burst,
+            None => regime::suited(clock, &plain)?[0],
         };
         let summaries =
-            regime::measure(clock, regime, options.sampling.samples_or(60), &contenders)?;
+            regime::measure(clock, regime, options.sampling.repetitions(), &contenders)?;
         let times = |contender: usize| Times::from(&summaries[contender]);
         let peer = |name: &str, contender| Peer { name: name.to_owned(), timing: times(contender) };
         let [m, n, k] = self.shape;

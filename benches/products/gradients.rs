@@ -14,7 +14,7 @@ use crate::measure::cuda::Clock;
 use crate::measure::options::{layout_name, products_of};
 use crate::measure::random::{Normals, SplitMix};
 use crate::measure::record::{Peer, Provenance, append};
-use crate::measure::regime::{self, Contender, NODES, Regime};
+use crate::measure::regime::{self, Contender, NODES, Regime, Repetitions};
 use crate::peer::cublaslt::{self, CublasLt, Description, Product};
 
 /// What is timed.
@@ -39,10 +39,8 @@ impl Operation {
 pub(crate) struct Settings<'a> {
     pub(crate) tier: Option<Tier>,
     /// `None` is all that suit the problem.
-    pub(crate) regime: Option<Regime>,
-    pub(crate) samples: usize,
-    /// Calls shorter than this, in microseconds, are timed in a graph.
-    pub(crate) graph_below: f64,
+    pub(crate) regimes: Option<&'a [Regime]>,
+    pub(crate) repetitions: Repetitions,
     pub(crate) json: Option<&'a Path>,
 }
 
@@ -246,15 +244,12 @@ impl Bench<'_> {
         if product.is_some() {
             contenders.push(&theirs);
         }
-        let regimes = match settings.regime {
-            Some(regime) => vec![regime],
-            None if regime::estimate(self.clock, &ours)? < settings.graph_below => {
-                vec![Regime::Graph]
-            }
-            None => vec![Regime::Burst, Regime::Steady],
+        let regimes = match settings.regimes {
+            Some(regimes) => regimes,
+            None => regime::suited(self.clock, &ours)?,
         };
-        for regime in regimes {
-            let times = regime::measure(self.clock, regime, settings.samples, &contenders)?;
+        for &regime in regimes {
+            let times = regime::measure(self.clock, regime, settings.repetitions, &contenders)?;
             let timing = Timing::new(&problem, regime, &times[0], error);
             let peer = product.as_ref().map(|(name, _)| Peer {
                 name: name.clone(),
