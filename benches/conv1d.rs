@@ -26,21 +26,24 @@ mod peer {
 }
 
 fn main() -> anyhow::Result<()> {
-    let options = Options::parse();
+    let options = &Options::parse();
     let Some(device) = options::device() else { return Ok(()) };
     let bench = Bench::new(device)?;
     let mut normals = Normals::new();
     let mut records = Vec::new();
-    for shape in options.shapes() {
-        for &layout in &options.layouts {
-            let some = match options.dtype {
-                DType::F32 => bench.run::<f32>(shape, layout, &options, &mut normals),
-                DType::F16 => bench.run::<f16>(shape, layout, &options, &mut normals),
-                DType::BF16 => bench.run::<bf16>(shape, layout, &options, &mut normals),
-                other => bail!("no Rust type for {other}"),
-            };
-            records.extend(some.with_context(|| format!("{shape:?} {}", layout.name()))?);
-        }
+    let cases = options.dtypes.iter().flat_map(|&dtype| {
+        let of_shape =
+            move |shape| options.layouts.iter().map(move |&layout| (dtype, shape, layout));
+        options.shapes().into_iter().flat_map(of_shape)
+    });
+    for (dtype, shape, layout) in cases {
+        let some = match dtype {
+            DType::F32 => bench.run::<f32>(shape, layout, options, &mut normals),
+            DType::F16 => bench.run::<f16>(shape, layout, options, &mut normals),
+            DType::BF16 => bench.run::<bf16>(shape, layout, options, &mut normals),
+            other => bail!("no Rust type for {other}"),
+        };
+        records.extend(some.with_context(|| format!("{dtype} {shape:?} {}", layout.name()))?);
     }
     println!("\n{}", record::table(&records));
     Ok(())
@@ -58,10 +61,16 @@ struct Options {
         value_parser = Convolution::parse
     )]
     shapes: Vec<Convolution>,
-    #[arg(long, default_value = "bf16", value_parser = one_of(DType::ALL, DType::name))]
-    dtype: DType,
+    #[arg(
+        long = "dtype",
+        value_delimiter = ',',
+        default_value = "bf16",
+        value_parser = one_of(DType::ALL, DType::name)
+    )]
+    dtypes: Vec<DType>,
     #[arg(
         long = "layout",
+        value_delimiter = ',',
         default_values = ["ncl", "nlc"],
         value_parser = one_of(SequenceLayout::ALL, SequenceLayout::name)
     )]
@@ -75,6 +84,7 @@ struct Options {
     filter_layout: FilterLayout,
     #[arg(
         long = "pass",
+        value_delimiter = ',',
         default_values = ["forward", "dgrad", "wgrad"],
         value_parser = one_of(Pass::ALL, Pass::name)
     )]
@@ -181,7 +191,7 @@ impl Bench {
             contenders.iter().try_for_each(|contender| contender(0))?;
             let regime = options.regime;
             let summaries =
-                regime::measure(&self.clock, regime, options.sampling.samples_or(60), &contenders)?;
+                regime::measure(&self.clock, regime, options.sampling.repetitions(), &contenders)?;
             let tiled = !options.untiled;
             let dtype = T::DTYPE;
             let case =

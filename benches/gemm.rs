@@ -27,8 +27,26 @@ mod peer {
 }
 mod products;
 
-/// Calls shorter than this, in microseconds, are timed in a graph.
-const GRAPH_BELOW: f64 = 20.0;
+/// The regimes of calls that are timed singly.
+const SINGLY: &[Regime] = &[Regime::Burst, Regime::Steady];
+/// The default table: shapes whose calls are long enough to be timed singly, and those for graphs.
+const LARGE: [[usize; 3]; 7] = [
+    [8192, 8192, 8192],
+    [4096, 4096, 4096],
+    [16384, 4096, 4096],
+    [4096, 14336, 4096],
+    [4096, 4096, 14336],
+    [4093, 4104, 4096],
+    [2048, 2048, 2048],
+];
+const SMALL: [[usize; 3]; 6] = [
+    [1024, 1024, 1024],
+    [512, 512, 512],
+    [1000, 1000, 1000],
+    [128, 4096, 4096],
+    [32, 4096, 4096],
+    [8192, 1024, 256],
+];
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
@@ -37,9 +55,9 @@ fn main() -> anyhow::Result<()> {
     let mut normals = Normals::new();
     let mut records = Vec::new();
     for case in options.cases() {
-        if let Operation::Gradient(operation) = options.operation {
+        if let Operation::Gradient(operation) = case.operation {
             let problem = case.problem;
-            let (bench, settings) = (bench.gradients(), options.settings(case.tier));
+            let (bench, settings) = (bench.gradients(), options.settings(&case));
             match problem.dtype {
                 DType::F32 => bench.run::<f32>(operation, problem, &settings, &mut normals)?,
                 DType::F16 => bench.run::<f16>(operation, problem, &settings, &mut normals)?,
@@ -64,19 +82,27 @@ fn main() -> anyhow::Result<()> {
 /// The linear layer beside cuBLASLt.
 #[derive(Parser)]
 struct Options {
-    /// Shapes to measure instead of the default table
+    /// Shapes to measure instead of the default table, which has large ones in burst and steady and
+    /// small ones in graph
     #[arg(long, value_name = "MxNxK", value_delimiter = ',', value_parser = options::extents::<3>)]
     shapes: Vec<[usize; 3]>,
     /// What to compute; dw is dW and db
-    #[arg(long, default_value = "forward", value_parser = one_of(Operation::ALL, Operation::name))]
-    operation: Operation,
-    #[arg(long, default_value = "bf16", value_parser = one_of(DType::ALL, DType::name))]
-    dtype: DType,
+    #[arg(
+        long = "operation",
+        value_delimiter = ',',
+        default_value = "forward",
+        value_parser = one_of(Operation::ALL, Operation::name)
+    )]
+    operations: Vec<Operation>,
+    /// Default bf16 and f16, and of the default table 4096x4096x4096 in f32
+    #[arg(long = "dtype", value_delimiter = ',', value_parser = one_of(DType::ALL, DType::name))]
+    dtypes: Vec<DType>,
     /// How W lies
     #[arg(
         long = "layout",
+        value_delimiter = ',',
         default_values = ["in-out", "out-in"],
-        value_parser = one_of(WeightLayout::ALL, record::layout_name)
+        value_parser = one_of(WeightLayout::ALL, options::layout_name)
     )]
     layouts: Vec<WeightLayout>,
     #[arg(long, default_value = "relu", value_parser = one_of(Activation::ALL, Activation::name))]
@@ -87,12 +113,12 @@ struct Options {
     #[command(flatten)]
     forced: Forced,
     /// Products that make up one of f32 on hopper
-    #[arg(long, default_value = "six", value_parser = one_of(PRODUCTS, products_name))]
+    #[arg(long, default_value = "six", value_parser = one_of(options::PRODUCTS, options::products_name))]
     products: F32Products,
     /// Lets cuBLASLt round f32 to TF32
     #[arg(long)]
     peer_tf32: bool,
-    /// Default graph for calls under 20 us, else burst and steady
+    /// Default that of the table; of other shapes graph for calls under 20 us, else burst and steady
     #[arg(long, value_parser = one_of(Regime::ALL, Regime::name))]
     regime: Option<Regime>,
     #[command(flatten)]
@@ -143,10 +169,14 @@ impl Operation {
     }
 }
 
-/// A problem and the tier forced on it.
+/// A problem, and how it is measured.
 struct Case {
+    operation: Operation,
     problem: Problem,
+    /// Forced.
     tier: Option<Tier>,
+    /// `None` is all that suit the problem.
+    regimes: Option<&'static [Regime]>,
 }
 
 impl Forced {
@@ -190,52 +220,62 @@ fn force<T>(
 }
 
 impl Options {
-    fn settings(&self, tier: Option<Tier>) -> gradients::Settings<'_> {
+    fn settings(&self, case: &Case) -> gradients::Settings<'_> {
         gradients::Settings {
-            tier,
-            regime: self.regime,
-            samples: self.samples(),
-            graph_below: GRAPH_BELOW,
+            tier: case.tier,
+            regimes: self.regimes(case),
+            repetitions: self.sampling.repetitions(),
             json: self.sampling.json.as_deref(),
         }
     }
 
-    fn samples(&self) -> usize {
-        self.sampling.samples_or(60)
+    fn regimes(&self, case: &Case) -> Option<&[Regime]> {
+        self.regime.as_ref().map(std::slice::from_ref).or(case.regimes)
     }
 
     /// The shapes asked for, or the default table.
     fn cases(&self) -> Vec<Case> {
+        let default = [DType::BF16, DType::F16];
+        let dtypes = if self.dtypes.is_empty() { &default } else { self.dtypes.as_slice() };
+        let all = |shapes: &[[usize; 3]], regimes| {
+            let tables = dtypes.iter().map(|&dtype| self.table(shapes, dtype, self.tier, regimes));
+            tables.flatten().collect::<Vec<_>>()
+        };
         if !self.shapes.is_empty() {
-            return self.table(&self.shapes, self.dtype, self.tier);
+            return all(&self.shapes, None);
         }
-        let mut cases = self.table(&[[8192; 3], [4096; 3]], DType::BF16, None);
-        cases.extend(self.table(&[[4096; 3]], DType::F32, Some(Tier::Portable)));
-        cases.extend(self.table(&[[4096; 3]], DType::F32, None));
+        let mut cases = all(&LARGE, Some(SINGLY));
+        cases.extend(all(&SMALL, Some(&[Regime::Graph])));
+        if self.dtypes.is_empty() {
+            let tiers = match self.tier {
+                Some(forced) => vec![Some(forced)],
+                None => vec![None, Some(Tier::Portable)],
+            };
+            for tier in tiers {
+                cases.extend(self.table(&[[4096; 3]], DType::F32, tier, Some(SINGLY)));
+            }
+        }
         cases
     }
 
-    fn table(&self, shapes: &[[usize; 3]], dtype: DType, tier: Option<Tier>) -> Vec<Case> {
+    fn table(
+        &self,
+        shapes: &[[usize; 3]],
+        dtype: DType,
+        tier: Option<Tier>,
+        regimes: Option<&'static [Regime]>,
+    ) -> Vec<Case> {
         let activation = self.activation;
-        let case = |&[m, n, k]: &[usize; 3], &layout: &WeightLayout| Case {
-            problem: Problem { m, n, k, dtype, layout, activation },
-            tier,
-        };
-        let layouts = &self.layouts;
-        shapes
-            .iter()
-            .flat_map(|shape| layouts.iter().map(move |layout| case(shape, layout)))
-            .collect()
-    }
-}
-
-const PRODUCTS: [F32Products; 3] = [F32Products::Six, F32Products::Three, F32Products::Tf32];
-
-const fn products_name(products: F32Products) -> &'static str {
-    match products {
-        F32Products::Six => "six",
-        F32Products::Three => "three",
-        F32Products::Tf32 => "tf32",
+        let mut cases = Vec::new();
+        for &operation in &self.operations {
+            for &[m, n, k] in shapes {
+                for &layout in &self.layouts {
+                    let problem = Problem { m, n, k, dtype, layout, activation };
+                    cases.push(Case { operation, problem, tier, regimes });
+                }
+            }
+        }
+        cases
     }
 }
 
@@ -324,25 +364,21 @@ impl Bench {
         if product.is_some() {
             contenders.push(&theirs);
         }
-        let regimes = match options.regime {
-            Some(regime) => vec![regime],
-            None if regime::estimate(&self.clock, &ours)? < GRAPH_BELOW => {
-                vec![Regime::Graph]
-            }
-            None => vec![Regime::Burst, Regime::Steady],
+        let regimes = match options.regimes(case) {
+            Some(regimes) => regimes,
+            None => regime::suited(&self.clock, &ours)?,
         };
         let mut records = Vec::new();
-        for regime in regimes {
-            let summaries = regime::measure(&self.clock, regime, options.samples(), &contenders)?;
+        let repetitions = options.sampling.repetitions();
+        for &regime in regimes {
+            let summaries = regime::measure(&self.clock, regime, repetitions, &contenders)?;
             let timing = Timing::new(problem, regime, &summaries[0], error);
             let peer = product.as_ref().map(|(name, _)| Peer {
                 name: name.clone(),
                 timing: Timing::new(problem, regime, &summaries[1], peer_error),
             });
             let mut record = Record::new(&self.provenance, problem, tier, regime, timing, peer);
-            if (problem.dtype, tier) == (DType::F32, Tier::Hopper) {
-                record.products = Some(products_name(options.products));
-            }
+            record.products = options::products_of(problem.dtype, tier, options.products);
             record.variant = options.forced.variant();
             if let Some(file) = &options.sampling.json {
                 append(&record, file)?;

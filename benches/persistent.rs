@@ -3,6 +3,8 @@
 //!
 //! `benches/results/README.md` says how it is measured.
 
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
@@ -15,7 +17,8 @@ use kasmina::{
 use measure::cuda::Clock;
 use measure::options::{self, Sampling};
 use measure::random::Normals;
-use measure::record::{Provenance, append};
+use measure::record::{Peer, Provenance, Times, append};
+use measure::statistics::Summary;
 use serde::Serialize;
 use streaming::echo::Echo;
 use streaming::latency::{Latency, measure};
@@ -25,9 +28,12 @@ mod measure;
 mod streaming;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// Batches in flight when throughput is measured, and batches per sample.
+/// Batches in flight when throughput is measured, batches per sample, and samples.
 const DEPTH: usize = 64;
 const BATCHES: usize = 20_000;
+const THROUGHPUT_SAMPLES: usize = 5;
+/// Calls of other work that are timed beside a session.
+const CALLS: usize = 50;
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
@@ -80,7 +86,7 @@ impl Options {
 
 /// One line of `benches/results`.
 #[derive(Serialize)]
-struct Record<'a> {
+struct Record<'a, T> {
     #[serde(flatten)]
     provenance: &'a Provenance,
     case: &'a str,
@@ -88,7 +94,26 @@ struct Record<'a> {
     blocks: Option<u32>,
     part_rows: Option<u32>,
     #[serde(flatten)]
-    latency: Latency,
+    timing: T,
+}
+
+/// What many batches in flight take, each.
+#[derive(Serialize)]
+struct Throughput {
+    #[serde(flatten)]
+    times: Times,
+    /// Rows of batches.
+    items_per_s: f64,
+}
+
+/// What work takes beside a session.
+#[derive(Serialize)]
+struct Beside {
+    #[serde(flatten)]
+    times: Times,
+    /// The same work without a session.
+    peer: Peer<Times>,
+    ratio: f64,
 }
 
 struct Bench {
@@ -104,13 +129,17 @@ impl Bench {
             println!(
                 "| {case} | {contender} | {p50_us:.2} | {p99_us:.2} | {p999_us:.2} | {mean_us:.2} |"
             );
-            if let Some(file) = &self.options.sampling.json {
-                let Options { blocks, part_rows, .. } = self.options;
-                let provenance = &self.provenance;
-                append(&Record { provenance, case, contender, blocks, part_rows, latency }, file)?;
-            }
+            self.keep(case, contender, latency)?;
         }
         Ok(())
+    }
+
+    /// Appends a line to the file of results, if there is to be one.
+    fn keep(&self, case: &str, contender: &str, timing: impl Serialize) -> anyhow::Result<()> {
+        let Some(file) = &self.options.sampling.json else { return Ok(()) };
+        let Options { blocks, part_rows, .. } = self.options;
+        let provenance = &self.provenance;
+        append(&Record { provenance, case, contender, blocks, part_rows, timing }, file)
     }
 
     fn layers(&self, widths: &[usize]) -> anyhow::Result<Vec<KasminaLayer>> {
@@ -233,11 +262,12 @@ impl Bench {
         let session = self.session(&layers, self.options.config().depth(DEPTH))?;
         let input = Normals::new().take::<bf16>(batch * 256, 1.0);
         let mut output = vec![bf16::ZERO; batch * 256];
-        let mut rates = Vec::new();
-        for _ in 0..5 {
-            let mut tickets = std::collections::VecDeque::with_capacity(DEPTH);
+        let batches = self.options.sampling.scaled(BATCHES);
+        let mut samples = Vec::new();
+        for _ in 0..THROUGHPUT_SAMPLES {
+            let mut tickets = VecDeque::with_capacity(DEPTH);
             let start = Instant::now();
-            for _ in 0..BATCHES {
+            for _ in 0..batches {
                 if tickets.len() == DEPTH
                     && let Some(mut oldest) = tickets.pop_front()
                 {
@@ -248,20 +278,25 @@ impl Bench {
             for mut ticket in tickets {
                 session.wait_into(&mut ticket, &mut output, TIMEOUT)?;
             }
-            rates.push(start.elapsed().as_secs_f64() * 1e6 / BATCHES as f64);
+            samples.push(start.elapsed().as_secs_f64() * 1e6 / batches as f64);
         }
-        rates.sort_by(f64::total_cmp);
-        let each = rates[rates.len() / 2];
-        println!("| {case} | one producer, µs per batch | {each:.3} | | | |");
+        let times = Times::from(&Summary::new(samples));
+        let items_per_s = batch as f64 * 1e6 / times.median_us;
+        println!(
+            "| {case} | one producer, µs per batch | {:.3} | | | {:.3} |",
+            times.median_us, times.mean_us
+        );
+        self.keep(&case, "resident", Throughput { times, items_per_s })?;
         let statistics = session.statistics();
         println!("\n{statistics:?}\n");
         Ok(())
     }
 
-    /// What an idle session costs other work, and other work a session.
+    /// What a session, idle or busy, costs other work, and other work a session.
     fn beside(&self) -> anyhow::Result<()> {
-        let case = "beside forward 4096x4096x4096";
-        if !self.options.selects(case) {
+        let case = "forward 4096x4096x4096";
+        let session_case = format!("linear 32x256x256 beside {case}");
+        if !self.options.selects(case) && !self.options.selects(&session_case) {
             return Ok(());
         }
         let large = LinearConfig::new(4096, 4096).dtype(DType::BF16).build(&self.device)?;
@@ -272,41 +307,43 @@ impl Bench {
         )?;
         let mut y = Tensor::<bf16>::zeros(&self.device, [4096, 4096])?;
         let clock = Clock::new(&self.device)?;
-        let mut time = || -> anyhow::Result<f64> {
-            let mut times = Vec::new();
-            for _ in 0..50 {
-                times.push(clock.time(|| Ok(large.forward_into(&x, &mut y)?))?);
-            }
-            times.sort_by(f64::total_cmp);
-            Ok(times[times.len() / 2])
+        let mut time = || -> anyhow::Result<Times> {
+            let samples = (0..self.options.sampling.scaled(CALLS))
+                .map(|_| clock.time(|| Ok(large.forward_into(&x, &mut y)?)));
+            Ok(Times::from(&Summary::new(samples.collect::<Result<_, _>>()?)))
         };
         let alone = time()?;
         let layers = self.layers(&[256, 256])?;
         let session = self.session(&layers, self.options.config())?;
         let idle = time()?;
         let input = Normals::new().take::<bf16>(32 * 256, 1.0);
-        let stop = std::sync::atomic::AtomicBool::new(false);
+        let stop = AtomicBool::new(false);
         let (busy, answers) = std::thread::scope(|scope| {
             let answers = scope.spawn(|| {
-                let mut answers = 0u64;
-                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let mut answers = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    let start = Instant::now();
                     session.submit_and_wait(&input, TIMEOUT)?;
-                    answers += 1;
+                    answers.push(start.elapsed());
                 }
                 anyhow::Ok(answers)
             });
             let busy = time();
-            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            stop.store(true, Ordering::Relaxed);
             let answers = answers.join().expect("the producer does not panic");
             anyhow::Ok((busy?, answers?))
         })?;
-        let p50 = session.statistics().p50;
-        println!(
-            "\nforward 4096³ alone {alone:.1} µs, beside an idle session {idle:.1} ({:.2}), beside \
-             a busy one {busy:.1} ({:.2}), whose {answers} answers took {p50:?} at the median",
-            idle / alone,
-            busy / alone
-        );
+        ensure!(!answers.is_empty(), "the session did not answer beside the pass");
+        self.report(&session_case, &["resident"], &[Latency::of(answers)])?;
+        println!("\n{case} alone: {:.1} µs", alone.median_us);
+        for (contender, times) in
+            [("beside an idle session", idle), ("beside a busy session", busy)]
+        {
+            let ratio = alone.median_us / times.median_us;
+            println!("{contender}: {:.1} µs, {:.2} times as long", times.median_us, 1.0 / ratio);
+            let peer = Peer { name: "without a session".to_owned(), timing: alone };
+            self.keep(case, contender, Beside { times, peer, ratio })?;
+        }
         Ok(())
     }
 }

@@ -61,12 +61,13 @@ struct Options {
     lengths: Vec<usize>,
     #[arg(
         long = "dtype",
+        value_delimiter = ',',
         default_values = ["f32", "bf16"],
         value_parser = one_of(DType::ALL, DType::name)
     )]
     dtypes: Vec<DType>,
     /// Default all
-    #[arg(long = "operation", value_parser = one_of(Operation::ALL, Operation::name))]
+    #[arg(long = "operation", value_delimiter = ',', value_parser = one_of(Operation::ALL, Operation::name))]
     operations: Vec<Operation>,
     /// Forces a tier; default the best
     #[arg(long, value_parser = one_of(Tier::ALL, Tier::name))]
@@ -218,7 +219,7 @@ impl Bench {
         let mut records = Vec::new();
         for regime in options.regimes(len) {
             let summaries =
-                regime::measure(&self.clock, regime, options.sampling.samples_or(60), &contenders)?;
+                regime::measure(&self.clock, regime, options.sampling.repetitions(), &contenders)?;
             for (index, one) in ours.iter().enumerate() {
                 let (operation, tier) = (one.operation, one.reducer.tier());
                 let case = Case { operation, len, dtype: T::DTYPE, tier, regime };

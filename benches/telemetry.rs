@@ -12,17 +12,17 @@ use clap::Parser;
 use half::bf16;
 use kasmina::{
     Activation, DType, Device, KasminaLayer, LinearConfig, Segments, Summary, TelemetryReducer,
-    Tensor, WeightLayout,
+    Tensor, Tier, WeightLayout,
 };
 use measure::cuda::Clock;
-use measure::options::{self, Sampling, one_of};
+use measure::options::{self, Sampling, layout_name, one_of};
 use measure::random::Normals;
 use measure::record::{Peer, Provenance, Times, append};
 use measure::regime::{self, Contender, Regime};
 use serde::Serialize;
 
-/// Calls shorter than this, in microseconds, are timed in a graph.
-const GRAPH_BELOW: f64 = 20.0;
+const DTYPE: DType = DType::BF16;
+const ACTIVATION: Activation = Activation::Relu;
 /// Inputs that are used in turn.
 const INPUTS: usize = 2;
 /// How often summaries are read for the time that takes.
@@ -55,7 +55,14 @@ struct Options {
         long,
         value_name = "MxNxK",
         value_delimiter = ',',
-        default_values = ["1024x1024x1024", "4096x4096x4096", "8192x8192x8192", "4096x14336x4096"],
+        default_values = [
+            "1024x1024x1024",
+            "2048x2048x2048",
+            "4096x4096x4096",
+            "8192x8192x8192",
+            "4096x14336x4096",
+            "16384x4096x4096",
+        ],
         value_parser = options::extents::<3>
     )]
     shapes: Vec<[usize; 3]>,
@@ -88,7 +95,7 @@ impl Pass {
         normals: &mut Normals,
     ) -> anyhow::Result<Self> {
         let [m, n, k] = shape;
-        let config = LinearConfig::new(k, n).activation(Activation::Relu).dtype(DType::BF16);
+        let config = LinearConfig::new(k, n).activation(ACTIVATION).dtype(DTYPE);
         let mut layer = config.weight_layout(layout).build(device)?;
         let weights: Vec<f32> = normals.take(n * k, 1.0 / (k as f32).sqrt());
         layer.set_weight(&weights)?;
@@ -146,11 +153,10 @@ impl Pass {
         let contenders: [Contender<'_>; 3] = [&plain, &fused, &reduced];
         let regime = match options.regime {
             Some(regime) => regime,
-            None if regime::estimate(clock, &plain)? < GRAPH_BELOW => Regime::Graph,
-            None => Regime::Burst,
+            None => regime::suited(clock, &plain)?[0],
         };
         let summaries =
-            regime::measure(clock, regime, options.sampling.samples_or(60), &contenders)?;
+            regime::measure(clock, regime, options.sampling.repetitions(), &contenders)?;
         let times = |contender: usize| Times::from(&summaries[contender]);
         let peer = |name: &str, contender| Peer { name: name.to_owned(), timing: times(contender) };
         let [m, n, k] = self.shape;
@@ -166,10 +172,15 @@ impl Pass {
         })?;
         Ok(Record {
             provenance: provenance.clone(),
+            operation: "telemetry",
             m,
             n,
             k,
-            layout: self.layout.name(),
+            dtype: DTYPE.name(),
+            layout: layout_name(self.layout),
+            activation: ACTIVATION.name(),
+            // The only one with a fused pass, and `check` has seen that it is one.
+            tier: Tier::Hopper.name(),
             chunks,
             regime: regime.name(),
             fused: times(1),
@@ -209,10 +220,14 @@ fn median_of_reads<R: FnOnce() -> kasmina::Result<Vec<Summary>>>(
 struct Record {
     #[serde(flatten)]
     provenance: Provenance,
+    operation: &'static str,
     m: usize,
     n: usize,
     k: usize,
+    dtype: &'static str,
     layout: &'static str,
+    activation: &'static str,
+    tier: &'static str,
     chunks: usize,
     regime: &'static str,
     #[serde(flatten)]

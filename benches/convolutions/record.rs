@@ -2,10 +2,11 @@
 
 use std::fmt::Write as _;
 
-use kasmina::{DType, FilterLayout, SequenceLayout, Tier};
+use kasmina::{DType, F32Products, FilterLayout, SequenceLayout, Tier};
 use serde::Serialize;
 
 use super::operands::{Convolution, Pass};
+use crate::measure::options::products_of;
 use crate::measure::record::{Peer, Provenance, Times};
 use crate::measure::regime::Regime;
 use crate::measure::statistics::Summary;
@@ -62,6 +63,8 @@ pub(crate) struct Record {
     filter: &'static str,
     dtype: &'static str,
     tier: &'static str,
+    /// For f32 on tensor cores, where convolutions know but one way.
+    products: Option<&'static str>,
     tiled: bool,
     regime: &'static str,
     #[serde(flatten)]
@@ -99,6 +102,7 @@ impl Record {
             filter: case.filter_layout.name(),
             dtype: case.dtype.name(),
             tier: case.tier.name(),
+            products: products_of(case.dtype, case.tier, F32Products::Six),
             tiled: case.tiled,
             regime: case.regime.name(),
             ratio: peer.as_ref().map(|peer| timing.tflops / peer.timing.tflops),

@@ -39,12 +39,23 @@ impl Regime {
 
 /// Idle time before each burst sample, in which the GPU's power budget recovers.
 const REST: Duration = Duration::from_millis(20);
-/// Length of a steady slice, total length per contender, and length of one sample, in microseconds.
+/// Length of a steady slice and of one sample, in microseconds.
 const SLICE: f64 = 0.5e6;
-const STEADY: f64 = 3.0e6;
 const CHUNK: f64 = 25.0e3;
 /// Calls per graph.
 pub(crate) const NODES: usize = 100;
+
+/// Calls shorter than this, in microseconds, are timed in a graph.
+const GRAPH_BELOW: f64 = 20.0;
+
+/// How often calls are repeated.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Repetitions {
+    /// Samples in burst and graph.
+    pub(crate) samples: usize,
+    /// Total length of the steady regime per contender, in microseconds.
+    pub(crate) steady: f64,
+}
 
 /// Something that is timed: enqueues its `i`-th call.
 pub(crate) type Contender<'a> = &'a dyn Fn(usize) -> anyhow::Result<()>;
@@ -61,16 +72,24 @@ pub(crate) fn estimate(clock: &Clock, contender: Contender<'_>) -> anyhow::Resul
     Ok(Summary::new(samples).median)
 }
 
-/// Times the contenders by turns in `regime`; `samples` counts for burst and graph.
+/// The regimes that suit calls of this length.
+#[allow(dead_code, reason = "some benches know which")]
+pub(crate) fn suited(clock: &Clock, contender: Contender<'_>) -> anyhow::Result<&'static [Regime]> {
+    let short = estimate(clock, contender)? < GRAPH_BELOW;
+    Ok(if short { &[Regime::Graph] } else { &[Regime::Burst, Regime::Steady] })
+}
+
+/// Times the contenders by turns in `regime`.
 pub(crate) fn measure(
     clock: &Clock,
     regime: Regime,
-    samples: usize,
+    repetitions: Repetitions,
     contenders: &[Contender<'_>],
 ) -> anyhow::Result<Vec<Summary>> {
+    let Repetitions { samples, steady: length } = repetitions;
     let times = match regime {
         Regime::Burst => burst(clock, samples, contenders)?,
-        Regime::Steady => steady(clock, contenders)?,
+        Regime::Steady => steady(clock, length, contenders)?,
         Regime::Graph => graph(clock, samples, contenders)?,
     };
     Ok(times.into_iter().map(Summary::new).collect())
@@ -99,7 +118,11 @@ fn burst(
     Ok(times)
 }
 
-fn steady(clock: &Clock, contenders: &[Contender<'_>]) -> anyhow::Result<Vec<Vec<f64>>> {
+fn steady(
+    clock: &Clock,
+    length: f64,
+    contenders: &[Contender<'_>],
+) -> anyhow::Result<Vec<Vec<f64>>> {
     let mut calls_per_chunk = Vec::new();
     for contender in contenders {
         calls_per_chunk.push((CHUNK / estimate(clock, *contender)?).ceil().max(1.0) as usize);
@@ -116,7 +139,7 @@ fn steady(clock: &Clock, contenders: &[Contender<'_>]) -> anyhow::Result<Vec<Vec
                 times[turn].extend(chunks.iter().map(|chunk| chunk / calls as f64));
             }
         }
-        if totals.iter().all(|&total| total >= STEADY) {
+        if totals.iter().all(|&total| total >= length) {
             break;
         }
     }

@@ -17,6 +17,7 @@ from cuda.bindings import driver
 KERNELS = Path(__file__).resolve().parents[2] / "kasmina-kernels"
 
 BLOCK_K = SLAB_N = CONSUMER_M = 64
+WARP_M = 16
 GROUP_M = 16
 
 
@@ -104,6 +105,8 @@ class Kernel:
         n = w.shape[1]
         tiles_m, tiles_n = -(-m // self.block_m), -(-n // self.block_n)
         x_rows = min(self.block_m, -(-m // 8) * 8)
+        # Each warp stores its own rows in the widest tiles: `Tile::stores_by_warp`.
+        store_rows = WARP_M if self.block_n == 256 else CONSUMER_M
         # Seven coefficients and the hold of the sigmoid form, which ReLU does not use; the lower
         # bound 0, and 0 for the piecewise-linear form. Then the bytes of a stage's boxes.
         stage_bytes = (x_rows + self.block_n) * BLOCK_K * 2
@@ -111,9 +114,11 @@ class Kernel:
         parameters = (
             tensor_map(x, BLOCK_K, x_rows)
             + tensor_map(w, SLAB_N, BLOCK_K)
-            + tensor_map(y, SLAB_N, CONSUMER_M)
+            + tensor_map(y, SLAB_N, store_rows)
             + struct.pack("<Q5I", bias.data_ptr(), n, -(-k // BLOCK_K), tiles_m, tiles_n, GROUP_M)
             + relu
+            # `PlainRows::NONE`: TMA stores Y.
+            + struct.pack("<2Q2I", 0, 0, 0, 0)
         )
         if len(parameters) != self.parameter_bytes:
             raise RuntimeError(

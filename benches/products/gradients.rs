@@ -5,15 +5,16 @@ use std::path::Path;
 
 use anyhow::{Context, ensure};
 use kasmina::gemm::{Backward, Gradients, Saved};
-use kasmina::{Activation, Device, Element, KernelConfig, Tensor, Tier, WeightLayout};
+use kasmina::{Activation, Device, Element, F32Products, KernelConfig, Tensor, Tier, WeightLayout};
 use serde::Serialize;
 
 use super::operands::Problem;
-use super::record::{Timing, layout_name};
+use super::record::Timing;
 use crate::measure::cuda::Clock;
+use crate::measure::options::{layout_name, products_of};
 use crate::measure::random::{Normals, SplitMix};
 use crate::measure::record::{Peer, Provenance, append};
-use crate::measure::regime::{self, Contender, NODES, Regime};
+use crate::measure::regime::{self, Contender, NODES, Regime, Repetitions};
 use crate::peer::cublaslt::{self, CublasLt, Description, Product};
 
 /// What is timed.
@@ -38,10 +39,8 @@ impl Operation {
 pub(crate) struct Settings<'a> {
     pub(crate) tier: Option<Tier>,
     /// `None` is all that suit the problem.
-    pub(crate) regime: Option<Regime>,
-    pub(crate) samples: usize,
-    /// Calls shorter than this, in microseconds, are timed in a graph.
-    pub(crate) graph_below: f64,
+    pub(crate) regimes: Option<&'a [Regime]>,
+    pub(crate) repetitions: Repetitions,
     pub(crate) json: Option<&'a Path>,
 }
 
@@ -57,6 +56,8 @@ struct Record {
     dtype: &'static str,
     layout: &'static str,
     tier: &'static str,
+    /// For f32 on tensor cores.
+    products: Option<&'static str>,
     regime: &'static str,
     #[serde(flatten)]
     timing: Timing,
@@ -118,7 +119,7 @@ impl<T: Element> Operands<T> {
         operation: Operation,
         call: usize,
         config: &KernelConfig,
-    ) -> anyhow::Result<&'static str> {
+    ) -> anyhow::Result<Tier> {
         let mut sets = self.sets.borrow_mut();
         let index = call % sets.len();
         let Set { x, w, dz, dx, dw, db } = &mut sets[index];
@@ -135,7 +136,7 @@ impl<T: Element> Operands<T> {
             Operation::Weight => Gradients { dw: Some(dw), db: Some(db), ..Gradients::default() },
         };
         let tiers = backward.run(gradients, config)?;
-        Ok(tiers.dx.or(tiers.dw).map_or("none", |tier| tier.name()))
+        tiers.dx.or(tiers.dw).context("the pass says which tier served it")
     }
 
     /// The operands of cuBLASLt's call number `call`.
@@ -243,15 +244,12 @@ impl Bench<'_> {
         if product.is_some() {
             contenders.push(&theirs);
         }
-        let regimes = match settings.regime {
-            Some(regime) => vec![regime],
-            None if regime::estimate(self.clock, &ours)? < settings.graph_below => {
-                vec![Regime::Graph]
-            }
-            None => vec![Regime::Burst, Regime::Steady],
+        let regimes = match settings.regimes {
+            Some(regimes) => regimes,
+            None => regime::suited(self.clock, &ours)?,
         };
-        for regime in regimes {
-            let times = regime::measure(self.clock, regime, settings.samples, &contenders)?;
+        for &regime in regimes {
+            let times = regime::measure(self.clock, regime, settings.repetitions, &contenders)?;
             let timing = Timing::new(&problem, regime, &times[0], error);
             let peer = product.as_ref().map(|(name, _)| Peer {
                 name: name.clone(),
@@ -268,20 +266,22 @@ impl Bench<'_> {
                 k: problem.k,
                 dtype: problem.dtype.name(),
                 layout: layout_name(problem.layout),
-                tier,
+                tier: tier.name(),
+                products: products_of(problem.dtype, tier, F32Products::Six),
                 regime: regime.name(),
                 timing,
                 peer,
                 ratio,
             };
             println!(
-                "{} {}x{}x{} {} {} {tier} {}: {:.2} us, peer {:.2} us, ratio {:.3}",
+                "{} {}x{}x{} {} {} {} {}: {:.2} us, peer {:.2} us, ratio {:.3}",
                 record.operation,
                 problem.m,
                 problem.n,
                 problem.k,
                 record.dtype,
                 record.layout,
+                record.tier,
                 record.regime,
                 regime.representative(&times[0]),
                 times.get(1).map_or(f64::NAN, |times| regime.representative(times)),

@@ -2,10 +2,11 @@
 
 use std::fmt::Write as _;
 
-use kasmina::{Tier, WeightLayout};
+use kasmina::Tier;
 use serde::Serialize;
 
 use super::operands::Problem;
+use crate::measure::options::layout_name;
 use crate::measure::record::{Peer, Provenance, Times};
 use crate::measure::regime::Regime;
 use crate::measure::statistics::Summary;
@@ -46,7 +47,7 @@ pub(crate) struct Record {
     layout: &'static str,
     activation: &'static str,
     tier: &'static str,
-    /// Of parts, for f32 on tensor cores: `six` or `three`.
+    /// For f32 on tensor cores: `six`, `three` or `tf32`.
     pub(crate) products: Option<&'static str>,
     /// What of the kernel was forced, if anything was.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -83,14 +84,6 @@ impl Record {
             timing,
             peer,
         }
-    }
-}
-
-/// The name of a layout on the command line and in the results.
-pub(crate) const fn layout_name(layout: WeightLayout) -> &'static str {
-    match layout {
-        WeightLayout::InOut => "in-out",
-        WeightLayout::OutIn => "out-in",
     }
 }
 

@@ -15,7 +15,7 @@ pub(crate) struct Latency {
 }
 
 impl Latency {
-    fn of(mut times: Vec<Duration>) -> Self {
+    pub(crate) fn of(mut times: Vec<Duration>) -> Self {
         times.sort_unstable();
         let at = |q: f64| {
             let rank = (q * times.len() as f64).ceil() as usize;

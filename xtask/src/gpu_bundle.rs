@@ -1,8 +1,8 @@
-//! `cargo xtask gpu-bundle`: tests, benches and examples in one folder, to run on a GPU machine
-//! that has no Rust.
+//! `cargo xtask gpu-bundle`: tests, benches, examples and the peers' scripts in one folder, to run on
+//! a GPU machine that has no Rust.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -25,13 +25,19 @@ const RUN: &str = "xtask/src/gpu_bundle/run";
 /// What a GPU machine compiles itself to be compared with; the file says how.
 const CUB: &str = "benches/peer/cub.cu";
 
+/// The scripts that measure PyTorch and Triton.
+const PEERS: &str = "benches/peer";
+
+/// What these read: the committed PTX, and the tiles of the kernel that they launch from it.
+const READ_BY_PEERS: [&str; 2] = ["kasmina-kernels/ptx", "kasmina-kernels/src/gemm/hopper.rs"];
+
 const SELECTION: [&str; 3] =
     ["--package=kasmina", "--profile=release", "--target-dir=target/gpu-bundle"];
 
 /// Builds the folder anew.
 ///
 /// # Errors
-/// A failing build, or a folder of more than 160 MiB.
+/// A failing build, or programs of more than 160 MiB.
 pub fn write(workspace: &Path) -> Result<()> {
     let folder = workspace.join(FOLDER);
     if folder.exists() {
@@ -58,14 +64,50 @@ pub fn write(workspace: &Path) -> Result<()> {
     }
     fs::copy(workspace.join(RUN), folder.join("run"))?;
     fs::copy(workspace.join(CUB), folder.join("cub.cu"))?;
+    copy_peers(workspace, &folder)?;
     ensure!(
         size <= SIZE_LIMIT,
-        "{FOLDER} has {} MiB, more than the {} MiB that it may: embed less data in tests and \
-         examples",
+        "the programs in {FOLDER} have {} MiB, more than the {} MiB that they may: embed less data in \
+         tests and examples",
         size >> 20,
         SIZE_LIMIT >> 20
     );
     println!("{:.1} MiB; on the GPU machine: {FOLDER}/run", size as f64 / f64::from(1 << 20));
+    Ok(())
+}
+
+/// Copies the peers' scripts and what they read, which lies in the folder as it does here.
+fn copy_peers(workspace: &Path, folder: &Path) -> Result<()> {
+    for file in files(&workspace.join(PEERS))? {
+        if file.extension().is_some_and(|extension| extension == "py") {
+            copy_into(workspace, folder, &file)?;
+        }
+    }
+    for path in READ_BY_PEERS {
+        for file in files(&workspace.join(path))? {
+            copy_into(workspace, folder, &file)?;
+        }
+    }
+    Ok(())
+}
+
+/// The file, or all files in the folder and below it.
+fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    if path.is_file() {
+        return Ok(vec![path.to_path_buf()]);
+    }
+    let mut found = Vec::new();
+    for entry in fs::read_dir(path).with_context(|| format!("cannot read {}", path.display()))? {
+        found.extend(files(&entry?.path())?);
+    }
+    Ok(found)
+}
+
+/// Copies a file of the workspace to where it lies there, from `folder` on.
+fn copy_into(workspace: &Path, folder: &Path, file: &Path) -> Result<()> {
+    let target = folder.join(file.strip_prefix(workspace)?);
+    fs::create_dir_all(target.parent().context("a file lies in a folder")?)?;
+    fs::copy(file, &target).with_context(|| format!("cannot copy {}", file.display()))?;
     Ok(())
 }
 
@@ -146,6 +188,53 @@ mod tests {
         let (succeeded, results) = perf(&folder(&[("bench/a", "exit 3"), ("bench/b", WRITES)]));
         assert!(!succeeded && results.contains("b --json"), "{results}");
         assert!(!perf(&folder(&[("bench/launch", "true")])).0);
+    }
+
+    /// Takes the place of python3: appends the script and what follows `--json FILE` to that file.
+    const PYTHON: &str = r#"script=${1##*/} file=$3; shift 3; echo "$script $*" >> "$file""#;
+
+    #[test]
+    fn peers_write_where_the_benches_do_and_pytorch_is_set_beside_what_is_there() {
+        let folder = folder(&[("bin/python3", PYTHON)]);
+        let mut written = String::new();
+        for expected in ["torch_layers.py \n", "torch_layers.py --beside results\n"] {
+            let (succeeded, ..) = outcome(&mut run(&folder, &["peer", "results"]));
+            assert!(succeeded);
+            written += &format!("{expected}triton_gemm.py \n");
+            let results = fs::read_to_string(folder.path().join("results")).unwrap();
+            assert_eq!(results, written);
+        }
+    }
+
+    #[test]
+    fn a_peer_that_fails_is_named_after_the_others_have_run() {
+        let folder = folder(&[("bin/python3", "echo $1; case $1 in *torch*) exit 3; esac")]);
+        let (succeeded, out, err) = outcome(&mut run(&folder, &["peer"]));
+        assert!(!succeeded && out.contains("triton_gemm.py"), "{out}");
+        assert!(err.contains("failed: torch_layers\n"), "{err}");
+    }
+
+    #[test]
+    fn peers_find_in_the_folder_what_they_import_and_read() {
+        let folder = tempfile::tempdir().unwrap();
+        copy_peers(crate::workspace(), folder.path()).unwrap();
+        let text = |path: &str| fs::read_to_string(folder.path().join(path)).unwrap();
+        let scripts = ["torch_layers", "triton_gemm", "timing", "triton_kernels"];
+        for script in scripts {
+            let text = text(&format!("{PEERS}/{script}.py"));
+            for module in ["timing", "triton_kernels", "kasmina_kernel"] {
+                let imports = text.lines().any(|line| {
+                    line == format!("import {module}")
+                        || line.starts_with(&format!("from {module} "))
+                });
+                let file = folder.path().join(PEERS).join(format!("{module}.py"));
+                assert!(!imports || file.exists(), "{script} imports {module}");
+            }
+        }
+        let entry = "gemm_bf16_kn_128x256x64";
+        assert!(text("kasmina-kernels/ptx/manifest.json").contains(entry));
+        assert!(text(&format!("kasmina-kernels/ptx/hopper/{entry}.ptx")).contains(entry));
+        assert!(text("kasmina-kernels/src/gemm/hopper.rs").contains(&format!("{entry}:")));
     }
 
     const PASSES: &str = r#"echo "test result: ok, $*""#;

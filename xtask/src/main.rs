@@ -11,7 +11,7 @@ const USAGE: &str = "usage: cargo xtask <task>
   ptx           build the device code and write kasmina-kernels/ptx/
   ptx --check   build it and compare with what is committed
   gpu-bundle    collect tests, benches and examples in dist/gpu/, to run where no Rust is
-  perf          run the benches and report; `perf report` and `perf check` take their results
+  perf          run the benches and report; `perf report`, `check` and `prune` take results
   no-gpu        check what must hold on a machine without a GPU";
 
 fn main() -> ExitCode {

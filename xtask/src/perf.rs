@@ -14,6 +14,7 @@ use record::Record;
 
 pub mod ceilings;
 pub mod check;
+pub mod prune;
 pub mod record;
 pub mod report;
 pub mod roofline;
@@ -27,12 +28,14 @@ const BASELINES: &str = "benches/results";
 pub const USAGE: &str = "usage: cargo xtask perf [BENCH]...
        cargo xtask perf report FILE... [--svg FILE]
        cargo xtask perf check FILE [--baseline FILE]
+       cargo xtask perf prune FILE
 
   perf          runs these benches, or all, on this machine's GPU, and reports on them
   perf report   prints tables of results and draws them under their roofline, beside the first file
                 or to the one named
   perf check    compares results with the committed baseline of the same GPU model; fails where a
-                case is slower than there, beyond noise";
+                case is slower than there, beyond noise
+  perf prune    leaves the last line of each case in a file of results";
 
 /// Runs the subcommand that the arguments name.
 ///
@@ -52,6 +55,7 @@ pub fn run(workspace: &Path, arguments: &[&str]) -> Result<()> {
             let [file] = files.as_slice() else { bail!("{USAGE}") };
             check::run(file, baseline.as_deref(), &workspace.join(BASELINES))
         }
+        ["prune", file] if !file.starts_with('-') => prune::run(Path::new(file)),
         benches if benches.iter().all(|bench| !bench.starts_with('-')) => {
             let results = workspace.join(RESULTS);
             measure(workspace, benches, &results)?;
@@ -135,6 +139,18 @@ fn report_on(files: &[PathBuf], svg: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The files of results in a folder.
+#[cfg(test)]
+fn result_files(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap();
+    let files: Vec<PathBuf> = entries
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "jsonl"))
+        .collect();
+    assert!(!files.is_empty(), "there are no results in {}", folder.display());
+    files
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,17 +165,10 @@ mod tests {
 
     #[test]
     fn the_committed_results_can_be_reported_on() {
-        let folder = crate::workspace().join(BASELINES);
-        let mut read = 0;
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.extension().is_some_and(|extension| extension == "jsonl") {
-                let records = record::latest(Record::read(&path).unwrap());
-                let markdown = report::markdown(&records);
-                assert!(markdown.contains("## gemm"), "{}", path.display());
-                read += 1;
-            }
+        for path in result_files(&crate::workspace().join(BASELINES)) {
+            let records = record::latest(Record::read(&path).unwrap());
+            let markdown = report::markdown(&records);
+            assert!(markdown.contains("## gemm"), "{}", path.display());
         }
-        assert!(read > 0, "there is no baseline in {BASELINES}");
     }
 }

@@ -10,13 +10,14 @@ use serde_json::{Map, Value};
 /// Says on what a case was measured.
 const PROVENANCE: [&str; 5] = ["commit", "ptx_digest", "gpu", "driver", "cuda"];
 /// Says what a measurement gave, beside the fields whose names end in a unit.
-const MEASUREMENT: [&str; 10] = [
+const MEASUREMENT: [&str; 11] = [
     "samples",
     "tflops",
     "tbps",
     "flops",
     "bytes",
     "max_error",
+    "difference",
     "peer",
     "ratio",
     "details",
@@ -90,14 +91,10 @@ impl Record {
     /// # Errors
     /// A file that cannot be read, and the number of a line that is no record.
     pub fn read(file: &Path) -> Result<Vec<Self>> {
-        let text =
-            fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        let lines = text.lines().zip(1..).filter(|(line, _)| !line.trim().is_empty());
-        lines
-            .map(|(line, number)| {
-                Self::parse(line).with_context(|| format!("{}:{number}", file.display()))
-            })
-            .collect()
+        let name = || file.display().to_string();
+        let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", name()))?;
+        let lines = read_lines(&text).with_context(name)?;
+        Ok(lines.into_iter().map(|(_, record)| record).collect())
     }
 
     /// The record in a JSON line.
@@ -144,6 +141,12 @@ impl Record {
         })
     }
 
+    /// What records of one case on one GPU model have in common, and no others.
+    #[must_use]
+    pub fn key(&self) -> (String, BTreeMap<String, String>) {
+        (self.gpu.clone(), self.identity.clone())
+    }
+
     /// The case in words, without what heads its table.
     #[must_use]
     pub fn case(&self) -> String {
@@ -180,13 +183,27 @@ impl Record {
     }
 }
 
+/// The lines of a text of JSON Lines, each with its record.
+///
+/// # Errors
+/// The number of a line that is no record.
+pub fn read_lines(text: &str) -> Result<Vec<(&str, Record)>> {
+    let lines = text.lines().zip(1..).filter(|(line, _)| !line.trim().is_empty());
+    lines
+        .map(|(line, number)| {
+            let record = Record::parse(line).with_context(|| format!("line {number}"))?;
+            Ok((line, record))
+        })
+        .collect()
+}
+
 /// The last record of each case, in the order in which the cases first appear.
 #[must_use]
 pub fn latest(records: Vec<Record>) -> Vec<Record> {
     let mut places = BTreeMap::new();
     let mut kept: Vec<Record> = Vec::new();
     for record in records {
-        let key = (record.gpu.clone(), record.identity.clone());
+        let key = record.key();
         if let Some(&place) = places.get(&key) {
             kept[place] = record;
         } else {
@@ -276,6 +293,22 @@ pub(crate) mod tests {
         assert_eq!(Record::parse(&later).unwrap().identity, record.identity);
         let other = Record::parse(&product_line("steady", 180.0, 200.0)).unwrap();
         assert_ne!(other.identity, record.identity);
+    }
+
+    #[test]
+    fn records_that_differ_in_what_was_measured_are_one_case() {
+        let line = |median: f64, difference: &str| {
+            format!(
+                r#"{{"gpu":"G","operation":"conv1d dgrad","batch":16,"layout":"ncl","regime":"burst",
+                "median_us":{median},"tflops":{median},"max_error":{median},
+                "details":{{"x":{median}}},"peer":null,"difference":{difference}}}"#
+            )
+        };
+        let [first, second, without] = [(36.0, "0.0002"), (37.0, "0.00021"), (38.0, "null")]
+            .map(|(median, difference)| Record::parse(&line(median, difference)).unwrap());
+        assert_eq!(first.identity, second.identity);
+        assert_eq!(first.identity, without.identity);
+        assert_eq!(first.case(), "batch 16, ncl");
     }
 
     #[test]

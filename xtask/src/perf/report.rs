@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::ceilings::Ceilings;
+use super::ceilings::{Arithmetic, Ceilings};
 use super::record::Record;
 
 /// Whose time the others' is divided by where a case has several contenders.
@@ -88,8 +88,8 @@ fn table(text: &mut String, section: &[&Record]) {
 /// How much of what the GPU can do a case reaches: the least time over the time it took.
 fn share_of_roof(record: &Record) -> Option<f64> {
     let ceilings = Ceilings::of(&record.gpu)?;
-    let dtype = record.identity.get("dtype").map_or("", String::as_str);
-    Some(ceilings.least_us(record.flops?, record.bytes?, dtype) / record.times.central)
+    let least = ceilings.least_us(record.flops?, record.bytes?, Arithmetic::of(record));
+    Some(least / record.times.central)
 }
 
 fn means(text: &mut String, section: &[&Record]) {
@@ -228,8 +228,12 @@ mod tests {
 
     #[test]
     fn a_case_at_the_ceiling_of_its_gpu_is_at_its_roof() {
-        let time = 2.0 * 4096.0_f64.powi(3) / 829e12 * 1e6;
-        let record = Record::parse(&product_line("burst", time, 200.0)).unwrap();
-        assert!((share_of_roof(&record).unwrap() - 1.0).abs() < 1e-9);
+        let time = 2.0 * 4096.0_f64.powi(3) / 832.5e12 * 1e6;
+        let share = |line: &str| share_of_roof(&Record::parse(line).unwrap()).unwrap();
+        assert!((share(&product_line("burst", time, 200.0)) - 1.0).abs() < 1e-9);
+        // Six products of parts take six times as long.
+        let six = product_line("burst", 6.0 * time, 200.0)
+            .replace("\"dtype\":\"bf16\"", "\"dtype\":\"f32\",\"products\":\"six\"");
+        assert!((share(&six) - 1.0).abs() < 1e-9);
     }
 }

@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 
-use super::ceilings::Ceilings;
+use super::ceilings::{Arithmetic, Ceilings};
 use super::record::Record;
 use super::report::distinct;
 
@@ -80,10 +80,7 @@ pub fn svg(records: &[Record]) -> String {
         records.iter().flat_map(|record| marks(record, colour_of(&record.operation))).collect();
     let gpus = distinct(records.iter().map(|record| record.gpu.as_str()));
     let ceilings: Vec<&Ceilings> = gpus.iter().filter_map(|gpu| Ceilings::of(gpu)).collect();
-    let tops = ceilings.iter().map(|ceilings| Point {
-        intensity: ceilings.half_tflops / ceilings.tbps,
-        tflops: ceilings.half_tflops,
-    });
+    let tops = ceilings.iter().map(|ceilings| ridge(ceilings, Arithmetic::Half));
     let axes = Axes::around(marks.iter().map(|mark| mark.point).chain(tops));
 
     let mut svg = Svg::new();
@@ -113,6 +110,12 @@ pub fn svg(records: &[Record]) -> String {
         .collect();
     svg.legend(&shown, colour_of);
     svg.finish()
+}
+
+/// Where the slope of the memory meets the ceiling of an arithmetic.
+fn ridge(ceilings: &Ceilings, arithmetic: Arithmetic) -> Point {
+    let tflops = ceilings.arithmetic(arithmetic).rate;
+    Point { intensity: tflops / ceilings.memory.rate, tflops }
 }
 
 fn intensity(record: &Record) -> Option<f64> {
@@ -213,30 +216,29 @@ impl Svg {
     /// The slope of the memory up to each ceiling of arithmetic.
     fn ceilings(&mut self, axes: &Axes, ceilings: &Ceilings) {
         let style = "stroke=\"#444\" stroke-width=\"1.5\"";
-        let lowest = 10.0_f64.powf(axes.y[0]).max(ceilings.tbps * 10.0_f64.powf(axes.x[0]));
-        let start = Point { intensity: lowest / ceilings.tbps, tflops: lowest };
-        let ridge = ceilings.half_tflops / ceilings.tbps;
-        let top = Point { intensity: ridge, tflops: ceilings.half_tflops };
+        let memory = ceilings.memory;
+        let lowest = 10.0_f64.powf(axes.y[0]).max(memory.rate * 10.0_f64.powf(axes.x[0]));
+        let start = Point { intensity: lowest / memory.rate, tflops: lowest };
+        let top = ridge(ceilings, Arithmetic::Half);
         self.line(axes.place(start), axes.place(top), style);
         let (x, y) = axes.place(start);
-        let memory = format!("{} TB/s: {}", ceilings.tbps, ceilings.tbps_source);
+        let label = format!("{} TB/s: {}", memory.rate, memory.source);
         // Along the slope, which runs at the ratio of the axes' scales.
         let (end_x, end_y) = axes.place(top);
         let degrees = (end_y - y).atan2(end_x - x).to_degrees();
         self.push(format_args!(
             "<text transform=\"translate({x:.1} {y:.1}) rotate({degrees:.2}) translate(14 -7)\" \
              font-size=\"12\" {HALO}>{}</text>",
-            escaped(&memory)
+            escaped(&label)
         ));
-        for (tflops, name, source) in [
-            (ceilings.half_tflops, "16 bit", ceilings.half_source),
-            (ceilings.single_tflops, "f32", ceilings.single_source),
-        ] {
-            let from = axes.place(Point { intensity: tflops / ceilings.tbps, tflops });
+        for arithmetic in Arithmetic::ALL {
+            let from = axes.place(ridge(ceilings, arithmetic));
             let to = (FRAME[2], from.1);
             if (FRAME[1]..=FRAME[3]).contains(&from.1) && from.0 < to.0 {
                 self.line(from, to, style);
-                let label = format!("{tflops} TFLOP/s, {name}: {source}");
+                let ceiling = ceilings.arithmetic(arithmetic);
+                let (rate, name) = (ceiling.rate, arithmetic.name());
+                let label = format!("{rate:.1} TFLOP/s, {name}: {}", ceiling.source);
                 self.text((to.0 - 4.0, to.1 - 6.0), "end", 12.0, &label);
             }
         }
@@ -365,7 +367,16 @@ mod tests {
         assert_eq!(svg.matches("class=\"peer\"").count(), 2);
         let rate = 2.0 * 4096.0_f64.powi(3) / 180.0 * 1e-6;
         assert!(svg.contains(&format!("180.00 µs, {rate:.4} TFLOP/s")), "{svg}");
-        for label in ["FLOP/byte", "TFLOP/s", "829 TFLOP/s, 16 bit", "4.61 TB/s", ">gemm<"] {
+        for label in [
+            "FLOP/byte",
+            "832.5 TFLOP/s, 16 bit",
+            "423.6 TFLOP/s, TF32",
+            "277.5 TFLOP/s, f32 by three products",
+            "138.8 TFLOP/s, f32 by six products",
+            "51.4 TFLOP/s, f32:",
+            "4.61 TB/s",
+            ">gemm<",
+        ] {
             assert!(svg.contains(label), "{label}");
         }
         assert!(!svg.contains(">other<"));
