@@ -8,6 +8,7 @@ mod buffer;
 mod context;
 mod launch;
 mod module_cache;
+mod once_map;
 mod pinned;
 mod pool;
 mod resident;
