@@ -18,6 +18,9 @@ mod moments;
 /// Elements that are not finite.
 #[path = "reduce/nan.rs"]
 mod nan;
+/// Results that stay on the device.
+#[path = "reduce/pending.rs"]
+mod pending;
 #[path = "support/random.rs"]
 mod random;
 /// Captured reductions.
@@ -67,7 +70,9 @@ fn main() -> ExitCode {
     trials.extend([
         gpu.trial("streams_are_ordered_around_a_tensor_they_share", streams_are_ordered),
         gpu.trial("the_workspace_stays_as_it_is_over_repetitions", workspace),
-        gpu.trial("pending_results_do_not_disturb_each_other", pending),
+        gpu.trial("pending_results_do_not_disturb_each_other", pending::in_any_order),
+        gpu.trial("a_pending_result_is_ready_once_it_has_been_computed", pending::ready),
+        gpu.trial("a_pending_result_is_where_it_says", pending::addresses),
         gpu.trial("threads_may_share_a_reducer", threads),
         gpu.trial("what_a_reducer_cannot_take_is_refused", refusals),
     ]);
@@ -445,24 +450,6 @@ fn workspace(device: &Device) -> Result<(), Failed> {
     })?;
     let sum = reducer.reduce(&tensor, Reduction::Sum)?;
     require(sum == Some(f64::from(1 << 20)), || format!("{sum:?} after trimming"))
-}
-
-fn pending(device: &Device) -> Result<(), Failed> {
-    let reducer = TelemetryReducer::new(device)?;
-    let lengths = [1usize, 100_000, 0, 5, 3_000_000, 70_000];
-    let mut pending = Vec::new();
-    for length in lengths {
-        let tensor = Tensor::full(device, [length], 2.0f32)?;
-        let largest = reducer.reduce_async(&tensor, Reduction::Max)?;
-        pending.push((length, reducer.summary_async(&tensor)?, largest));
-    }
-    for (length, summary, largest) in pending.into_iter().rev() {
-        let (summary, largest) = (summary.read()?, largest.read()?);
-        let expected = (length as u64, 2.0 * length as f64, (length > 0).then_some(2.0));
-        let got = (summary.count(), summary.sum(), largest);
-        require(got == expected, || format!("got {got:?}, expected {expected:?}"))?;
-    }
-    Ok(())
 }
 
 fn threads(device: &Device) -> Result<(), Failed> {

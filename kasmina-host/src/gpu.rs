@@ -29,6 +29,8 @@ use crate::error::Error;
 
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 const OUT_OF_MEMORY: u32 = 2;
+/// `CUDA_ERROR_NOT_READY`.
+const NOT_READY: u32 = 600;
 
 /// Calls a driver function, giving its failure the function's name.
 macro_rules! driver {

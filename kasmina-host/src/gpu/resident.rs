@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kasmina_driver::cust_raw::{CUdevice_attribute as Attribute, CUfunction};
-use kasmina_driver::{CUlaunchAttribute, CUlaunchConfig, RawError};
+use kasmina_driver::{CUlaunchAttribute, CUlaunchConfig};
 use kasmina_kernels::abi::Kernel;
 use kasmina_kernels::persistent::protocol::Layout;
 use kasmina_kernels::persistent::{LayerPlan, MAX_LAYERS, PersistentParams, StackPlan};
@@ -18,8 +18,6 @@ use crate::tensor::Region;
 
 /// The operation that errors of a launch name.
 const OP: &str = "StreamSession";
-/// `CUDA_ERROR_NOT_READY`.
-const NOT_READY: u32 = 600;
 /// Where in device memory the plans lie; the counter lies before them.
 const PLANS_AT: usize = 128;
 
@@ -186,19 +184,11 @@ impl Resident {
     /// Whether the grid runs. After an error nobody knows: it may still run. Once it has ended,
     /// its room is free and kernels can be loaded again.
     pub(crate) fn is_running(&mut self) -> Result<bool> {
-        let gpu = self.stream.gpu();
-        gpu.bind()?;
-        // SAFETY: the stream lives as long as `self`.
-        match unsafe { driver!(cuStreamQuery(self.stream.raw())) } {
-            Ok(()) => {
-                if std::mem::take(&mut self.stays) {
-                    gpu.leave(self.blocks);
-                }
-                Ok(false)
-            }
-            Err(RawError { code: NOT_READY, .. }) => Ok(true),
-            Err(error) => Err(failed(error)),
+        let ended = self.stream.is_idle()?;
+        if ended && std::mem::take(&mut self.stays) {
+            self.stream.gpu().leave(self.blocks);
         }
+        Ok(!ended)
     }
 }
 
