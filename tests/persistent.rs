@@ -527,10 +527,10 @@ fn fallback(device: &Device) -> Result<(), Failed> {
     compare(&session, &Stack::of(&[&wide])?, 70)?;
 
     let layer = linear(device.tier(), DType::BF16, [256, 256]).build(device)?;
-    let refused = layer.persistent::<bf16>(config().blocks(100_000)).err();
+    let refused = layer.persistent::<bf16>(config().blocks(8192)).err();
     let typed = matches!(
         refused,
-        Some(Error::Session { fault: SessionFault::NoRoom { blocks: 100_000, .. }, .. })
+        Some(Error::Session { fault: SessionFault::NoRoom { blocks: 8192, .. }, .. })
     );
     require(typed, || format!("{refused:?}"))
 }
