@@ -74,6 +74,8 @@ fn main() -> ExitCode {
         for (sentence, check) in parts::claims() {
             trials.push(gpu.trial(format!("hopper_f32_{sentence}"), check));
         }
+        let (name, check) = differences(Tier::Hopper);
+        trials.push(gpu.trial(name, move |device| check(device, Tier::Hopper)));
     }
     trials.push(Trial::test("bad_input_is_a_typed_error_on_the_cpu", || bad_input(&Device::cpu())));
     trials.push(gpu.trial("bad_input_is_a_typed_error_on_the_gpu", bad_input));
@@ -152,9 +154,12 @@ fn claims(tier: Tier) -> Vec<(String, Check)> {
         let name = |sentence| format!("{tier}_{dtype}_{sentence}");
         claims.extend(of_dtype.into_iter().map(|(sentence, check)| (name(sentence), check)));
     }
-    let sentence = "layer_gradients_match_finite_differences";
-    claims.push((format!("{tier}_f32_{sentence}"), finite_differences));
+    claims.push(differences(tier));
     claims
+}
+
+fn differences(tier: Tier) -> (String, Check) {
+    (format!("{tier}_f32_layer_gradients_match_finite_differences"), finite_differences)
 }
 
 fn enough_cases() -> Result<(), Failed> {

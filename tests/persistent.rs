@@ -48,11 +48,10 @@ fn main() -> ExitCode {
         trials.push(Trial::test(name, move || check(&Device::cpu(), Tier::Cpu)));
     }
     let capability = Device::cuda(0).ok().and_then(|device| device.capability());
-    for tier in [Tier::Portable, Tier::Hopper] {
-        // No requirement can give a GPU what it lacks.
-        if capability.is_some_and(|gpu| !tier.runs_on(gpu.major, gpu.minor)) {
-            continue;
-        }
+    let mut tiers = vec![Tier::Portable, Tier::Hopper];
+    // No requirement can give a GPU what it lacks.
+    tiers.retain(|tier| capability.is_none_or(|gpu| tier.runs_on(gpu.major, gpu.minor)));
+    for &tier in &tiers {
         for (name, check) in claims(tier) {
             trials.push(gpu.trial(name, move |device| check(device, tier)));
         }
@@ -63,6 +62,7 @@ fn main() -> ExitCode {
     trials.push(Trial::test("cpu_bf16_soak_loses_nothing", || {
         soak::run(&Device::cpu(), Tier::Cpu, 20_000)
     }));
+    trials.extend(faults::on_cpu());
     trials.extend([
         gpu.trial("work_beside_a_session_completes", beside),
         gpu.trial("memory_freed_beside_a_session_does_not_wait_for_it", freed_beside),
@@ -72,7 +72,7 @@ fn main() -> ExitCode {
         gpu.trial("a_bounded_session_gives_the_bits_of_one_that_stays", bounded),
     ]);
     // Last, as one of them may leave the GPU busy until its lease is over.
-    trials.extend(faults::trials(&gpu));
+    trials.extend(tiers.into_iter().flat_map(|tier| faults::trials(&gpu, tier)));
 
     // One at a time: sessions hold multiprocessors, and faults are timed.
     let mut arguments = Arguments::from_args();
@@ -527,10 +527,10 @@ fn fallback(device: &Device) -> Result<(), Failed> {
     compare(&session, &Stack::of(&[&wide])?, 70)?;
 
     let layer = linear(device.tier(), DType::BF16, [256, 256]).build(device)?;
-    let refused = layer.persistent::<bf16>(config().blocks(100_000)).err();
+    let refused = layer.persistent::<bf16>(config().blocks(8192)).err();
     let typed = matches!(
         refused,
-        Some(Error::Session { fault: SessionFault::NoRoom { blocks: 100_000, .. }, .. })
+        Some(Error::Session { fault: SessionFault::NoRoom { blocks: 8192, .. }, .. })
     );
     require(typed, || format!("{refused:?}"))
 }

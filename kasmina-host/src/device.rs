@@ -76,7 +76,8 @@ pub struct Capability {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryStats {
-    /// Bytes that tensors hold, rounded up to the sizes in which blocks are kept.
+    /// Bytes that tensors, results and workspaces hold, rounded up to the sizes in which blocks are
+    /// kept.
     pub in_use: u64,
     /// Bytes kept for the next tensors; [`Device::trim`] gives them back.
     pub cached: u64,

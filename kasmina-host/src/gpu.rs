@@ -8,6 +8,7 @@ mod buffer;
 mod context;
 mod launch;
 mod module_cache;
+mod once_map;
 mod pinned;
 mod pool;
 mod resident;
@@ -28,6 +29,8 @@ use crate::error::Error;
 
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 const OUT_OF_MEMORY: u32 = 2;
+/// `CUDA_ERROR_NOT_READY`.
+const NOT_READY: u32 = 600;
 
 /// Calls a driver function, giving its failure the function's name.
 macro_rules! driver {

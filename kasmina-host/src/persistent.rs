@@ -121,9 +121,10 @@ impl<T: Element> StreamSession<T> {
     /// # Errors
     /// [`Error::DType`] if a layer has another element type than `T`, [`Error::DeviceMismatch`],
     /// [`Error::Unsupported`] if a tier is forced that has no such kernel, [`Error::OutOfMemory`],
-    /// [`Error::Driver`], those of loading a kernel, and [`Error::Session`]: always if the layers
-    /// do not fit each other; without `fallback` also if the device, its load or the layers' size
-    /// do not let a kernel stay.
+    /// [`Error::Driver`], those of loading a kernel, and [`Error::Session`]: always if the config
+    /// has a value out of its range or the layers do not fit each other; without
+    /// [`fallback`](StreamConfig::fallback) also if the device, its load or the layers' size do not let
+    /// a kernel stay.
     pub fn of_stack(layers: &[&KasminaLayer], config: StreamConfig) -> Result<Self> {
         let shared = Arc::new(Shared::open(layers, config)?);
         let index = shared.ring.open_stream(OP)?;
@@ -450,7 +451,7 @@ impl<T: Element> StreamSession<T> {
 
     fn check_rows(&self, op: &'static str, rows: usize, whole: bool, len: usize) -> Result<()> {
         let shared = self.shared();
-        let most = shared.config.max_batch.clamp(1, MAX_BATCH);
+        let most = shared.config.max_batch;
         if whole && rows >= 1 && rows <= most {
             return Ok(());
         }

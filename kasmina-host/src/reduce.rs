@@ -10,13 +10,14 @@ mod fused;
 mod pending;
 mod segmented;
 mod summary;
+mod workspace;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kasmina_kernels::abi::Tier;
 use kasmina_kernels::reduce::{
-    self, Chunks, Moments, NaiveReduceParams, Partial, ReduceParams, RowParams, Rule, Statistic,
+    self, Chunks, Moments, NaiveReduceParams, ReduceParams, RowParams, Rule, Statistic,
 };
 
 use crate::config::KernelConfig;
@@ -32,10 +33,9 @@ use pending::PendingMoments;
 pub use pending::{PendingReduction, PendingSummaries, PendingSummary};
 pub use segmented::Segments;
 pub use summary::Summary;
+use workspace::Workspace;
 
 const OP: &str = Operation::Reduce.name();
-/// Where the slots of a workspace start; the counters lie before them, on a cache line of their own.
-const SLOTS_AT: u64 = 128;
 
 /// A number that a tensor is reduced to.
 ///
@@ -168,10 +168,20 @@ impl ReducerConfig {
 /// Reduces tensors to statistics, in one pass and one launch each.
 ///
 /// A reducer belongs to a device handle, on whose stream it enqueues; a tensor of another stream
-/// of the same GPU is ordered around the use. It can be shared between threads. It keeps the
-/// memory for the summaries of the chunks of the longest tensor so far, a megabyte below 16 GiB.
+/// of the same GPU is ordered around the use. It can be shared between threads.
 /// The bits of a result depend on the tensor's elements and the tier alone; those of a view whose
 /// rows have gaps between them also on its shape.
+///
+/// # Workspace
+/// On a GPU it keeps memory for the next calls, as much as the calls so far needed at most: 32 bytes
+/// for each part of a tensor that a kernel summarises by itself, and 4 for each segment. For tensors of
+/// up to 64 GiB that is at most 1.1 MB if they are whole, and for segments, and views with gaps, at
+/// most 2.3 MB or, where that is more, a 32nd of the matrix, which many [`Segments::Columns`] of over
+/// 1,024 rows come near. [`workspace_bytes`](Self::workspace_bytes) reports it,
+/// [`trim`](Self::trim) gives it up. It is no part of a result, which has 56 bytes for each summary.
+///
+/// A CUDA graph that captured a call uses the workspace of that time whenever it runs: before the
+/// capture, make a call as large as any that follows, and trim only when the graph is gone.
 ///
 /// ```
 /// use kasmina_host::{Device, Reduction, TelemetryReducer, Tensor};
@@ -191,28 +201,6 @@ pub struct TelemetryReducer {
     tier: Tier,
     workspace: Mutex<Option<Workspace>>,
     segment_workspace: Mutex<Option<segmented::Workspace>>,
-}
-
-/// Memory that launches on one stream use one after the other.
-struct Workspace {
-    /// The counters, which every launch leaves at 0, and from [`SLOTS_AT`] on the slots, which it
-    /// leaves unwritten.
-    buffer: Buffer,
-    slots: u32,
-}
-
-impl Workspace {
-    fn new(stream: &Arc<GpuStream>, slots: u32) -> Result<Self> {
-        let buffer = stream.allocate(Self::bytes(slots) as usize)?;
-        let unwritten = Partial::UNWRITTEN as u32;
-        buffer.fill(&unwritten.to_ne_bytes(), Self::bytes(slots) as usize / size_of::<u32>())?;
-        buffer.fill(&0u32.to_ne_bytes(), SLOTS_AT as usize / size_of::<u32>())?;
-        Ok(Self { buffer, slots })
-    }
-
-    const fn bytes(slots: u32) -> u64 {
-        SLOTS_AT + slots as u64 * size_of::<Partial>() as u64
-    }
 }
 
 impl TelemetryReducer {
@@ -250,8 +238,8 @@ impl TelemetryReducer {
     /// # Errors
     /// [`Error::DeviceMismatch`] for a tensor of another device, [`Error::Overflow`] for one whose
     /// rows have gaps between them and that has more than 2³¹ − 1 rows or columns,
-    /// [`Error::OutOfMemory`] for want of a workspace. On the first use of a kernel:
-    /// [`Error::ModuleRejected`], [`Error::EntryMissing`], [`Error::PtxUnreadable`]. Always:
+    /// [`Error::OutOfMemory`] for want of a workspace or of room for the result. On the first use of a
+    /// kernel: [`Error::ModuleRejected`], [`Error::EntryMissing`], [`Error::PtxUnreadable`]. Always:
     /// [`Error::Driver`].
     pub fn summary<T: Element>(&self, tensor: &Tensor<T>) -> Result<Summary> {
         self.summary_async(tensor)?.read()
@@ -305,7 +293,8 @@ impl TelemetryReducer {
         self.tier
     }
 
-    /// Bytes of device memory kept for the next calls; 0 on the CPU, which keeps none.
+    /// Bytes of device memory kept for the next calls, before the pool of the stream rounds them up;
+    /// 0 on the CPU, which keeps none, and until a call needs some.
     #[must_use]
     pub fn workspace_bytes(&self) -> u64 {
         let whole = lock(&self.workspace).as_ref().map_or(0, |kept| Workspace::bytes(kept.slots));
@@ -313,7 +302,8 @@ impl TelemetryReducer {
     }
 
     /// Hands the workspace to the pool of the stream, from where [`Device::trim`] gives it back to
-    /// the driver. The next call makes another.
+    /// the driver. The next call that needs one makes another. What is enqueued is not disturbed, and
+    /// not waited for: memory is reused in the stream's order.
     pub fn trim(&self) {
         *lock(&self.workspace) = None;
         *lock(&self.segment_workspace) = None;
@@ -440,7 +430,7 @@ impl TelemetryReducer {
         ReduceParams {
             data: tensor.as_device_ptr(),
             chunks,
-            partials: counters + SLOTS_AT,
+            partials: counters + workspace::SLOTS_AT,
             counters,
             result: result.address(),
             epsilon: self.config.epsilon,
@@ -496,19 +486,6 @@ mod tests {
     }
 
     #[test]
-    fn a_summary_of_small_integers_is_exact() {
-        let summary = summary(&[3.0, -4.0, 0.0, 1.0]);
-        assert_eq!((summary.count(), summary.sum(), summary.mean()), (4, 0.0, Some(0.0)));
-        assert_eq!(
-            (summary.min(), summary.max(), summary.abs_max()),
-            (Some(-4.0), Some(3.0), Some(4.0))
-        );
-        assert_eq!((summary.variance(), summary.sample_variance()), (Some(6.5), Some(26.0 / 3.0)));
-        assert_eq!((summary.l2(), summary.dead_ratio()), (26.0_f64.sqrt(), Some(0.25)));
-        assert_eq!((summary.non_finite(), summary.signal_to_noise()), (0, Some(0.0)));
-    }
-
-    #[test]
     fn a_tensor_without_elements_has_a_sum_and_a_norm_of_0_and_nothing_else() {
         let summary = summary(&[]);
         assert_eq!((summary.count(), summary.sum(), summary.l2()), (0, 0.0, 0.0));
@@ -520,26 +497,6 @@ mod tests {
             let expected = matches!(reduction, Reduction::Sum | Reduction::L2).then_some(0.0);
             assert_eq!(reducer().reduce(&empty, reduction).unwrap(), expected, "{reduction:?}");
         }
-    }
-
-    #[test]
-    fn a_sample_of_one_has_no_variance() {
-        let summary = summary(&[2.0]);
-        assert_eq!((summary.variance(), summary.sample_variance()), (Some(0.0), None));
-        assert_eq!(summary.signal_to_noise(), Some(f64::INFINITY));
-    }
-
-    #[test]
-    fn non_finite_elements_are_counted_and_reach_every_statistic_they_belong_to() {
-        let with_nan = summary(&[1.0, f32::NAN, f32::INFINITY]);
-        assert_eq!(with_nan.non_finite(), 2);
-        assert!(with_nan.sum().is_nan() && with_nan.variance().unwrap().is_nan());
-        assert!(with_nan.min().unwrap().is_nan() && with_nan.abs_max().unwrap().is_nan());
-        assert!(with_nan.l2().is_nan());
-
-        let infinite = summary(&[1.0, f32::NEG_INFINITY]);
-        assert_eq!((infinite.sum(), infinite.max()), (f64::NEG_INFINITY, Some(1.0)));
-        assert_eq!((infinite.abs_max(), infinite.l2()), (Some(f32::INFINITY), f64::INFINITY));
     }
 
     #[test]
@@ -598,6 +555,16 @@ mod tests {
             let reducer = TelemetryReducer::with_config(&Device::cpu(), config).unwrap();
             assert_eq!(reducer.summary(&tensor).unwrap().dead_ratio(), Some(ratio));
         }
+    }
+
+    #[test]
+    fn the_cpu_keeps_no_workspace() {
+        let tensor = Tensor::from_slice(&Device::cpu(), &[1.0f32; 6], [2, 3]).unwrap();
+        let reducer = reducer();
+        reducer.summary(&tensor).unwrap();
+        reducer.segmented(&tensor, Segments::Columns).unwrap();
+        reducer.trim();
+        assert_eq!(reducer.workspace_bytes(), 0);
     }
 
     #[test]

@@ -19,28 +19,47 @@ use libtest_mimic::{Failed, Trial};
 
 use crate::gpu::Gpu;
 use crate::reference::{Stack, batch};
-use crate::{TIMEOUT, compare, config, linear, open, reduced, require};
+use crate::{Check, TIMEOUT, compare, config, linear, open, reduced, require};
 
 /// Names the part that a child plays.
 const PART: &str = "KASMINA_TEST_PERSISTENT_PART";
+/// Names the tier on which it plays that.
+const TIER: &str = "KASMINA_TEST_PERSISTENT_TIER";
 const LEASE: Duration = Duration::from_secs(1);
 /// What a child prints once its kernel stays.
 const READY: &str = "ready";
 /// The longest that any child may take.
 const CHILD_TIMEOUT: Duration = Duration::from_secs(30);
 
-pub(crate) fn trials(gpu: &Gpu) -> Vec<Trial> {
-    // Under a sanitizer nothing stays, so nothing of this can happen.
-    let trials = [
-        gpu.trial("fault_a_producer_that_panics_leaves_the_session_working", panicking_producer),
-        gpu.trial("fault_a_wait_that_times_out_can_be_repeated", timed_out),
-        gpu.trial("fault_a_session_dropped_with_work_in_flight_ends_in_time", dropped),
-        gpu.trial("fault_launch_blocking_is_detected", |_| plays("launch-blocking")),
-        gpu.trial("fault_a_stopped_process_loses_its_session_and_nothing_else", |_| stopped()),
-        gpu.trial("fault_after_a_kill_a_new_process_works_at_once", killed),
-        gpu.trial("fault_a_failing_kernel_is_named", |_| plays("failing-kernel")),
+/// What fails in this process.
+fn claims() -> [(&'static str, Check); 3] {
+    [
+        ("a_producer_that_panics_leaves_the_session_working", panicking_producer),
+        ("a_wait_that_times_out_can_be_repeated", timed_out),
+        ("a_session_dropped_with_work_in_flight_ends_in_time", dropped),
+    ]
+}
+
+pub(crate) fn on_cpu() -> impl Iterator<Item = Trial> {
+    let tier = Tier::Cpu;
+    claims().into_iter().map(move |(sentence, check)| {
+        Trial::test(format!("{tier}_fault_{sentence}"), move || check(&Device::cpu(), tier))
+    })
+}
+
+pub(crate) fn trials(gpu: &Gpu, tier: Tier) -> impl Iterator<Item = Trial> {
+    let others: [(&'static str, Check); 4] = [
+        ("launch_blocking_is_detected", |_, tier| plays("launch-blocking", tier)),
+        ("a_stopped_process_loses_its_session_and_nothing_else", |_, tier| stopped(tier)),
+        ("after_a_kill_a_new_process_works_at_once", killed),
+        ("a_failing_kernel_is_named", |_, tier| plays("failing-kernel", tier)),
     ];
-    trials.into_iter().map(|trial| trial.with_ignored_flag(reduced() || !found())).collect()
+    // Under a sanitizer nothing stays, so nothing of this can happen.
+    let ignored = reduced() || !found();
+    claims().into_iter().chain(others).map(move |(sentence, check)| {
+        let name = format!("{tier}_fault_{sentence}");
+        gpu.trial(name, move |device| check(device, tier)).with_ignored_flag(ignored)
+    })
 }
 
 /// Whether there is a GPU to test on, or has to be.
@@ -51,10 +70,12 @@ fn found() -> bool {
 /// Plays the part that this process was started for.
 pub(crate) fn child() -> Option<ExitCode> {
     let part = env::var(PART).ok()?;
+    let name = env::var(TIER).unwrap_or_default();
+    let tier = Tier::ALL.into_iter().find(|tier| tier.name() == name).unwrap_or(Tier::Cpu);
     let outcome = match part.as_str() {
-        "launch-blocking" => launch_blocking(),
-        "hold" => hold(),
-        "failing-kernel" => failing_kernel(),
+        "launch-blocking" => launch_blocking(tier),
+        "hold" => hold(tier),
+        "failing-kernel" => failing_kernel(tier),
         other => Err(format!("no part is called {other}").into()),
     };
     Some(match outcome {
@@ -66,9 +87,10 @@ pub(crate) fn child() -> Option<ExitCode> {
     })
 }
 
-fn start(part: &str) -> Result<Child, Failed> {
+fn start(part: &str, tier: Tier) -> Result<Child, Failed> {
     let mut command = Command::new(env::current_exe()?);
-    command.env(PART, part).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.env(PART, part).env(TIER, tier.name());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     if part == "launch-blocking" {
         command.env("CUDA_LAUNCH_BLOCKING", "1");
     }
@@ -91,21 +113,21 @@ fn finish(mut child: Child) -> Result<String, Failed> {
     if output.status.success() { Ok(stderr) } else { Err(stderr.into()) }
 }
 
-fn plays(part: &str) -> Result<(), Failed> {
-    finish(start(part)?).map(drop)
+fn plays(part: &str, tier: Tier) -> Result<(), Failed> {
+    finish(start(part, tier)?).map(drop)
 }
 
-fn layer(device: &Device) -> Result<KasminaLayer, Failed> {
-    Ok(linear(device.tier(), DType::BF16, [256, 256]).build(device)?)
+fn layer(device: &Device, tier: Tier) -> Result<KasminaLayer, Failed> {
+    Ok(linear(tier, DType::BF16, [256, 256]).build(device)?)
 }
 
 fn leased() -> StreamConfig {
     config().lease(LEASE)
 }
 
-fn panicking_producer(device: &Device) -> Result<(), Failed> {
-    let layer = layer(device)?;
-    let session = open::<bf16>(&[&layer], device.tier(), leased().depth(2).max_batch(32))?;
+fn panicking_producer(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let layer = layer(device, tier)?;
+    let session = open::<bf16>(&[&layer], tier, leased().depth(2).max_batch(32))?;
     for _ in 0..50 {
         let stream = session.new_stream()?;
         let producer =
@@ -119,36 +141,36 @@ fn panicking_producer(device: &Device) -> Result<(), Failed> {
     compare(&session, &Stack::of(&[&layer])?, 32)
 }
 
-fn timed_out(device: &Device) -> Result<(), Failed> {
-    let layer = layer(device)?;
-    let session = open::<bf16>(&[&layer], device.tier(), leased().blocks(1))?;
+fn timed_out(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let layer = layer(device, tier)?;
+    let session = open::<bf16>(&[&layer], tier, leased().blocks(1))?;
     let x = batch::<bf16>(256, 256);
     let mut tickets = (0..20).map(|_| session.submit(&x)).collect::<Result<Vec<_>, _>>()?;
     let mut last = tickets.pop().ok_or("no ticket")?;
     let refused = session.wait(&mut last, Duration::ZERO).err();
     require(matches!(refused, Some(Error::Timeout { .. })), || format!("{refused:?}"))?;
     let stack = Stack::of(&[&layer])?;
-    Ok(stack.compare(&x, &session.wait(&mut last, TIMEOUT)?, device.tier())?)
+    Ok(stack.compare(&x, &session.wait(&mut last, TIMEOUT)?, tier)?)
 }
 
-fn dropped(device: &Device) -> Result<(), Failed> {
-    let layer = layer(device)?;
+fn dropped(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let layer = layer(device, tier)?;
     let x = batch::<bf16>(256, 256);
     let config = leased().blocks(1).drain_timeout(Duration::ZERO);
-    let session = open::<bf16>(&[&layer], device.tier(), config)?;
+    let session = open::<bf16>(&[&layer], tier, config)?;
     let tickets = (0..40).map(|_| session.submit(&x)).collect::<Result<Vec<_>, _>>()?;
     let start = Instant::now();
     drop(tickets);
     drop(session);
     require(start.elapsed() < LEASE * 3, || format!("dropping took {:?}", start.elapsed()))?;
     // Nothing is left that the next one would wait for.
-    let session = open::<bf16>(&[&layer], device.tier(), leased())?;
+    let session = open::<bf16>(&[&layer], tier, leased())?;
     compare(&session, &Stack::of(&[&layer])?, 8)
 }
 
-fn launch_blocking() -> Result<(), Failed> {
+fn launch_blocking(tier: Tier) -> Result<(), Failed> {
     let device = Device::cuda(0)?;
-    let layer = layer(&device)?;
+    let layer = layer(&device, tier)?;
     let refused = layer.persistent::<bf16>(leased()).err();
     let typed = matches!(refused, Some(Error::Session { fault: SessionFault::LaunchBlocking, .. }));
     require(typed, || format!("{refused:?}"))?;
@@ -161,10 +183,10 @@ fn launch_blocking() -> Result<(), Failed> {
 }
 
 /// Keeps a session, and says what became of it.
-fn hold() -> Result<(), Failed> {
+fn hold(tier: Tier) -> Result<(), Failed> {
     let device = Device::cuda(0)?;
-    let layer = layer(&device)?;
-    let session = open::<bf16>(&[&layer], device.tier(), leased())?;
+    let layer = layer(&device, tier)?;
+    let session = open::<bf16>(&[&layer], tier, leased())?;
     let stack = Stack::of(&[&layer])?;
     compare(&session, &stack, 8)?;
     println!("{READY}");
@@ -181,14 +203,14 @@ fn hold() -> Result<(), Failed> {
     // Only the session is lost.
     let x = batch::<bf16>(8, 256);
     let y = layer.forward(&Tensor::from_slice(&device, &x, [8, 256])?)?.to_vec()?;
-    stack.compare(&x, &y, device.tier())?;
-    let session = open::<bf16>(&[&layer], device.tier(), leased())?;
+    stack.compare(&x, &y, tier)?;
+    let session = open::<bf16>(&[&layer], tier, leased())?;
     compare(&session, &stack, 8)
 }
 
 /// A child that keeps a session.
-fn holder() -> Result<Child, Failed> {
-    let mut child = start("hold")?;
+fn holder(tier: Tier) -> Result<Child, Failed> {
+    let mut child = start("hold", tier)?;
     let stdout = child.stdout.take().ok_or("the child has no output")?;
     let mut line = String::new();
     BufReader::new(stdout).read_line(&mut line)?;
@@ -204,35 +226,35 @@ fn signal(child: &Child, name: &str) -> Result<(), Failed> {
     require(status.success(), || format!("kill -{name} failed"))
 }
 
-fn stopped() -> Result<(), Failed> {
-    let child = holder()?;
+fn stopped(tier: Tier) -> Result<(), Failed> {
+    let child = holder(tier)?;
     signal(&child, "STOP")?;
     thread::sleep(LEASE * 2);
     signal(&child, "CONT")?;
     finish(child).map(drop)
 }
 
-fn killed(device: &Device) -> Result<(), Failed> {
-    let mut child = holder()?;
+fn killed(device: &Device, tier: Tier) -> Result<(), Failed> {
+    let mut child = holder(tier)?;
     child.kill()?;
     child.wait()?;
     let start = Instant::now();
     // A new process, as a session of this one would prove less.
-    let second = holder()?;
+    let second = holder(tier)?;
     let taken = start.elapsed();
     let mut second = second;
     second.kill()?;
     second.wait()?;
     require(taken < CHILD_TIMEOUT / 3, || format!("the new process took {taken:?}"))?;
-    let layer = layer(device)?;
-    let session = open::<bf16>(&[&layer], device.tier(), leased())?;
+    let layer = layer(device, tier)?;
+    let session = open::<bf16>(&[&layer], tier, leased())?;
     compare(&session, &Stack::of(&[&layer])?, 8)
 }
 
 /// A session whose kernel ends with an error at once: its PTX is replaced by a trap.
-fn failing_kernel() -> Result<(), Failed> {
+fn failing_kernel(tier: Tier) -> Result<(), Failed> {
     let device = Device::cuda(0)?;
-    let module = kernel(Tier::Portable, DType::BF16).ok_or("no portable kernel")?.module;
+    let module = kernel(tier, DType::BF16).ok_or("no such kernel")?.module;
     let folder = env::temp_dir().join(format!("kasmina-trap-{}", std::process::id()));
     let file = PathBuf::from(module.tier.name()).join(format!("{}.ptx", module.name));
     let ptx = module.ptx();
@@ -243,7 +265,7 @@ fn failing_kernel() -> Result<(), Failed> {
     let begin = "st.volatile.global.u64";
     let text = trap_after_start(&ptx[..body], begin);
     fs::write(folder.join(&file), text)?;
-    let kernel_config = KernelConfig::default().tier(Tier::Portable).ptx_dir(&folder);
+    let kernel_config = KernelConfig::default().tier(tier).ptx_dir(&folder);
     let layer =
         LinearConfig::new(16, 16).dtype(DType::BF16).kernel_config(kernel_config).build(&device)?;
     let outcome = (|| {

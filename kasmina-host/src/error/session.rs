@@ -8,6 +8,26 @@ use kasmina_kernels::persistent::{MAX_LAYERS, MAX_WIDTH, PlanFault};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SessionFault {
+    /// A number of the config is out of its range.
+    #[error("`{setting}` is {got}; ask for 1 to {limit}")]
+    Setting {
+        /// The method of `StreamConfig` that sets it.
+        setting: &'static str,
+        /// What was asked for.
+        got: usize,
+        /// The largest value.
+        limit: usize,
+    },
+    /// The lease is out of its range.
+    #[error("the `lease` is {got:?}; ask for one of {shortest:?} to {longest:?}")]
+    Lease {
+        /// What was asked for.
+        got: Duration,
+        /// The shortest one.
+        shortest: Duration,
+        /// The longest one.
+        longest: Duration,
+    },
     /// `CUDA_LAUNCH_BLOCKING=1`: the launch of a resident kernel would never return.
     #[error(
         "CUDA_LAUNCH_BLOCKING=1 would never let the launch of a resident kernel return; unset it, \
@@ -20,6 +40,13 @@ pub enum SessionFault {
         /// What it lacks.
         lacks: &'static str,
     },
+    /// The GPU is in compute mode exclusive-process: set aside for one process at a time, or for MPS,
+    /// whose clients a kernel that stays would keep off its multiprocessors.
+    #[error(
+        "the GPU is in compute mode exclusive-process, in which no kernel may stay; allow the \
+         fallback, or set the default mode with `nvidia-smi -c DEFAULT`"
+    )]
+    Exclusive,
     /// The blocks cannot all be resident at the same time, beside those of other sessions.
     #[error(
         "{blocks} blocks are to be resident and {fit} fit; ask for fewer `blocks`, or close \

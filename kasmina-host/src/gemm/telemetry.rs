@@ -59,6 +59,18 @@ impl LayerTelemetry {
         }
     }
 
+    /// Whether the summaries have been computed, so that [`read`](Self::read) waits for nothing but
+    /// their copy: as [`PendingSummary::is_ready`](crate::PendingSummary::is_ready).
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the pass or an operation before it failed.
+    pub fn is_ready(&self) -> Result<bool> {
+        match &self.statistics {
+            Statistics::OfParts(parts) => parts.is_ready(),
+            Statistics::OfChunks(summaries) => summaries.is_ready(),
+        }
+    }
+
     /// Whether the forward kernel itself made the summaries. Otherwise a reduction of its output
     /// did, enqueued after it.
     #[must_use]

@@ -74,6 +74,11 @@ impl Buffer {
         self.address
     }
 
+    /// Whether [`read`](Self::read) would wait for nothing but its copy.
+    pub(crate) fn is_ready(&self) -> Result<bool> {
+        self.stream.is_idle()
+    }
+
     /// Copies rows to the host, one after the other, and waits for it.
     pub(crate) fn read(&self, region: Region, target: &mut [u8]) -> Result<()> {
         // SAFETY: the exclusive borrow of `target` outlasts the copy, which `copy` waits for.

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
+};
 
 use cust::context::Context;
 use cust::device::{Device, DeviceAttribute};
@@ -33,8 +35,11 @@ pub(crate) struct Gpu {
     default_stream: Mutex<Weak<Stream>>,
     /// For giving memory back when one of them runs out.
     streams: Mutex<Vec<Weak<Stream>>>,
-    /// Grids that stay, and what is to be freed once there is none.
-    resident: Mutex<(u32, Vec<Release>)>,
+    /// Grids that stay. Held for reading by what none may begin to stay beside: modules are loaded
+    /// and memory is freed at the same time, but the driver would wait for such a grid.
+    resident: RwLock<u32>,
+    /// What is to be freed once no grid stays.
+    released: Mutex<Vec<Release>>,
     /// Blocks of all those grids.
     resident_blocks: AtomicU32,
 }
@@ -67,7 +72,8 @@ impl Gpu {
             tensor_maps: Mutex::new(TensorMapCache::new()),
             default_stream: Mutex::new(Weak::new()),
             streams: Mutex::new(Vec::new()),
-            resident: Mutex::new((0, Vec::new())),
+            resident: RwLock::new(0),
+            released: Mutex::new(Vec::new()),
             resident_blocks: AtomicU32::new(0),
         }));
         open.push(gpu);
@@ -112,12 +118,20 @@ impl Gpu {
         asked.ok().map(|()| free as u64)
     }
 
+    fn resident(&self) -> RwLockReadGuard<'_, u32> {
+        self.resident.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn resident_mut(&self) -> RwLockWriteGuard<'_, u32> {
+        self.resident.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Gives memory back to the driver, or keeps it for later while a grid stays on the GPU: the
     /// driver waits for every kernel before it frees.
     pub(super) fn release(&self, memory: Release) {
-        let mut resident = lock(&self.resident);
-        if resident.0 > 0 {
-            resident.1.push(memory);
+        let resident = self.resident();
+        if *resident > 0 {
+            lock(&self.released).push(memory);
         } else {
             self.free(memory);
         }
@@ -153,8 +167,8 @@ impl Gpu {
             return self.modules.function(kernel, ptx_dir);
         }
         // Held while loading, so that no grid begins to stay meanwhile.
-        let resident = lock(&self.resident);
-        if resident.0 > 0 {
+        let resident = self.resident();
+        if *resident > 0 {
             let fault = SessionFault::LoadBeside { kernel: kernel.entry };
             return Err(Error::Session { op: "loading a kernel", fault });
         }
@@ -186,9 +200,9 @@ impl Gpu {
         op: &'static str,
     ) -> Result<()> {
         // Held from the look to the note, so that two grids do not take the same room.
-        let mut resident = lock(&self.resident);
+        let mut resident = self.resident_mut();
         self.check_room(blocks, per_multiprocessor, op)?;
-        resident.0 += 1;
+        *resident += 1;
         self.resident_blocks.fetch_add(blocks, Ordering::Relaxed);
         Ok(())
     }
@@ -202,11 +216,11 @@ impl Gpu {
 
     /// Notes that a grid has ended; with the last of them, memory that waited for it is freed.
     pub(super) fn leave(&self, blocks: u32) {
-        let mut resident = lock(&self.resident);
+        let mut resident = self.resident_mut();
         self.resident_blocks.fetch_sub(blocks, Ordering::Relaxed);
-        resident.0 -= 1;
-        if resident.0 == 0 {
-            for memory in std::mem::take(&mut resident.1) {
+        *resident -= 1;
+        if *resident == 0 {
+            for memory in std::mem::take(&mut *lock(&self.released)) {
                 self.free(memory);
             }
         }

@@ -4,13 +4,13 @@ use std::ffi::{CString, c_void};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::ptr;
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::{PoisonError, RwLock};
 
 use kasmina_driver::cust_raw::{CUfunction, CUjit_option, CUmodule};
 use kasmina_driver::{DriverVersion, FunctionAttribute, RawError, required_driver_for_ptx};
 use kasmina_kernels::abi::{Kernel, KernelParams, Module};
 
-use super::context::lock;
+use super::once_map::OnceMap;
 use super::{driver, failed};
 use crate::error::{Error, Result};
 
@@ -25,8 +25,8 @@ const NOT_FOUND: u32 = 500;
 pub(super) struct ModuleCache {
     driver: DriverVersion,
     functions: RwLock<Vec<Function>>,
-    /// Also held while a module is compiled, so that threads that want the same one share it.
-    modules: Mutex<Vec<Loaded>>,
+    /// Compiling takes long, and only threads that want the same module wait for it.
+    modules: OnceMap<ModuleKey, CUmodule>,
 }
 
 struct Function {
@@ -36,10 +36,10 @@ struct Function {
     raw: CUfunction,
 }
 
-struct Loaded {
+#[derive(PartialEq)]
+struct ModuleKey {
     module: &'static Module,
     ptx_dir: Option<PathBuf>,
-    raw: CUmodule,
 }
 
 // SAFETY: functions and modules may be used from any thread and never change.
@@ -49,7 +49,7 @@ unsafe impl Sync for ModuleCache {}
 
 impl ModuleCache {
     pub(super) const fn new(driver: DriverVersion) -> Self {
-        Self { driver, functions: RwLock::new(Vec::new()), modules: Mutex::new(Vec::new()) }
+        Self { driver, functions: RwLock::new(Vec::new()), modules: OnceMap::new() }
     }
 
     /// The function of a kernel, from the built-in PTX or from a folder. The context is current.
@@ -62,29 +62,22 @@ impl ModuleCache {
         if let Some(function) = self.find(address, ptx_dir) {
             return Ok(function);
         }
-        let mut modules = lock(&self.modules);
-        // Another thread may have loaded it meanwhile.
-        if let Some(function) = self.find(address, ptx_dir) {
-            return Ok(function);
-        }
-        let loaded = modules
-            .iter()
-            .find(|loaded| loaded.module == kernel.module && loaded.ptx_dir.as_deref() == ptx_dir);
-        let function = match loaded {
-            Some(loaded) => entry(loaded.raw, kernel)?,
-            None => {
-                let raw = self.load(kernel.module, ptx_dir)?;
-                // A module without its entry is not kept: the file may be replaced.
-                let function = entry(raw, kernel).inspect_err(|_| unload(raw))?;
-                let ptx_dir = ptx_dir.map(Path::to_owned);
-                modules.push(Loaded { module: kernel.module, ptx_dir, raw });
-                function
-            }
-        };
-        let ptx_dir = ptx_dir.map(Path::to_owned);
+        let key = ModuleKey { module: kernel.module, ptx_dir: ptx_dir.map(Path::to_owned) };
+        let mut found = None;
+        let module = self.modules.get_or_make(key, || {
+            let raw = self.load(kernel.module, ptx_dir)?;
+            // A module without its entry is not kept: the file may be replaced.
+            found = Some(entry(raw, kernel).inspect_err(|_| unload(raw))?);
+            Ok(raw)
+        })?;
+        let raw = found.map_or_else(|| entry(module, kernel), Ok)?;
         let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
-        functions.push(Function { kernel: address, ptx_dir, raw: function });
-        Ok(function)
+        // Another thread may have found it meanwhile.
+        if function_of(&functions, address, ptx_dir).is_none() {
+            let ptx_dir = ptx_dir.map(Path::to_owned);
+            functions.push(Function { kernel: address, ptx_dir, raw });
+        }
+        Ok(raw)
     }
 
     /// Whether [`function`](Self::function) would load nothing.
@@ -98,10 +91,7 @@ impl ModuleCache {
 
     fn find(&self, kernel: usize, ptx_dir: Option<&Path>) -> Option<CUfunction> {
         let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
-        functions
-            .iter()
-            .find(|function| function.kernel == kernel && function.ptx_dir.as_deref() == ptx_dir)
-            .map(|function| function.raw)
+        function_of(&functions, kernel, ptx_dir)
     }
 
     /// Has the driver compile a module, or fetch it from the driver's own cache on disk.
@@ -132,6 +122,17 @@ impl ModuleCache {
         let _span = tracing::info_span!("load PTX module", module = %name).entered();
         compile(&image, name)
     }
+}
+
+fn function_of(
+    functions: &[Function],
+    kernel: usize,
+    ptx_dir: Option<&Path>,
+) -> Option<CUfunction> {
+    functions
+        .iter()
+        .find(|function| function.kernel == kernel && function.ptx_dir.as_deref() == ptx_dir)
+        .map(|function| function.raw)
 }
 
 fn compile(image: &CString, name: String) -> Result<CUmodule> {

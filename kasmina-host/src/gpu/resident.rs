@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kasmina_driver::cust_raw::{CUdevice_attribute as Attribute, CUfunction};
-use kasmina_driver::{CUlaunchAttribute, CUlaunchConfig, RawError};
+use kasmina_driver::{CUlaunchAttribute, CUlaunchConfig};
 use kasmina_kernels::abi::Kernel;
 use kasmina_kernels::persistent::protocol::Layout;
 use kasmina_kernels::persistent::{LayerPlan, MAX_LAYERS, PersistentParams, StackPlan};
@@ -18,8 +18,8 @@ use crate::tensor::Region;
 
 /// The operation that errors of a launch name.
 const OP: &str = "StreamSession";
-/// `CUDA_ERROR_NOT_READY`.
-const NOT_READY: u32 = 600;
+/// `CU_COMPUTEMODE_EXCLUSIVE_PROCESS`. Where contexts are prohibited, no device was opened.
+const EXCLUSIVE_PROCESS: i32 = 3;
 /// Where in device memory the plans lie; the counter lies before them.
 const PLANS_AT: usize = 128;
 
@@ -67,7 +67,21 @@ pub(crate) fn check_device(stream: &Stream, op: &'static str) -> Result<()> {
     }
     let gpu = stream.gpu();
     gpu.bind()?;
-    for (attribute, name, wanted) in [
+    let value_of = |attribute| {
+        let mut value = 0;
+        let device = gpu.ordinal().cast_signed();
+        // SAFETY: the pointer is valid for writing one `int`. A device's handle is its ordinal.
+        unsafe { driver!(cuDeviceGetAttribute(&raw mut value, attribute, device)) }
+            .map_err(failed)?;
+        Ok(value)
+    };
+    unfit(value_of)?.map_or(Ok(()), refused)
+}
+
+/// Why a device with these attributes cannot keep a grid. Whether it is shared in time slices is
+/// none of them: there the grid may not begin in time.
+fn unfit(value_of: impl Fn(Attribute) -> Result<i32>) -> Result<Option<SessionFault>> {
+    for (attribute, lacks, wanted) in [
         (Attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY, "mapped host memory", true),
         (Attribute::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, "unified addressing", true),
         (Attribute::CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH, "cooperative launches", true),
@@ -77,16 +91,12 @@ pub(crate) fn check_device(stream: &Stream, op: &'static str) -> Result<()> {
             false,
         ),
     ] {
-        let mut value = 0;
-        let device = gpu.ordinal().cast_signed();
-        // SAFETY: the pointer is valid for writing one `int`. A device's handle is its ordinal.
-        unsafe { driver!(cuDeviceGetAttribute(&raw mut value, attribute, device)) }
-            .map_err(failed)?;
-        if (value != 0) != wanted {
-            return refused(SessionFault::Device { lacks: name });
+        if (value_of(attribute)? != 0) != wanted {
+            return Ok(Some(SessionFault::Device { lacks }));
         }
     }
-    Ok(())
+    let mode = value_of(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_MODE)?;
+    Ok((mode == EXCLUSIVE_PROCESS).then_some(SessionFault::Exclusive))
 }
 
 impl Resident {
@@ -186,19 +196,11 @@ impl Resident {
     /// Whether the grid runs. After an error nobody knows: it may still run. Once it has ended,
     /// its room is free and kernels can be loaded again.
     pub(crate) fn is_running(&mut self) -> Result<bool> {
-        let gpu = self.stream.gpu();
-        gpu.bind()?;
-        // SAFETY: the stream lives as long as `self`.
-        match unsafe { driver!(cuStreamQuery(self.stream.raw())) } {
-            Ok(()) => {
-                if std::mem::take(&mut self.stays) {
-                    gpu.leave(self.blocks);
-                }
-                Ok(false)
-            }
-            Err(RawError { code: NOT_READY, .. }) => Ok(true),
-            Err(error) => Err(failed(error)),
+        let ended = self.stream.is_idle()?;
+        if ended && std::mem::take(&mut self.stays) {
+            self.stream.gpu().leave(self.blocks);
         }
+        Ok(!ended)
     }
 }
 
@@ -239,4 +241,53 @@ fn occupancy(function: CUfunction, threads: u32, smem_bytes: u32) -> Result<u32>
     }
     .map_err(failed)?;
     Ok(blocks.unsigned_abs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A device that can keep a grid, but for one attribute.
+    fn but(changed: Option<(Attribute, i32)>) -> Option<SessionFault> {
+        let value_of = |attribute| {
+            Ok(match attribute {
+                _ if changed.is_some_and(|(but, _)| but == attribute) => changed.unwrap().1,
+                Attribute::CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT
+                | Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_MODE => 0,
+                _ => 1,
+            })
+        };
+        unfit(value_of).unwrap()
+    }
+
+    #[test]
+    fn a_device_without_what_a_grid_needs_is_refused_by_what_it_lacks() {
+        assert_eq!(but(None), None);
+        for (attribute, value, named) in [
+            (Attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY, 0, "mapped"),
+            (Attribute::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, 0, "unified"),
+            (Attribute::CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH, 0, "cooperative"),
+            (Attribute::CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT, 1, "time limit"),
+        ] {
+            let fault = but(Some((attribute, value)));
+            let named = |lacks: &str| lacks.contains(named);
+            let typed = matches!(fault, Some(SessionFault::Device { lacks }) if named(lacks));
+            assert!(typed, "{fault:?}");
+        }
+    }
+
+    #[test]
+    fn a_device_in_exclusive_mode_is_refused() {
+        let fault = but(Some((Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_MODE, EXCLUSIVE_PROCESS)));
+        assert_eq!(fault, Some(SessionFault::Exclusive));
+    }
+
+    #[test]
+    fn an_attribute_that_cannot_be_asked_for_is_an_error() {
+        let driver_error = || {
+            let (call, name) = ("cuDeviceGetAttribute", "CUDA_ERROR_INVALID_VALUE");
+            Error::Driver { call, code: 1, name, detail: String::new(), op: None }
+        };
+        assert!(matches!(unfit(|_| Err(driver_error())), Err(Error::Driver { code: 1, .. })));
+    }
 }

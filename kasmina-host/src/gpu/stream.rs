@@ -10,7 +10,7 @@ use kasmina_driver::cust_raw::{CUevent, CUstream};
 use super::context::lock;
 use super::pinned::Release;
 use super::pool::{FreeLists, SizeClass};
-use super::{Buffer, Gpu, OUT_OF_MEMORY, driver, failed, failed_after};
+use super::{Buffer, Gpu, NOT_READY, OUT_OF_MEMORY, driver, failed, failed_after};
 use crate::device::{DeviceId, MemoryStats};
 use crate::error::{Error, Result};
 use crate::stream::Operation;
@@ -98,6 +98,17 @@ impl Stream {
         self.gpu.bind()?;
         // SAFETY: the stream lives as long as `self`.
         unsafe { driver!(cuStreamSynchronize(self.raw)) }.map_err(|error| self.failed(error))
+    }
+
+    /// Whether everything enqueued so far has run; does not wait for it.
+    pub(crate) fn is_idle(&self) -> Result<bool> {
+        self.gpu.bind()?;
+        // SAFETY: the stream lives as long as `self`.
+        match unsafe { driver!(cuStreamQuery(self.raw)) } {
+            Ok(()) => Ok(true),
+            Err(RawError { code: NOT_READY, .. }) => Ok(false),
+            Err(error) => Err(self.failed(error)),
+        }
     }
 
     /// Orders what is enqueued here from now on after what is enqueued on `other` so far.

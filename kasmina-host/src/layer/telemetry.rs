@@ -11,10 +11,10 @@ use crate::tensor::Tensor;
 impl KasminaLayer {
     /// As [`forward`](Self::forward), with the statistics of each of `chunks` ranges of the output
     /// features over the batch: the seeds that a layer's features are watched by. What counts as
-    /// dead and what becomes of NaN is the reducer's to say, whose workspace it uses.
+    /// dead and what becomes of NaN is the reducer's to say.
     ///
-    /// Where the forward kernel can make them itself, they cost little; otherwise the output is
-    /// reduced after the pass. [`LayerTelemetry::is_fused`] tells which it was, and
+    /// Where the forward kernel can make them itself, they cost little, and need no workspace;
+    /// otherwise the output is reduced after the pass, in that of the reducer. [`LayerTelemetry::is_fused`] tells which it was, and
     /// [`Forward::run_with_telemetry`](crate::gemm::Forward::run_with_telemetry) when it is.
     ///
     /// ```

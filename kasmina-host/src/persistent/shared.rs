@@ -11,12 +11,12 @@ use kasmina_kernels::persistent::protocol::{Command, Layout, Status};
 use kasmina_kernels::persistent::{LayerShape, PART_ROWS, PlanFault, StackPlan, kernel, part_rows};
 
 use super::answer::Wakers;
-use super::config::StreamConfig;
+use super::config::{MAX_SLOTS, StreamConfig};
 use super::ring::{HostPayload, Ring, RingWords, Slot, lock};
 use super::stack::Parameters;
 use super::statistics::Histogram;
 use super::workers::Workers;
-use super::{MAX_BATCH, OP, StreamPath};
+use super::{OP, StreamPath};
 use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Error, Obstacle, Result, SessionFault};
@@ -38,7 +38,6 @@ const BLOCKS: u32 = 4;
 const EXPRESS: u32 = 8;
 /// Slots begin on lines.
 const SLOT_ALIGN: usize = 64;
-const MAX_SLOTS: usize = 1 << 15;
 
 pub(super) struct Shared<T: Element> {
     pub(super) ring: Arc<Ring<T>>,
@@ -78,6 +77,7 @@ struct Grid {
 
 impl<T: Element> Shared<T> {
     pub(super) fn open(layers: &[&KasminaLayer], config: StreamConfig) -> Result<Self> {
+        config.check()?;
         let parameters = Parameters::of::<T>(layers, OP)?;
         let shapes = parameters.shapes();
         let (Some(first), Some(last)) = (layers.first(), layers.last()) else {
@@ -331,15 +331,15 @@ impl Parts<'_> {
     fn slots(&self, consumers: u32, idle: u32) -> u32 {
         let cut = self.config.cut();
         let parts_of = |rows: u32| rows.div_ceil(cut.unwrap_or_else(|| part_rows(rows, idle)));
-        let most = self.config.max_batch.clamp(1, MAX_BATCH) as u32;
+        let most = self.config.max_batch as u32;
         let parts = (1..=most).map(parts_of).max().unwrap_or(1) as usize;
-        let slots = self.config.depth.clamp(1, MAX_SLOTS) * parts;
+        let slots = self.config.depth * parts;
         slots.min(MAX_SLOTS) as u32 + consumers
     }
 
     fn on_threads<T: Element>(self, threads: u32, device: Device, tier: Tier) -> Result<Shared<T>> {
         let stack = self.parameters.stack::<T>(&device)?;
-        let layout = Layout::new(threads.max(1), self.slots(threads.max(1), threads.max(1)));
+        let layout = Layout::new(threads, self.slots(threads, threads));
         let words = (0..layout.words()).map(|_| AtomicU64::new(0)).collect();
         let payloads: Arc<[Mutex<HostPayload<T>>]> = (0..layout.slots)
             .map(|_| Mutex::new(HostPayload { input: Vec::new(), output: Vec::new() }))
@@ -347,7 +347,7 @@ impl Parts<'_> {
         let slots = (0..layout.slots as u16)
             .map(|index| Slot::Host { index, memory: Arc::clone(&payloads) })
             .collect();
-        let streams = self.config.num_streams.max(1);
+        let streams = self.config.num_streams;
         let ring = Arc::new(Ring::new(layout, RingWords::Host(words), slots, streams, false));
         let workers = Workers::new(&ring, payloads, stack);
         Ok(self.share(ring, tier, Backend::Threads { workers, device }))
@@ -368,7 +368,7 @@ impl Parts<'_> {
             return Err(Error::Unsupported { op: OP, tier, reason });
         };
         let quarter = (stream.gpu().capability().sm_count / 4).max(1);
-        let blocks = self.config.blocks.unwrap_or_else(|| quarter.min(BLOCKS)).max(1);
+        let blocks = self.config.blocks.unwrap_or_else(|| quarter.min(BLOCKS));
         // A bounded grid is launched after its batches were written.
         let arriving = plan.takes_arriving() && !self.config.bounded;
         let mut layout = Layout::new(blocks, self.slots(blocks, 1));
@@ -395,7 +395,7 @@ impl Parts<'_> {
         };
         let resident = Resident::new(stream, &setup, OP)?;
         let slots = slots.into_iter().map(Slot::Pinned).collect();
-        let streams = self.config.num_streams.max(1);
+        let streams = self.config.num_streams;
         let words = RingWords::Pinned(words);
         let ring = Arc::new(Ring::new(layout, words, slots, streams, arriving));
         let heartbeat = Heartbeat::start(&ring, self.config.lease / BEATS);

@@ -68,6 +68,11 @@ pub(crate) struct PendingParts {
 }
 
 impl PendingParts {
+    /// Whether reading would wait for nothing but the copy.
+    pub(crate) fn is_ready(&self) -> Result<bool> {
+        self.slots.is_ready()
+    }
+
     /// Waits for the parts and merges those of each segment, in their order.
     pub(crate) fn read(&self) -> Result<Vec<Summary>> {
         let mut bytes = vec![0; self.cut.strips() as usize * SLOT_BYTES];

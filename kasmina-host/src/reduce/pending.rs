@@ -27,6 +27,27 @@ impl PendingSummary {
     pub fn read(&self) -> Result<Summary> {
         Ok(Summary::of(self.moments.read()?))
     }
+
+    /// Whether it has been computed, so that [`read`](Self::read) waits for nothing but the copy of
+    /// 56 bytes. Does not wait; always true on the CPU.
+    ///
+    /// It is asked of the reducer's stream, on which `read` copies: it says no as long as anything
+    /// that was enqueued there since has not run.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the reduction or an operation before it failed, and
+    /// while the stream is being captured.
+    pub fn is_ready(&self) -> Result<bool> {
+        self.moments.is_ready()
+    }
+
+    /// The device address of the result, for kernels that use it without a way over the host: one
+    /// record as [`PendingSummaries::as_device_ptr`] describes it; 0 where there is none, on the CPU
+    /// and for a tensor without elements.
+    #[must_use]
+    pub fn as_device_ptr(&self) -> u64 {
+        self.moments.as_device_ptr()
+    }
 }
 
 /// Summaries of segments, which are being computed.
@@ -45,6 +66,14 @@ impl PendingSummaries {
         Ok(self.moments.read_each(self.count)?.into_iter().map(Summary::of).collect())
     }
 
+    /// Whether they have been computed: as [`PendingSummary::is_ready`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn is_ready(&self) -> Result<bool> {
+        self.moments.is_ready()
+    }
+
     /// How many segments there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -61,15 +90,12 @@ impl PendingSummaries {
     /// where there are none, on the CPU and for a matrix without elements.
     ///
     /// They are written once everything enqueued so far on the reducer's stream has run, and stay
-    /// there as long as this lives. Each segment has 56 bytes: number of elements (u64), sum, mean
-    /// and Σ (x − mean)² (f64), elements that are not finite and dead ones (u64), minimum and
-    /// maximum (f32).
+    /// there as long as this lives. Each segment has a record of 56 bytes, aligned to 8: number of
+    /// elements (u64), sum, mean and Σ (x − mean)² (f64), elements that are not finite and dead ones
+    /// (u64), minimum and maximum (f32).
     #[must_use]
     pub fn as_device_ptr(&self) -> u64 {
-        match &self.moments {
-            PendingMoments::OnDevice(buffer) => buffer.address(),
-            _ => 0,
-        }
+        self.moments.as_device_ptr()
     }
 }
 
@@ -93,6 +119,24 @@ impl PendingReduction {
     /// [`Error::Driver`](crate::Error::Driver) if the reduction or an operation before it failed.
     pub fn read(&self) -> Result<Option<f64>> {
         Ok(self.reduction.of(&Summary::of(self.moments.read()?)))
+    }
+
+    /// Whether it has been computed: as [`PendingSummary::is_ready`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn is_ready(&self) -> Result<bool> {
+        self.moments.is_ready()
+    }
+
+    /// The device address of the result, for kernels that use it without a way over the host: one
+    /// record as [`PendingSummaries::as_device_ptr`] describes it. [`Reduction::Sum`] fills in the
+    /// number of elements, sum and mean, [`Reduction::Max`] and [`Reduction::Min`] the number and what
+    /// they are called after, the others all of it. 0 where there is none, on the CPU and for a
+    /// tensor without elements.
+    #[must_use]
+    pub fn as_device_ptr(&self) -> u64 {
+        self.moments.as_device_ptr()
     }
 }
 
@@ -124,6 +168,21 @@ pub(super) enum PendingMoments {
 }
 
 impl PendingMoments {
+    fn is_ready(&self) -> Result<bool> {
+        match self {
+            Self::Known(_) | Self::KnownEach(_) => Ok(true),
+            Self::OnDevice(buffer) | Self::SumOnDevice { sum: buffer, .. } => buffer.is_ready(),
+        }
+    }
+
+    /// Where the records are.
+    fn as_device_ptr(&self) -> u64 {
+        match self {
+            Self::OnDevice(buffer) => buffer.address(),
+            Self::Known(_) | Self::KnownEach(_) | Self::SumOnDevice { .. } => 0,
+        }
+    }
+
     fn read(&self) -> Result<Moments> {
         match self {
             Self::Known(moments) => Ok(*moments),
@@ -135,9 +194,7 @@ impl PendingMoments {
             }
         }
     }
-}
 
-impl PendingMoments {
     /// Those of `count` segments; what is known is the same for all.
     fn read_each(&self, count: usize) -> Result<Vec<Moments>> {
         match self {
@@ -181,6 +238,25 @@ fn from_record(record: &[u8; RECORD_BYTES]) -> Moments {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Device, Segments, TelemetryReducer, Tensor};
+
+    #[test]
+    fn results_on_the_cpu_are_ready_and_have_no_device_address() {
+        let device = Device::cpu();
+        let reducer = TelemetryReducer::new(&device).unwrap();
+        for rows in [0, 3] {
+            let tensor = Tensor::<f32>::zeros(&device, [rows, 2]).unwrap();
+            let summary = reducer.summary_async(&tensor).unwrap();
+            assert!(summary.is_ready().unwrap());
+            assert_eq!(summary.as_device_ptr(), 0);
+            let each = reducer.segmented_async(&tensor, Segments::Rows).unwrap();
+            assert!(each.is_ready().unwrap());
+            assert_eq!(each.as_device_ptr(), 0);
+            let largest = reducer.reduce_async(&tensor, Reduction::Max).unwrap();
+            assert!(largest.is_ready().unwrap());
+            assert_eq!(largest.as_device_ptr(), 0);
+        }
+    }
 
     #[test]
     fn a_record_is_read_field_by_field() {

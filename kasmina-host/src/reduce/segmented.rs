@@ -278,6 +278,8 @@ fn grid_of(blocks: u64) -> Result<u32> {
 
 #[cfg(test)]
 mod tests {
+    use kasmina_kernels::abi::DType;
+
     use super::*;
     use crate::device::Device;
 
@@ -323,5 +325,47 @@ mod tests {
         assert_eq!(sums(&empty, Segments::Rows), [0.0; 0]);
         let empty = Tensor::<f32>::zeros(&Device::cpu(), [4, 0]).unwrap();
         assert_eq!(sums(&empty, Segments::Rows), [0.0; 4]);
+    }
+
+    /// What a matrix of these extents needs, cut like this.
+    fn workspace_bytes(rows: u32, columns: u32, parts: Option<NonZeroU32>, dtype: DType) -> u64 {
+        let of_columns = parts.filter(|parts| parts.get() == columns);
+        let (segments, slots) = if let Some(cut) =
+            of_columns.and_then(|_| Columns::of(rows, columns, dtype))
+        {
+            (u64::from(cut.groups(dtype)), cut.slots())
+        } else if let Some(cut) = parts.and_then(|parts| Bands::of(rows, columns, parts, dtype)) {
+            (if cut.bands > 1 { u64::from(cut.parts.get()) } else { 0 }, cut.slots())
+        } else {
+            let cut = match parts {
+                None => Cut::of_rows(rows, columns, dtype),
+                Some(parts) => Cut::of_columns(rows, columns, parts, dtype),
+            };
+            if cut.strips_of_each() == 1 { (0, 0) } else { (cut.count(), cut.strips()) }
+        };
+        segments * size_of::<u32>() as u64 + slots * size_of::<Partial>() as u64
+    }
+
+    #[test]
+    fn workspaces_keep_to_the_bounds_that_are_documented() {
+        let around = |log2: u32| [(1u64 << log2) - 1, 1 << log2, (1 << log2) + 1, 5 << log2 >> 2];
+        let extents: Vec<u64> = (0..31).flat_map(around).filter(|&n| n > 0).collect();
+        for dtype in DType::ALL {
+            for (&rows, &columns) in
+                extents.iter().flat_map(|r| extents.iter().map(move |c| (r, c)))
+            {
+                let matrix = rows * columns * dtype.size() as u64;
+                if matrix > 64 << 30 {
+                    continue;
+                }
+                let limit = 2_300_000.max(matrix / 32);
+                let chunks = [1, 2, 3, 16, 1000, 4096, columns / 64, columns / 3, columns];
+                let parts = chunks.map(|chunks| NonZeroU32::new(chunks.min(columns) as u32));
+                for parts in [None].into_iter().chain(parts) {
+                    let bytes = workspace_bytes(rows as u32, columns as u32, parts, dtype);
+                    assert!(bytes <= limit, "{rows} by {columns}, {parts:?} of {dtype}: {bytes}");
+                }
+            }
+        }
     }
 }
