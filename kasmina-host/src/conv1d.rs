@@ -141,6 +141,7 @@ impl<'a, T: Element> Sequences<'a, T> {
 /// It is enqueued on the stream of the filter's device handle; where another operand belongs to
 /// another stream of the same GPU, that stream is ordered around the use.
 #[derive(Debug)]
+#[must_use = "a pass does nothing until `run`"]
 pub struct Forward<'a, T: Element> {
     /// The input.
     pub x: Sequences<'a, T>,
@@ -239,6 +240,7 @@ impl<T: Element> Forward<'_, T> {
 /// Where there is an activation, [`KasminaConv1d::backward`](crate::KasminaConv1d::backward) makes
 /// `dz` of the output's gradient.
 #[derive(Debug)]
+#[must_use = "a pass does nothing until `run`"]
 pub struct Backward<'a, T: Element> {
     /// The forward pass's input.
     pub x: Sequences<'a, T>,

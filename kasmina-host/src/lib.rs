@@ -42,11 +42,13 @@ pub use device::{Capability, Device, DeviceId, MemoryStats};
 pub use element::Element;
 pub use error::{Error, ForeignPointerFault, Obstacle, Result, SessionFault};
 pub use gemm::LayerTelemetry;
+pub use half::{bf16, f16};
 pub use kasmina_kernels::abi::{DType, Tier};
 pub use kasmina_kernels::activation::Activation;
 pub use kasmina_kernels::conv1d::{Conv1dFault, FilterLayout, Padding, SequenceLayout};
 pub use kasmina_kernels::gemm::hopper::comparison::Without;
 pub use kasmina_kernels::gemm::{F32Products, WeightLayout};
+pub use kasmina_kernels::names::UnknownName;
 pub use kasmina_kernels::persistent::PlanFault;
 pub use layer::{KasminaLayer, LinearConfig, LinearGradients};
 pub use persistent::{

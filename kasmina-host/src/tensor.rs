@@ -1,5 +1,6 @@
 //! Arrays on a device.
 
+mod reshape;
 mod span;
 
 use std::any::Any;

@@ -123,6 +123,7 @@ pub struct Tiers {
 /// enqueued on the stream of W's device handle; where another operand belongs to another stream of
 /// the same GPU, that stream is ordered around the use.
 #[derive(Debug)]
+#[must_use = "a pass does nothing until `run`"]
 pub struct Backward<'a, T: Element> {
     /// The input of the forward pass.
     pub x: &'a Tensor<T>,
