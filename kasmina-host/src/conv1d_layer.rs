@@ -1,22 +1,18 @@
 //! A convolutional layer with its parameters.
 #![forbid(unsafe_code)]
 
-use std::any::Any;
-
-use half::{bf16, f16};
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::conv1d::{Conv1dShape, FilterLayout, Padding, SequenceLayout};
-use rayon::prelude::*;
 
 use crate::config::KernelConfig;
 use crate::conv1d::{self, Backward, Forward, Gradients, Sequences, Window};
 use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::layer::{in_f32, replace, uniform};
+use crate::parameters::{Draw, Parameters, Weights};
 use crate::shape::Shape;
-use crate::tensor::{Tensor, zeroed};
+use crate::tensor::Tensor;
 
 /// What a [`KasminaConv1d`] is to be; [`build`](Self::build) makes it.
 ///
@@ -181,12 +177,7 @@ impl Conv1dConfig {
         // An input that any filter fits, as none is known yet; the length is checked with each.
         let window = Window { padding: Padding::Same, ..self.window };
         let shape = window.shape(op, self.channels(), [1, 1])?;
-        let parameters = match self.dtype {
-            DType::F32 => Parameters::F32(self.draw(device, &shape)?),
-            DType::F16 => Parameters::F16(self.draw(device, &shape)?),
-            DType::BF16 => Parameters::BF16(self.draw(device, &shape)?),
-            got => return Err(Error::DType { op, expected: DType::F32, got }),
-        };
+        let parameters = self.draw(op, device, &shape)?;
         Ok(KasminaConv1d { config: self, device: device.clone(), parameters })
     }
 
@@ -194,35 +185,27 @@ impl Conv1dConfig {
         [self.in_channels, self.out_channels, self.kernel_size]
     }
 
-    fn draw<T: Element>(&self, device: &Device, shape: &Conv1dShape) -> Result<Filter<T>> {
-        let extents = self.filter_layout.extents(shape);
-        // Reserved first, so that a filter that does not fit costs no time.
-        let mut weight = Tensor::uninitialised(device, extents.into(), "Conv1dConfig::build")?;
+    fn draw(&self, op: &'static str, device: &Device, shape: &Conv1dShape) -> Result<Parameters> {
+        let layout = self.filter_layout;
+        let extents = layout.extents(shape);
         let [out, input, tap] =
-            self.filter_layout.strides(shape, extents[2] as u64).map(|stride| stride as usize);
+            layout.strides(shape, extents[2] as u64).map(|stride| stride as usize);
         let (group_in, taps) = (shape.group_in() as usize, self.kernel_size);
-        let bound = 1.0 / ((group_in * taps) as f32).sqrt();
-        let mut values: Vec<T> = zeroed(weight.len())?;
-        values.par_iter_mut().enumerate().for_each(|(at, value)| {
-            // Numbered by (out, in, tap) whatever the layout.
-            let index = match self.filter_layout {
-                FilterLayout::OutInTap => at,
-                FilterLayout::TapOutIn => {
-                    let (k, o, i) = (at / tap, at % tap / out, at % out / input);
-                    (o * group_in + i) * taps + k
-                }
-            };
-            *value = T::from_f32(bound * uniform(self.seed, index as u64));
-        });
-        weight.copy_from_slice(&values)?;
-        let bias = self.bias.then(|| {
-            // Numbers no tap has.
-            let values: Vec<T> = (0..self.out_channels as u64)
-                .map(|index| T::from_f32(bound * uniform(!self.seed, !index)))
-                .collect();
-            Tensor::from_slice(device, &values, [self.out_channels])
-        });
-        Ok(Filter { weight, bias: bias.transpose()? })
+        let draw = Draw {
+            op,
+            weight: extents.into(),
+            bias: self.bias.then_some(self.out_channels),
+            bound: 1.0 / ((group_in * taps) as f32).sqrt(),
+            seed: self.seed,
+        };
+        // Numbered by (out, in, tap) whatever the layout.
+        draw.parameters(device, self.dtype, |at| match layout {
+            FilterLayout::OutInTap => at,
+            FilterLayout::TapOutIn => {
+                let (k, o, i) = (at / tap, at % tap / out, at % out / input);
+                (o * group_in + i) * taps + k
+            }
+        })
     }
 }
 
@@ -235,30 +218,6 @@ pub struct KasminaConv1d {
     config: Conv1dConfig,
     device: Device,
     parameters: Parameters,
-}
-
-#[derive(Debug)]
-enum Parameters {
-    F32(Filter<f32>),
-    F16(Filter<f16>),
-    BF16(Filter<bf16>),
-}
-
-#[derive(Debug)]
-struct Filter<T: Element> {
-    weight: Tensor<T>,
-    bias: Option<Tensor<T>>,
-}
-
-/// Evaluates an expression with the parameters of whichever element type there is.
-macro_rules! with_parameters {
-    ($parameters:expr, $filter:ident => $body:expr) => {
-        match $parameters {
-            Parameters::F32($filter) => $body,
-            Parameters::F16($filter) => $body,
-            Parameters::BF16($filter) => $body,
-        }
-    };
 }
 
 /// What [`KasminaConv1d::backward`] returns.
@@ -282,7 +241,7 @@ impl KasminaConv1d {
     /// [`Error::OutOfMemory`].
     pub fn forward<T: Element>(&self, x: &Tensor<T>) -> Result<Tensor<T>> {
         let op = "KasminaConv1d::forward";
-        let filter = self.filter::<T>(op)?;
+        let filter = self.parameters.of::<T>(op)?;
         let mut y = self.output(op, x)?;
         self.run(filter, x, self.config.activation, &mut y)?;
         Ok(y)
@@ -294,7 +253,7 @@ impl KasminaConv1d {
     /// As [`Forward::run`], and [`Error::DType`] if the tensors have another element type than
     /// the layer.
     pub fn forward_into<T: Element>(&self, x: &Tensor<T>, y: &mut Tensor<T>) -> Result<Tier> {
-        let filter = self.filter::<T>("KasminaConv1d::forward_into")?;
+        let filter = self.parameters.of::<T>("KasminaConv1d::forward_into")?;
         self.run(filter, x, self.config.activation, y)
     }
 
@@ -314,7 +273,7 @@ impl KasminaConv1d {
         dy: &Tensor<T>,
     ) -> Result<Conv1dGradients<T>> {
         let op = "KasminaConv1d::backward";
-        let filter = self.filter::<T>(op)?;
+        let filter = self.parameters.of::<T>(op)?;
         let (config, device) = (&self.config, &self.device);
         let [batch, channels, length] = self.input_extents(op, x)?;
         let dx_shape = Shape::from(config.dx_layout.extents(batch, channels, length));
@@ -345,7 +304,7 @@ impl KasminaConv1d {
     ) -> Result<[Option<Tier>; 2]> {
         let op = "KasminaConv1d::backward_into";
         let config = &self.config;
-        let filter = self.filter::<T>(op)?;
+        let filter = self.parameters.of::<T>(op)?;
         let [batch, channels, length] = self.output_extents(op, x)?;
         for (operand, tensor, layout) in [("y", y, config.y_layout), ("dy", dy, config.dy_layout)] {
             let expected = Shape::from(layout.extents(batch, channels, length));
@@ -384,7 +343,7 @@ impl KasminaConv1d {
 
     fn run<T: Element>(
         &self,
-        filter: &Filter<T>,
+        filter: &Weights<T>,
         x: &Tensor<T>,
         activation: Activation,
         y: &mut Tensor<T>,
@@ -433,21 +392,13 @@ impl KasminaConv1d {
         Ok(conv1d::out_extents(&shape))
     }
 
-    fn filter<T: Element>(&self, op: &'static str) -> Result<&Filter<T>> {
-        let any = with_parameters!(&self.parameters, filter => filter as &dyn Any);
-        let mismatch = Error::DType { op, expected: self.config.dtype, got: T::DTYPE };
-        any.downcast_ref().ok_or(mismatch)
-    }
-
     /// Replaces the filter, given in its layout and rounded to the layer's element type. Returns
     /// once the values have been read.
     ///
     /// # Errors
     /// [`Error::Shape`] if their number is not the filter's, [`Error::Driver`].
     pub fn set_weight(&mut self, values: &[f32]) -> Result<()> {
-        with_parameters!(&mut self.parameters, filter => {
-            replace("KasminaConv1d::set_weight", &mut filter.weight, values)
-        })
+        self.parameters.set_weight("KasminaConv1d::set_weight", values)
     }
 
     /// Replaces the bias, rounded to the layer's element type. Returns once the values have been
@@ -457,15 +408,27 @@ impl KasminaConv1d {
     /// [`Error::Shape`] if there are not `out_channels` values, or any for a layer without bias;
     /// [`Error::Driver`].
     pub fn set_bias(&mut self, values: &[f32]) -> Result<()> {
-        let op = "KasminaConv1d::set_bias";
-        with_parameters!(&mut self.parameters, filter => match &mut filter.bias {
-            Some(bias) => replace(op, bias, values),
-            None if values.is_empty() => Ok(()),
-            None => {
-                let got = [values.len()].into();
-                Err(Error::Shape { op, operand: "values", expected: [0].into(), got })
-            }
-        })
+        self.parameters.set_bias("KasminaConv1d::set_bias", values)
+    }
+
+    /// Replaces the filter by a copy of `values`, which has the shape of
+    /// [`weight_tensor`](Self::weight_tensor). Enqueued: nothing passes through the host.
+    ///
+    /// # Errors
+    /// Before anything is enqueued: [`Error::DType`], [`Error::DeviceMismatch`], [`Error::Shape`],
+    /// and [`Error::Overlap`] if `values` shares memory with the filter. Always: [`Error::Driver`].
+    pub fn set_weight_tensor<T: Element>(&mut self, values: &Tensor<T>) -> Result<()> {
+        self.parameters.set_weight_tensor("KasminaConv1d::set_weight_tensor", values)
+    }
+
+    /// Replaces the bias by a copy of `values`, `[out_channels]`. Enqueued: nothing passes through
+    /// the host.
+    ///
+    /// # Errors
+    /// As [`set_weight_tensor`](Self::set_weight_tensor), and [`Error::Shape`] if there are values
+    /// for a layer without bias.
+    pub fn set_bias_tensor<T: Element>(&mut self, values: &Tensor<T>) -> Result<()> {
+        self.parameters.set_bias_tensor("KasminaConv1d::set_bias_tensor", values)
     }
 
     /// The filter in f32, in its layout. Waits for the stream.
@@ -473,7 +436,7 @@ impl KasminaConv1d {
     /// # Errors
     /// [`Error::Driver`].
     pub fn weight(&self) -> Result<Vec<f32>> {
-        with_parameters!(&self.parameters, filter => in_f32(&filter.weight))
+        self.parameters.weight()
     }
 
     /// The bias in f32; `None` for a layer without. Waits for the stream.
@@ -481,8 +444,25 @@ impl KasminaConv1d {
     /// # Errors
     /// [`Error::Driver`].
     pub fn bias(&self) -> Result<Option<Vec<f32>>> {
-        with_parameters!(&self.parameters, filter => {
-            filter.bias.as_ref().map(in_f32).transpose()
-        })
+        self.parameters.bias()
+    }
+
+    /// The filter as it lies on the device, `[out_channels, in_channels / groups, kernel_size]` or
+    /// `[kernel_size, out_channels, in_channels / groups]` as the layout says. A clone shares the
+    /// memory: what is written through it is the layer's filter.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if the layer has another element type.
+    pub fn weight_tensor<T: Element>(&self) -> Result<&Tensor<T>> {
+        Ok(&self.parameters.of("KasminaConv1d::weight_tensor")?.weight)
+    }
+
+    /// The bias as it lies on the device, `[out_channels]`; `None` for a layer without. A clone
+    /// shares the memory: what is written through it is the layer's bias.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if the layer has another element type.
+    pub fn bias_tensor<T: Element>(&self) -> Result<Option<&Tensor<T>>> {
+        Ok(self.parameters.of("KasminaConv1d::bias_tensor")?.bias.as_ref())
     }
 }

@@ -10,6 +10,7 @@
 //! | `tensor`, `shape`, `element` | what they run on |
 //! | `reduce` | statistics of whole tensors and of their segments |
 //! | `layer`, `conv1d_layer` | what they are used through |
+//! | `parameters` | their weights and biases |
 //! | `persistent` | layers that stay resident for streams of small batches |
 //! | `config` | how kernels are chosen |
 //! | `error` | what can go wrong |
@@ -29,6 +30,7 @@ pub mod gemm;
 #[cfg_attr(not(feature = "cuda"), path = "gpu_absent.rs")]
 mod gpu;
 mod layer;
+mod parameters;
 mod persistent;
 mod reduce;
 mod shape;

@@ -1,5 +1,6 @@
 //! Arrays on a device.
 
+mod assign;
 mod reshape;
 mod span;
 

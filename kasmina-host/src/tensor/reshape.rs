@@ -63,7 +63,10 @@ mod tests {
         matrix.copy_from_slice(&[7.0; 24]).unwrap();
         assert_eq!(tensor.to_vec().unwrap(), [7.0; 24]);
         assert!(matrix.overlaps(&tensor));
-        assert_eq!(tensor.reshape([24]).unwrap().reshape([2, 3, 4]).unwrap().shape(), tensor.shape());
+        assert_eq!(
+            tensor.reshape([24]).unwrap().reshape([2, 3, 4]).unwrap().shape(),
+            tensor.shape()
+        );
     }
 
     #[test]
