@@ -352,7 +352,7 @@ mod graph {
                 check("cuStreamBeginCapture_v2", driver::cuStreamBeginCapture_v2(stream, mode))?;
                 let enqueued = features
                     .forward_into(&x, &mut hidden)
-                    .and_then(|()| readout.forward_into(&hidden, &mut y));
+                    .and_then(|_| readout.forward_into(&hidden, &mut y));
                 check("cuStreamEndCapture", driver::cuStreamEndCapture(stream, &raw mut graph))?;
                 enqueued?;
                 check(

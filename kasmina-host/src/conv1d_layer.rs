@@ -1,17 +1,20 @@
 //! A convolutional layer with its parameters.
 #![forbid(unsafe_code)]
 
+mod backward;
+
+pub use backward::Conv1dGradients;
+
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::conv1d::{Conv1dShape, FilterLayout, Padding, SequenceLayout};
 
 use crate::config::KernelConfig;
-use crate::conv1d::{self, Backward, Forward, Gradients, Sequences, Window};
+use crate::conv1d::{self, Forward, ForwardPass, Sequence, Sequences, Window};
 use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::parameters::{Draw, Parameters, Weights};
-use crate::shape::Shape;
+use crate::parameters::{Draw, Parameters, Weights, with_parameters};
 use crate::tensor::Tensor;
 
 /// What a [`KasminaConv1d`] is to be; [`build`](Self::build) makes it.
@@ -220,17 +223,6 @@ pub struct KasminaConv1d {
     parameters: Parameters,
 }
 
-/// What [`KasminaConv1d::backward`] returns.
-#[derive(Debug)]
-pub struct Conv1dGradients<T: Element> {
-    /// With respect to the input, in the layout of the config.
-    pub dx: Tensor<T>,
-    /// With respect to the filter, in the filter's layout.
-    pub dw: Tensor<T>,
-    /// With respect to the bias; `None` for a layer without.
-    pub db: Option<Tensor<T>>,
-}
-
 impl KasminaConv1d {
     /// `act(w ⋆ x + b)` in a new tensor. `x` is `[batch, in_channels, length]`, or
     /// `[batch, length, in_channels]` if the config says so. Enqueued: reading the result waits
@@ -255,90 +247,6 @@ impl KasminaConv1d {
     pub fn forward_into<T: Element>(&self, x: &Tensor<T>, y: &mut Tensor<T>) -> Result<Tier> {
         let filter = self.parameters.of::<T>("KasminaConv1d::forward_into")?;
         self.run(filter, x, self.config.activation, y)
-    }
-
-    /// The gradients, in new tensors: `x` is the forward pass's input, `y` its output and `dy` the
-    /// gradient with respect to `y`.
-    ///
-    /// ReLU's derivative follows from `y`. That of the other activations needs what was before
-    /// them, which is computed anew, rounded to the element type as `y` was.
-    ///
-    /// # Errors
-    /// As [`Backward::run`], and [`Error::DType`] if the tensors have another element type than
-    /// the layer.
-    pub fn backward<T: Element>(
-        &self,
-        x: &Tensor<T>,
-        y: &Tensor<T>,
-        dy: &Tensor<T>,
-    ) -> Result<Conv1dGradients<T>> {
-        let op = "KasminaConv1d::backward";
-        let filter = self.parameters.of::<T>(op)?;
-        let (config, device) = (&self.config, &self.device);
-        let [batch, channels, length] = self.input_extents(op, x)?;
-        let dx_shape = Shape::from(config.dx_layout.extents(batch, channels, length));
-        let mut dx = Tensor::uninitialised(device, dx_shape, op)?;
-        let mut dw = Tensor::uninitialised(device, *filter.weight.shape(), op)?;
-        let mut db = match &filter.bias {
-            Some(bias) => Some(Tensor::uninitialised(device, *bias.shape(), op)?),
-            None => None,
-        };
-        let gradients =
-            Gradients { dx: Some((&mut dx, config.dx_layout)), dw: Some(&mut dw), db: db.as_mut() };
-        self.backward_into(x, y, dy, gradients, false)?;
-        Ok(Conv1dGradients { dx, dw, db })
-    }
-
-    /// As [`backward`](Self::backward), into tensors that exist; with `accumulate` the gradients
-    /// of filter and bias are added to what they hold. Says which tiers run dgrad and wgrad.
-    ///
-    /// # Errors
-    /// As [`backward`](Self::backward).
-    pub fn backward_into<T: Element>(
-        &self,
-        x: &Tensor<T>,
-        y: &Tensor<T>,
-        dy: &Tensor<T>,
-        gradients: Gradients<'_, T>,
-        accumulate: bool,
-    ) -> Result<[Option<Tier>; 2]> {
-        let op = "KasminaConv1d::backward_into";
-        let config = &self.config;
-        let filter = self.parameters.of::<T>(op)?;
-        let [batch, channels, length] = self.output_extents(op, x)?;
-        for (operand, tensor, layout) in [("y", y, config.y_layout), ("dy", dy, config.dy_layout)] {
-            let expected = Shape::from(layout.extents(batch, channels, length));
-            if *tensor.shape() != expected {
-                return Err(Error::Shape { op, operand, expected, got: *tensor.shape() });
-            }
-            let (expected, got) = (self.device.id(), tensor.device().id());
-            if got != expected {
-                return Err(Error::DeviceMismatch { op, operand, expected, got });
-            }
-        }
-        let before = if config.activation.needs_pre_activation() {
-            let mut z = self.output(op, x)?;
-            self.run(filter, x, Activation::None, &mut z)?;
-            Some(z)
-        } else {
-            None
-        };
-        let dz = if config.activation == Activation::None {
-            dy.clone()
-        } else {
-            let z = Sequences::new(before.as_ref().unwrap_or(y), config.y_layout);
-            let dy = Sequences::new(dy, config.dy_layout);
-            conv1d::activation_gradient(config.activation, z, dy, &config.kernel_config)?
-        };
-        let backward = Backward {
-            x: Sequences::new(x, config.x_layout),
-            w: &filter.weight,
-            filter_layout: config.filter_layout,
-            dz: Sequences::new(&dz, config.dy_layout),
-            window: config.window,
-            accumulate,
-        };
-        backward.run(gradients, &config.kernel_config)
     }
 
     fn run<T: Element>(
@@ -464,5 +372,124 @@ impl KasminaConv1d {
     /// [`Error::DType`] if the layer has another element type.
     pub fn bias_tensor<T: Element>(&self) -> Result<Option<&Tensor<T>>> {
         Ok(self.parameters.of("KasminaConv1d::bias_tensor")?.bias.as_ref())
+    }
+
+    /// The tier that would serve a contiguous input of `batch` sequences of `length` positions, as
+    /// far as memory suffices.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if a tier is forced that cannot; [`Error::Convolution`] if the filter
+    /// does not fit the length or sizes exceed what kernels can address.
+    pub fn tier_for(&self, batch: usize, length: usize) -> Result<Tier> {
+        let op = "KasminaConv1d::tier_for";
+        let config = &self.config;
+        let shape = config.window.shape(op, config.channels(), [batch, length])?;
+        let contiguous = |operand, layout: SequenceLayout, [batch, channels, length]: [_; 3]| {
+            let [_, _, columns] = layout.extents(batch, channels, length);
+            Sequence { operand, address: 0, layout, row_stride: columns as u64 }
+        };
+        with_parameters!(&self.parameters, filter => {
+            let pass = ForwardPass {
+                shape,
+                dtype: config.dtype,
+                x: contiguous("x", config.x_layout, [batch, config.in_channels, length]),
+                w: conv1d::describe_filter(&filter.weight, config.filter_layout),
+                bias: filter.bias.as_ref().map_or(0, Tensor::as_device_ptr),
+                activation: config.activation,
+                y: contiguous("y", config.y_layout, conv1d::out_extents(&shape)),
+                tiled: config.kernel_config.tiling_enabled(),
+            };
+            conv1d::choose_forward_tier(&filter.weight, &config.kernel_config, &pass)
+        })
+    }
+
+    /// Does now what the first forward pass over `batch` sequences of `length` positions would do
+    /// first: loads its kernel, whose PTX the driver may have to compile. Which kernel it is depends
+    /// on both. Returns when a pass over so many zeros has run.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn warmup(&self, batch: usize, length: usize) -> Result<()> {
+        with_parameters!(&self.parameters, filter => self.warm_up(filter, batch, length))
+    }
+
+    fn warm_up<T: Element>(&self, filter: &Weights<T>, batch: usize, length: usize) -> Result<()> {
+        let Conv1dConfig { in_channels, x_layout, activation, .. } = self.config;
+        let x = Tensor::<T>::zeros(&self.device, x_layout.extents(batch, in_channels, length))?;
+        let mut y = self.output("KasminaConv1d::warmup", &x)?;
+        self.run(filter, &x, activation, &mut y)?;
+        self.device.synchronize()
+    }
+
+    /// Channels of the input.
+    #[must_use]
+    pub const fn in_channels(&self) -> usize {
+        self.config.in_channels
+    }
+
+    /// Channels of the output.
+    #[must_use]
+    pub const fn out_channels(&self) -> usize {
+        self.config.out_channels
+    }
+
+    /// Taps of the filter.
+    #[must_use]
+    pub const fn kernel_size(&self) -> usize {
+        self.config.kernel_size
+    }
+
+    /// How the filter moves over the input: stride, dilation, padding, groups.
+    #[must_use]
+    pub const fn window(&self) -> Window {
+        self.config.window
+    }
+
+    /// The layout of the input.
+    #[must_use]
+    pub const fn input_layout(&self) -> SequenceLayout {
+        self.config.x_layout
+    }
+
+    /// The layout of the output, and of the pre-activation.
+    #[must_use]
+    pub const fn output_layout(&self) -> SequenceLayout {
+        self.config.y_layout
+    }
+
+    /// The layout in which the output's gradient is given.
+    #[must_use]
+    pub const fn grad_output_layout(&self) -> SequenceLayout {
+        self.config.dy_layout
+    }
+
+    /// The layout in which the input's gradient is returned.
+    #[must_use]
+    pub const fn grad_input_layout(&self) -> SequenceLayout {
+        self.config.dx_layout
+    }
+
+    /// Which way round the filter lies in memory.
+    #[must_use]
+    pub const fn filter_layout(&self) -> FilterLayout {
+        self.config.filter_layout
+    }
+
+    /// The element type of tensors and parameters.
+    #[must_use]
+    pub const fn dtype(&self) -> DType {
+        self.config.dtype
+    }
+
+    /// What is applied to the convolution with its bias.
+    #[must_use]
+    pub const fn activation(&self) -> Activation {
+        self.config.activation
+    }
+
+    /// The device handle it was built with.
+    #[must_use]
+    pub const fn device(&self) -> &Device {
+        &self.device
     }
 }

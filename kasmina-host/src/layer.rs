@@ -159,14 +159,14 @@ impl KasminaLayer {
         Ok(y)
     }
 
-    /// As [`forward`](Self::forward), into a tensor that exists.
+    /// As [`forward`](Self::forward), into a tensor that exists. Says which tier runs it.
     ///
     /// # Errors
     /// As [`Forward::run`], and [`Error::DType`] if the tensors have another element type than
     /// the layer.
-    pub fn forward_into<T: Element>(&self, x: &Tensor<T>, y: &mut Tensor<T>) -> Result<()> {
+    pub fn forward_into<T: Element>(&self, x: &Tensor<T>, y: &mut Tensor<T>) -> Result<Tier> {
         let linear = self.parameters.of::<T>("KasminaLayer::forward_into")?;
-        self.run(linear, x, y).map(drop)
+        self.run(linear, x, y)
     }
 
     fn run<T: Element>(
