@@ -44,7 +44,7 @@ pub use device::{Capability, Device, DeviceId, MemoryStats};
 pub use element::Element;
 pub use error::{Error, ForeignPointerFault, Obstacle, Result, SessionFault};
 pub use gemm::LayerTelemetry;
-pub use half::{bf16, f16};
+pub use half::{self, bf16, f16};
 pub use kasmina_kernels::abi::{DType, Tier};
 pub use kasmina_kernels::activation::Activation;
 pub use kasmina_kernels::conv1d::{Conv1dFault, FilterLayout, Padding, SequenceLayout};
