@@ -309,7 +309,7 @@ impl Bench {
         let clock = Clock::new(&self.device)?;
         let mut time = || -> anyhow::Result<Times> {
             let samples = (0..self.options.sampling.scaled(CALLS))
-                .map(|_| clock.time(|| Ok(large.forward_into(&x, &mut y)?)));
+                .map(|_| clock.time(|| Ok(large.forward_into(&x, &mut y).map(drop)?)));
             Ok(Times::from(&Summary::new(samples.collect::<Result<_, _>>()?)))
         };
         let alone = time()?;

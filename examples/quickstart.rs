@@ -12,9 +12,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use half::f16;
 use kasmina::{
-    Activation, DType, Device, KasminaLayer, KernelConfig, LinearConfig, Tensor, WeightLayout, gemm,
+    Activation, DType, Device, KasminaLayer, KernelConfig, LinearConfig, Tensor, WeightLayout, f16,
+    gemm,
 };
 
 const PIXELS: usize = 64;

@@ -14,9 +14,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use half::f16;
 use kasmina::{
-    Activation, DType, Device, KasminaLayer, LinearConfig, StreamConfig, StreamSession, Tensor,
+    Activation, DType, Device, KasminaLayer, LinearConfig, StreamConfig, StreamSession, Tensor, f16,
 };
 
 const PIXELS: usize = 64;
@@ -311,8 +310,7 @@ mod graph {
     use std::cell::RefCell;
     use std::ptr;
 
-    use half::f16;
-    use kasmina::{Device, KasminaLayer, Tensor};
+    use kasmina::{Device, KasminaLayer, Tensor, f16};
     use kasmina_driver::cust_raw::{CUgraph, CUgraphExec, CUstream, CUstreamCaptureMode};
     use kasmina_driver::{self as driver, check};
 
@@ -352,7 +350,7 @@ mod graph {
                 check("cuStreamBeginCapture_v2", driver::cuStreamBeginCapture_v2(stream, mode))?;
                 let enqueued = features
                     .forward_into(&x, &mut hidden)
-                    .and_then(|()| readout.forward_into(&hidden, &mut y));
+                    .and_then(|_| readout.forward_into(&hidden, &mut y));
                 check("cuStreamEndCapture", driver::cuStreamEndCapture(stream, &raw mut graph))?;
                 enqueued?;
                 check(

@@ -14,10 +14,9 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
-use half::f16;
 use kasmina::{
     Activation, DType, Device, LayerTelemetry, LinearConfig, PendingSummary, ReducerConfig,
-    Summary, TelemetryReducer, Tensor,
+    Summary, TelemetryReducer, Tensor, f16,
 };
 
 const PIXELS: usize = 64;

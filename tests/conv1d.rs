@@ -286,16 +286,16 @@ fn run<T: Poison>(
         filter_layout: case.filter_layout,
         dz: Sequences::new(&dz.view, dz_layout),
         window,
-        accumulate: case.accumulate,
     };
     let gradients = Gradients {
         dx: Some((&mut dx.view, dx_layout)),
         dw: Some(&mut dw.view),
         db: Some(&mut db),
+        accumulate: case.accumulate,
     };
     let tiers = backward.run(gradients, config).map_err(told)?;
     let forced = config.forced_tier();
-    let tiers = [Some(tier), tiers[0], tiers[1]];
+    let tiers = [Some(tier), tiers.dx, tiers.dw];
     for tier in tiers {
         if forced.is_some() && tier != forced {
             return Err(format!("served by {tier:?} where {forced:?} was forced"));

@@ -1,7 +1,7 @@
 //! Convolutions to time, and their operands.
 
 use anyhow::Context;
-use kasmina::conv1d::{Backward, Forward, Gradients, Sequences, Window};
+use kasmina::conv1d::{Backward, Forward, Gradients, Sequences, Tiers, Window};
 use kasmina::{
     Activation, Device, Element, FilterLayout, KernelConfig, Padding, SequenceLayout, Tensor, Tier,
 };
@@ -179,15 +179,18 @@ impl<T: Element> Operands<T> {
             filter_layout,
             dz: Sequences::new(&self.dz, self.layout),
             window,
-            accumulate: false,
         };
         let gradients = if pass == Pass::Dgrad {
-            Gradients { dx: Some((&mut results.sequences, self.layout)), dw: None, db: None }
+            Gradients { dx: Some((&mut results.sequences, self.layout)), ..Gradients::default() }
         } else {
-            Gradients { dx: None, dw: Some(&mut results.dw), db: Some(&mut results.db) }
+            Gradients {
+                dw: Some(&mut results.dw),
+                db: Some(&mut results.db),
+                ..Gradients::default()
+            }
         };
-        let [dgrad, wgrad] = backward.run(gradients, config)?;
-        dgrad.or(wgrad).context("a pass was asked for")
+        let Tiers { dx, dw } = backward.run(gradients, config)?;
+        dx.or(dw).context("a pass was asked for")
     }
 }
 

@@ -21,6 +21,7 @@ const PTX_DIR_VARIABLE: &str = "KASMINA_PTX_DIR";
 /// The default leaves everything to the library. What a config leaves open is taken from
 /// `KASMINA_TIER` and `KASMINA_PTX_DIR` as they were when the [`Device`](crate::Device) was opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use = "a config does nothing until something is given it"]
 pub struct KernelConfig {
     tier: Option<Tier>,
     hopper_tile: Option<[u32; 2]>,
@@ -70,8 +71,8 @@ impl KernelConfig {
             None => None,
             Some(name) => {
                 let name = name.to_string_lossy().into_owned();
-                let tier = Tier::from_name(&name).ok_or(Error::UnknownTier { name })?;
-                Some(tier)
+                let tier = name.parse();
+                Some(tier.map_err(|fault| Error::UnknownTier { name, fault })?)
             }
         };
         let ptx_dir = ptx_dir.filter(|path| !path.is_empty()).map(PathBuf::from);
@@ -80,7 +81,6 @@ impl KernelConfig {
 
     /// Forces a tier: a call gets exactly this one or
     /// [`Error::Unsupported`](crate::Error::Unsupported).
-    #[must_use]
     pub const fn tier(mut self, tier: Tier) -> Self {
         self.tier = Some(tier);
         self
@@ -90,7 +90,6 @@ impl KernelConfig {
     /// `[64, 128]` or `[64, 64]`; for f32 `[128, 128]` or `[64, 128]`, but in TF32 the four, and with
     /// rows and columns exchanged where W is `[in, out]`. By default each call gets the one expected
     /// to be fastest. Other tiers have one tile and take no notice.
-    #[must_use]
     pub const fn hopper_tile(mut self, tile: [u32; 2]) -> Self {
         self.hopper_tile = Some(tile);
         self
@@ -100,7 +99,6 @@ impl KernelConfig {
     /// the tile of 64×64 also 2, 4 or 8. Where k has fewer steps of 64 a tile has one block all the
     /// same. By default each call gets what is expected to be fastest. f32 kernels other than
     /// those in TF32, where a step is 32, and the weight's gradient take no notice.
-    #[must_use]
     pub const fn hopper_split_k(mut self, blocks: u32) -> Self {
         self.hopper_split_k = Some(blocks);
         self
@@ -109,7 +107,6 @@ impl KernelConfig {
     /// Forces into how many blocks of a Hopper kernel, with tiles below each other, each part of W
     /// is loaded: 1, or 2 with the tile of 64×128. By default each call gets what is expected to be
     /// fastest. f32 kernels and the weight's gradient take no notice.
-    #[must_use]
     pub const fn hopper_multicast(mut self, blocks: u32) -> Self {
         self.hopper_multicast = Some(blocks);
         self
@@ -119,7 +116,6 @@ impl KernelConfig {
     /// other is multiplied, or share each tile. There are kernels where they have a tile each with
     /// the tile of 128×128. By default each call gets what is expected to be fastest. f32 kernels,
     /// the weight's gradient, kernels without a part and passes with fused telemetry take no notice.
-    #[must_use]
     pub const fn hopper_ping_pong(mut self, ping_pong: bool) -> Self {
         self.hopper_ping_pong = Some(ping_pong);
         self
@@ -131,7 +127,6 @@ impl KernelConfig {
     /// `hopper_tile` and `hopper_split_k` then force. By default, where no tile is forced, each call
     /// gets what is expected to be faster. The weight's gradient is split on its way or, without that,
     /// not computed on tensor cores. Other products and types take no notice.
-    #[must_use]
     pub const fn hopper_direct(mut self, direct: bool) -> Self {
         self.hopper_direct = Some(direct);
         self
@@ -142,7 +137,6 @@ impl KernelConfig {
     /// such kernel for are [`Error::Unsupported`](crate::Error::Unsupported): TMA loads and warp
     /// specialisation are left out only for bf16, W as `[in, out]`, and tiles of 128×256 and 64×64.
     /// What else runs takes no notice.
-    #[must_use]
     pub const fn hopper_without(mut self, part: Without) -> Self {
         self.without = Some(part);
         self
@@ -152,14 +146,12 @@ impl KernelConfig {
     /// the input's gradient: how accurate it is. By default the six that give the full accuracy of
     /// f32. Other tiers multiply f32 as it is and take no notice; convolutions on `hopper` add up the
     /// six.
-    #[must_use]
     pub const fn f32_products(mut self, products: F32Products) -> Self {
         self.f32_products = products;
         self
     }
 
     /// Whether kernels that load through TMA may be chosen; they may by default.
-    #[must_use]
     pub const fn enable_tma(mut self, enable: bool) -> Self {
         self.enable_tma = enable;
         self
@@ -167,7 +159,6 @@ impl KernelConfig {
 
     /// Whether [`should_use_persistent`](crate::should_use_persistent) may advise resident kernels;
     /// it may by default.
-    #[must_use]
     pub const fn enable_persistent_kernels(mut self, enable: bool) -> Self {
         self.enable_persistent_kernels = enable;
         self
@@ -177,7 +168,6 @@ impl KernelConfig {
     /// default. Without it the portable tier computes one element per thread straight from global
     /// memory, neighbouring threads at distant addresses: the baseline that tiling is measured
     /// against.
-    #[must_use]
     pub const fn enable_tiling(mut self, enable: bool) -> Self {
         self.enable_tiling = enable;
         self
@@ -185,7 +175,6 @@ impl KernelConfig {
 
     /// Loads PTX from this folder, laid out as `<tier>/<module>.ptx`, instead of the modules that
     /// are built in.
-    #[must_use]
     pub fn ptx_dir(mut self, folder: impl Into<PathBuf>) -> Self {
         self.ptx_dir = Some(folder.into());
         self
@@ -293,6 +282,8 @@ mod tests {
     #[test]
     fn a_tier_nobody_knows_is_refused_by_name() {
         let error = KernelConfig::from_variables(Some("turbo".into()), None).unwrap_err();
-        assert!(matches!(error, Error::UnknownTier { name } if name == "turbo"));
+        assert!(matches!(error, Error::UnknownTier { ref name, .. } if name == "turbo"));
+        let message = error.to_string();
+        assert!(message.ends_with("there are cpu, portable and hopper"), "{message}");
     }
 }

@@ -41,6 +41,7 @@ use crate::cpu;
 use crate::element::Element;
 use crate::error::{Error, Obstacle, Result};
 use crate::gemm::{self, check_shape, pick};
+pub use crate::gemm::{Saved, Tiers};
 use crate::gpu::Launch;
 use crate::shape::Shape;
 use crate::stream::Operation;
@@ -141,6 +142,7 @@ impl<'a, T: Element> Sequences<'a, T> {
 /// It is enqueued on the stream of the filter's device handle; where another operand belongs to
 /// another stream of the same GPU, that stream is ordered around the use.
 #[derive(Debug)]
+#[must_use = "a pass does nothing until `run`"]
 pub struct Forward<'a, T: Element> {
     /// The input.
     pub x: Sequences<'a, T>,
@@ -176,9 +178,7 @@ impl<T: Element> Forward<'_, T> {
     ) -> Result<Tier> {
         let y = Sequences::new(y, y_layout);
         let pass = self.check(y, config.tiling_enabled())?;
-        let obstacle = |tier| pass.obstacle(tier, config);
-        let pays = |tier, multiprocessors| pass.pays(tier, multiprocessors);
-        let mut tier = choose_tier(Self::OP, self.w, config, obstacle, pays)?;
+        let mut tier = choose_forward_tier(self.w, config, &pass)?;
         if y.tensor.is_empty() {
             return Ok(tier);
         }
@@ -239,6 +239,7 @@ impl<T: Element> Forward<'_, T> {
 /// Where there is an activation, [`KasminaConv1d::backward`](crate::KasminaConv1d::backward) makes
 /// `dz` of the output's gradient.
 #[derive(Debug)]
+#[must_use = "a pass does nothing until `run`"]
 pub struct Backward<'a, T: Element> {
     /// The forward pass's input.
     pub x: Sequences<'a, T>,
@@ -250,13 +251,10 @@ pub struct Backward<'a, T: Element> {
     pub dz: Sequences<'a, T>,
     /// How the filter moves over the input.
     pub window: Window,
-    /// Whether the gradients of filter and bias are added to what is there. The sum is formed in
-    /// f32 and rounded once.
-    pub accumulate: bool,
 }
 
 /// Where [`Backward`] writes; what is `None` is not computed.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Gradients<'a, T: Element> {
     /// With respect to the input, and which way round it is to lie in memory.
     pub dx: Option<(&'a mut Tensor<T>, SequenceLayout)>,
@@ -264,24 +262,29 @@ pub struct Gradients<'a, T: Element> {
     pub dw: Option<&'a mut Tensor<T>>,
     /// With respect to the bias, `[out_channels]`.
     pub db: Option<&'a mut Tensor<T>>,
+    /// Whether the gradients of filter and bias are added to what is there. The sum is formed in
+    /// f32 and rounded once.
+    pub accumulate: bool,
+}
+
+/// None.
+impl<T: Element> Default for Gradients<'_, T> {
+    fn default() -> Self {
+        Self { dx: None, dw: None, db: None, accumulate: false }
+    }
 }
 
 impl<T: Element> Backward<'_, T> {
     const OP: &'static str = Operation::Conv1dBackward.name();
 
-    /// Enqueues the passes that the wanted gradients need, and says which tiers run dgrad and
-    /// wgrad; `None` for one that is not needed.
+    /// Enqueues the passes that the wanted gradients need, and says which tiers run them.
     ///
     /// # Errors
     /// As [`Forward::run`], and [`Error::OutOfMemory`] for the partial sums of the filter's
     /// gradient.
-    pub fn run(
-        &self,
-        gradients: Gradients<'_, T>,
-        config: &KernelConfig,
-    ) -> Result<[Option<Tier>; 2]> {
+    pub fn run(&self, gradients: Gradients<'_, T>, config: &KernelConfig) -> Result<Tiers> {
         let op = Self::OP;
-        let Gradients { dx, dw, db } = gradients;
+        let Gradients { dx, dw, db, accumulate } = gradients;
         let dx = dx.map(|(tensor, layout)| Sequences::new(&*tensor, layout));
         let (dw, db) = (dw.as_deref(), db.as_deref());
         let inputs =
@@ -326,7 +329,7 @@ impl<T: Element> Backward<'_, T> {
             dz: self.dz.describe("dz"),
             dw: dw.map(|dw| describe_filter(dw, self.filter_layout)),
             db: db.map(Tensor::as_device_ptr),
-            accumulate: self.accumulate,
+            accumulate,
         });
         // Both before anything is enqueued.
         let choose_dgrad = |pass: &DgradPass| {
@@ -343,7 +346,7 @@ impl<T: Element> Backward<'_, T> {
         let device = self.w.device();
         let Some(stream) = device.stream().gpu() else {
             self.run_on_cpu(dgrad.zip(dx), wgrad, dw, db)?;
-            return Ok([dgrad_tier, wgrad_tier]);
+            return Ok(Tiers { dx: dgrad_tier, dw: wgrad_tier });
         };
         let launch = Launch {
             stream,
@@ -378,7 +381,7 @@ impl<T: Element> Backward<'_, T> {
             }
             Ok(())
         })?;
-        Ok([dgrad_tier, wgrad_tier])
+        Ok(Tiers { dx: dgrad_tier, dw: wgrad_tier })
     }
 
     fn run_on_cpu(
@@ -401,7 +404,7 @@ impl<T: Element> Backward<'_, T> {
         let before = |tensor: Option<&Tensor<T>>| {
             tensor.map(
                 |tensor| {
-                    if self.accumulate { tensor.to_vec() } else { zeroed(tensor.len()) }
+                    if pass.accumulate { tensor.to_vec() } else { zeroed(tensor.len()) }
                 },
             )
         };
@@ -503,7 +506,7 @@ fn shape_of<T: Element>(
     Ok(shape)
 }
 
-fn describe_filter<T: Element>(w: &Tensor<T>, layout: FilterLayout) -> Filter {
+pub(crate) fn describe_filter<T: Element>(w: &Tensor<T>, layout: FilterLayout) -> Filter {
     Filter { address: w.as_device_ptr(), layout, row_stride: w.row_stride() as u64 }
 }
 
@@ -533,6 +536,17 @@ fn check_overlap<'a, T: Element>(
         }
     }
     Ok(())
+}
+
+/// The tier that serves a forward pass with this filter.
+pub(crate) fn choose_forward_tier<T: Element>(
+    w: &Tensor<T>,
+    config: &KernelConfig,
+    pass: &ForwardPass,
+) -> Result<Tier> {
+    let obstacle = |tier| pass.obstacle(tier, config);
+    let pays = |tier, multiprocessors| pass.pays(tier, multiprocessors);
+    choose_tier(Operation::Conv1dForward.name(), w, config, obstacle, pays)
 }
 
 /// The forced tier, or the most demanding one that nothing speaks against and that pays on a GPU of

@@ -1,22 +1,21 @@
 //! A convolutional layer with its parameters.
 #![forbid(unsafe_code)]
 
-use std::any::Any;
+mod backward;
 
-use half::{bf16, f16};
+pub use backward::Conv1dGradients;
+
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::conv1d::{Conv1dShape, FilterLayout, Padding, SequenceLayout};
-use rayon::prelude::*;
 
 use crate::config::KernelConfig;
-use crate::conv1d::{self, Backward, Forward, Gradients, Sequences, Window};
+use crate::conv1d::{self, Forward, ForwardPass, Sequence, Sequences, Window};
 use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::layer::{in_f32, replace, uniform};
-use crate::shape::Shape;
-use crate::tensor::{Tensor, zeroed};
+use crate::parameters::{Draw, Parameters, Weights, with_parameters};
+use crate::tensor::Tensor;
 
 /// What a [`KasminaConv1d`] is to be; [`build`](Self::build) makes it.
 ///
@@ -181,12 +180,7 @@ impl Conv1dConfig {
         // An input that any filter fits, as none is known yet; the length is checked with each.
         let window = Window { padding: Padding::Same, ..self.window };
         let shape = window.shape(op, self.channels(), [1, 1])?;
-        let parameters = match self.dtype {
-            DType::F32 => Parameters::F32(self.draw(device, &shape)?),
-            DType::F16 => Parameters::F16(self.draw(device, &shape)?),
-            DType::BF16 => Parameters::BF16(self.draw(device, &shape)?),
-            got => return Err(Error::DType { op, expected: DType::F32, got }),
-        };
+        let parameters = self.draw(op, device, &shape)?;
         Ok(KasminaConv1d { config: self, device: device.clone(), parameters })
     }
 
@@ -194,35 +188,27 @@ impl Conv1dConfig {
         [self.in_channels, self.out_channels, self.kernel_size]
     }
 
-    fn draw<T: Element>(&self, device: &Device, shape: &Conv1dShape) -> Result<Filter<T>> {
-        let extents = self.filter_layout.extents(shape);
-        // Reserved first, so that a filter that does not fit costs no time.
-        let mut weight = Tensor::uninitialised(device, extents.into(), "Conv1dConfig::build")?;
+    fn draw(&self, op: &'static str, device: &Device, shape: &Conv1dShape) -> Result<Parameters> {
+        let layout = self.filter_layout;
+        let extents = layout.extents(shape);
         let [out, input, tap] =
-            self.filter_layout.strides(shape, extents[2] as u64).map(|stride| stride as usize);
+            layout.strides(shape, extents[2] as u64).map(|stride| stride as usize);
         let (group_in, taps) = (shape.group_in() as usize, self.kernel_size);
-        let bound = 1.0 / ((group_in * taps) as f32).sqrt();
-        let mut values: Vec<T> = zeroed(weight.len())?;
-        values.par_iter_mut().enumerate().for_each(|(at, value)| {
-            // Numbered by (out, in, tap) whatever the layout.
-            let index = match self.filter_layout {
-                FilterLayout::OutInTap => at,
-                FilterLayout::TapOutIn => {
-                    let (k, o, i) = (at / tap, at % tap / out, at % out / input);
-                    (o * group_in + i) * taps + k
-                }
-            };
-            *value = T::from_f32(bound * uniform(self.seed, index as u64));
-        });
-        weight.copy_from_slice(&values)?;
-        let bias = self.bias.then(|| {
-            // Numbers no tap has.
-            let values: Vec<T> = (0..self.out_channels as u64)
-                .map(|index| T::from_f32(bound * uniform(!self.seed, !index)))
-                .collect();
-            Tensor::from_slice(device, &values, [self.out_channels])
-        });
-        Ok(Filter { weight, bias: bias.transpose()? })
+        let draw = Draw {
+            op,
+            weight: extents.into(),
+            bias: self.bias.then_some(self.out_channels),
+            bound: 1.0 / ((group_in * taps) as f32).sqrt(),
+            seed: self.seed,
+        };
+        // Numbered by (out, in, tap) whatever the layout.
+        draw.parameters(device, self.dtype, |at| match layout {
+            FilterLayout::OutInTap => at,
+            FilterLayout::TapOutIn => {
+                let (k, o, i) = (at / tap, at % tap / out, at % out / input);
+                (o * group_in + i) * taps + k
+            }
+        })
     }
 }
 
@@ -237,41 +223,6 @@ pub struct KasminaConv1d {
     parameters: Parameters,
 }
 
-#[derive(Debug)]
-enum Parameters {
-    F32(Filter<f32>),
-    F16(Filter<f16>),
-    BF16(Filter<bf16>),
-}
-
-#[derive(Debug)]
-struct Filter<T: Element> {
-    weight: Tensor<T>,
-    bias: Option<Tensor<T>>,
-}
-
-/// Evaluates an expression with the parameters of whichever element type there is.
-macro_rules! with_parameters {
-    ($parameters:expr, $filter:ident => $body:expr) => {
-        match $parameters {
-            Parameters::F32($filter) => $body,
-            Parameters::F16($filter) => $body,
-            Parameters::BF16($filter) => $body,
-        }
-    };
-}
-
-/// What [`KasminaConv1d::backward`] returns.
-#[derive(Debug)]
-pub struct Conv1dGradients<T: Element> {
-    /// With respect to the input, in the layout of the config.
-    pub dx: Tensor<T>,
-    /// With respect to the filter, in the filter's layout.
-    pub dw: Tensor<T>,
-    /// With respect to the bias; `None` for a layer without.
-    pub db: Option<Tensor<T>>,
-}
-
 impl KasminaConv1d {
     /// `act(w ⋆ x + b)` in a new tensor. `x` is `[batch, in_channels, length]`, or
     /// `[batch, length, in_channels]` if the config says so. Enqueued: reading the result waits
@@ -282,7 +233,7 @@ impl KasminaConv1d {
     /// [`Error::OutOfMemory`].
     pub fn forward<T: Element>(&self, x: &Tensor<T>) -> Result<Tensor<T>> {
         let op = "KasminaConv1d::forward";
-        let filter = self.filter::<T>(op)?;
+        let filter = self.parameters.of::<T>(op)?;
         let mut y = self.output(op, x)?;
         self.run(filter, x, self.config.activation, &mut y)?;
         Ok(y)
@@ -294,97 +245,13 @@ impl KasminaConv1d {
     /// As [`Forward::run`], and [`Error::DType`] if the tensors have another element type than
     /// the layer.
     pub fn forward_into<T: Element>(&self, x: &Tensor<T>, y: &mut Tensor<T>) -> Result<Tier> {
-        let filter = self.filter::<T>("KasminaConv1d::forward_into")?;
+        let filter = self.parameters.of::<T>("KasminaConv1d::forward_into")?;
         self.run(filter, x, self.config.activation, y)
-    }
-
-    /// The gradients, in new tensors: `x` is the forward pass's input, `y` its output and `dy` the
-    /// gradient with respect to `y`.
-    ///
-    /// ReLU's derivative follows from `y`. That of the other activations needs what was before
-    /// them, which is computed anew, rounded to the element type as `y` was.
-    ///
-    /// # Errors
-    /// As [`Backward::run`], and [`Error::DType`] if the tensors have another element type than
-    /// the layer.
-    pub fn backward<T: Element>(
-        &self,
-        x: &Tensor<T>,
-        y: &Tensor<T>,
-        dy: &Tensor<T>,
-    ) -> Result<Conv1dGradients<T>> {
-        let op = "KasminaConv1d::backward";
-        let filter = self.filter::<T>(op)?;
-        let (config, device) = (&self.config, &self.device);
-        let [batch, channels, length] = self.input_extents(op, x)?;
-        let dx_shape = Shape::from(config.dx_layout.extents(batch, channels, length));
-        let mut dx = Tensor::uninitialised(device, dx_shape, op)?;
-        let mut dw = Tensor::uninitialised(device, *filter.weight.shape(), op)?;
-        let mut db = match &filter.bias {
-            Some(bias) => Some(Tensor::uninitialised(device, *bias.shape(), op)?),
-            None => None,
-        };
-        let gradients =
-            Gradients { dx: Some((&mut dx, config.dx_layout)), dw: Some(&mut dw), db: db.as_mut() };
-        self.backward_into(x, y, dy, gradients, false)?;
-        Ok(Conv1dGradients { dx, dw, db })
-    }
-
-    /// As [`backward`](Self::backward), into tensors that exist; with `accumulate` the gradients
-    /// of filter and bias are added to what they hold. Says which tiers run dgrad and wgrad.
-    ///
-    /// # Errors
-    /// As [`backward`](Self::backward).
-    pub fn backward_into<T: Element>(
-        &self,
-        x: &Tensor<T>,
-        y: &Tensor<T>,
-        dy: &Tensor<T>,
-        gradients: Gradients<'_, T>,
-        accumulate: bool,
-    ) -> Result<[Option<Tier>; 2]> {
-        let op = "KasminaConv1d::backward_into";
-        let config = &self.config;
-        let filter = self.filter::<T>(op)?;
-        let [batch, channels, length] = self.output_extents(op, x)?;
-        for (operand, tensor, layout) in [("y", y, config.y_layout), ("dy", dy, config.dy_layout)] {
-            let expected = Shape::from(layout.extents(batch, channels, length));
-            if *tensor.shape() != expected {
-                return Err(Error::Shape { op, operand, expected, got: *tensor.shape() });
-            }
-            let (expected, got) = (self.device.id(), tensor.device().id());
-            if got != expected {
-                return Err(Error::DeviceMismatch { op, operand, expected, got });
-            }
-        }
-        let before = if config.activation.needs_pre_activation() {
-            let mut z = self.output(op, x)?;
-            self.run(filter, x, Activation::None, &mut z)?;
-            Some(z)
-        } else {
-            None
-        };
-        let dz = if config.activation == Activation::None {
-            dy.clone()
-        } else {
-            let z = Sequences::new(before.as_ref().unwrap_or(y), config.y_layout);
-            let dy = Sequences::new(dy, config.dy_layout);
-            conv1d::activation_gradient(config.activation, z, dy, &config.kernel_config)?
-        };
-        let backward = Backward {
-            x: Sequences::new(x, config.x_layout),
-            w: &filter.weight,
-            filter_layout: config.filter_layout,
-            dz: Sequences::new(&dz, config.dy_layout),
-            window: config.window,
-            accumulate,
-        };
-        backward.run(gradients, &config.kernel_config)
     }
 
     fn run<T: Element>(
         &self,
-        filter: &Filter<T>,
+        filter: &Weights<T>,
         x: &Tensor<T>,
         activation: Activation,
         y: &mut Tensor<T>,
@@ -433,21 +300,13 @@ impl KasminaConv1d {
         Ok(conv1d::out_extents(&shape))
     }
 
-    fn filter<T: Element>(&self, op: &'static str) -> Result<&Filter<T>> {
-        let any = with_parameters!(&self.parameters, filter => filter as &dyn Any);
-        let mismatch = Error::DType { op, expected: self.config.dtype, got: T::DTYPE };
-        any.downcast_ref().ok_or(mismatch)
-    }
-
     /// Replaces the filter, given in its layout and rounded to the layer's element type. Returns
     /// once the values have been read.
     ///
     /// # Errors
     /// [`Error::Shape`] if their number is not the filter's, [`Error::Driver`].
     pub fn set_weight(&mut self, values: &[f32]) -> Result<()> {
-        with_parameters!(&mut self.parameters, filter => {
-            replace("KasminaConv1d::set_weight", &mut filter.weight, values)
-        })
+        self.parameters.set_weight("KasminaConv1d::set_weight", values)
     }
 
     /// Replaces the bias, rounded to the layer's element type. Returns once the values have been
@@ -457,15 +316,27 @@ impl KasminaConv1d {
     /// [`Error::Shape`] if there are not `out_channels` values, or any for a layer without bias;
     /// [`Error::Driver`].
     pub fn set_bias(&mut self, values: &[f32]) -> Result<()> {
-        let op = "KasminaConv1d::set_bias";
-        with_parameters!(&mut self.parameters, filter => match &mut filter.bias {
-            Some(bias) => replace(op, bias, values),
-            None if values.is_empty() => Ok(()),
-            None => {
-                let got = [values.len()].into();
-                Err(Error::Shape { op, operand: "values", expected: [0].into(), got })
-            }
-        })
+        self.parameters.set_bias("KasminaConv1d::set_bias", values)
+    }
+
+    /// Replaces the filter by a copy of `values`, which has the shape of
+    /// [`weight_tensor`](Self::weight_tensor). Enqueued: nothing passes through the host.
+    ///
+    /// # Errors
+    /// Before anything is enqueued: [`Error::DType`], [`Error::DeviceMismatch`], [`Error::Shape`],
+    /// and [`Error::Overlap`] if `values` shares memory with the filter. Always: [`Error::Driver`].
+    pub fn set_weight_tensor<T: Element>(&mut self, values: &Tensor<T>) -> Result<()> {
+        self.parameters.set_weight_tensor("KasminaConv1d::set_weight_tensor", values)
+    }
+
+    /// Replaces the bias by a copy of `values`, `[out_channels]`. Enqueued: nothing passes through
+    /// the host.
+    ///
+    /// # Errors
+    /// As [`set_weight_tensor`](Self::set_weight_tensor), and [`Error::Shape`] if there are values
+    /// for a layer without bias.
+    pub fn set_bias_tensor<T: Element>(&mut self, values: &Tensor<T>) -> Result<()> {
+        self.parameters.set_bias_tensor("KasminaConv1d::set_bias_tensor", values)
     }
 
     /// The filter in f32, in its layout. Waits for the stream.
@@ -473,7 +344,7 @@ impl KasminaConv1d {
     /// # Errors
     /// [`Error::Driver`].
     pub fn weight(&self) -> Result<Vec<f32>> {
-        with_parameters!(&self.parameters, filter => in_f32(&filter.weight))
+        self.parameters.weight()
     }
 
     /// The bias in f32; `None` for a layer without. Waits for the stream.
@@ -481,8 +352,144 @@ impl KasminaConv1d {
     /// # Errors
     /// [`Error::Driver`].
     pub fn bias(&self) -> Result<Option<Vec<f32>>> {
+        self.parameters.bias()
+    }
+
+    /// The filter as it lies on the device, `[out_channels, in_channels / groups, kernel_size]` or
+    /// `[kernel_size, out_channels, in_channels / groups]` as the layout says. A clone shares the
+    /// memory: what is written through it is the layer's filter.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if the layer has another element type.
+    pub fn weight_tensor<T: Element>(&self) -> Result<&Tensor<T>> {
+        Ok(&self.parameters.of("KasminaConv1d::weight_tensor")?.weight)
+    }
+
+    /// The bias as it lies on the device, `[out_channels]`; `None` for a layer without. A clone
+    /// shares the memory: what is written through it is the layer's bias.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if the layer has another element type.
+    pub fn bias_tensor<T: Element>(&self) -> Result<Option<&Tensor<T>>> {
+        Ok(self.parameters.of("KasminaConv1d::bias_tensor")?.bias.as_ref())
+    }
+
+    /// The tier that would serve a contiguous input of `batch` sequences of `length` positions, as
+    /// far as memory suffices.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if a tier is forced that cannot; [`Error::Convolution`] if the filter
+    /// does not fit the length or sizes exceed what kernels can address.
+    pub fn tier_for(&self, batch: usize, length: usize) -> Result<Tier> {
+        let op = "KasminaConv1d::tier_for";
+        let config = &self.config;
+        let shape = config.window.shape(op, config.channels(), [batch, length])?;
+        let contiguous = |operand, layout: SequenceLayout, [batch, channels, length]: [_; 3]| {
+            let [_, _, columns] = layout.extents(batch, channels, length);
+            Sequence { operand, address: 0, layout, row_stride: columns as u64 }
+        };
         with_parameters!(&self.parameters, filter => {
-            filter.bias.as_ref().map(in_f32).transpose()
+            let pass = ForwardPass {
+                shape,
+                dtype: config.dtype,
+                x: contiguous("x", config.x_layout, [batch, config.in_channels, length]),
+                w: conv1d::describe_filter(&filter.weight, config.filter_layout),
+                bias: filter.bias.as_ref().map_or(0, Tensor::as_device_ptr),
+                activation: config.activation,
+                y: contiguous("y", config.y_layout, conv1d::out_extents(&shape)),
+                tiled: config.kernel_config.tiling_enabled(),
+            };
+            conv1d::choose_forward_tier(&filter.weight, &config.kernel_config, &pass)
         })
+    }
+
+    /// Does now what the first forward pass over `batch` sequences of `length` positions would do
+    /// first: loads its kernel, whose PTX the driver may have to compile. Which kernel it is depends
+    /// on both. Returns when a pass over so many zeros has run.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn warmup(&self, batch: usize, length: usize) -> Result<()> {
+        with_parameters!(&self.parameters, filter => self.warm_up(filter, batch, length))
+    }
+
+    fn warm_up<T: Element>(&self, filter: &Weights<T>, batch: usize, length: usize) -> Result<()> {
+        let Conv1dConfig { in_channels, x_layout, activation, .. } = self.config;
+        let x = Tensor::<T>::zeros(&self.device, x_layout.extents(batch, in_channels, length))?;
+        let mut y = self.output("KasminaConv1d::warmup", &x)?;
+        self.run(filter, &x, activation, &mut y)?;
+        self.device.synchronize()
+    }
+
+    /// Channels of the input.
+    #[must_use]
+    pub const fn in_channels(&self) -> usize {
+        self.config.in_channels
+    }
+
+    /// Channels of the output.
+    #[must_use]
+    pub const fn out_channels(&self) -> usize {
+        self.config.out_channels
+    }
+
+    /// Taps of the filter.
+    #[must_use]
+    pub const fn kernel_size(&self) -> usize {
+        self.config.kernel_size
+    }
+
+    /// How the filter moves over the input: stride, dilation, padding, groups.
+    #[must_use]
+    pub const fn window(&self) -> Window {
+        self.config.window
+    }
+
+    /// The layout of the input.
+    #[must_use]
+    pub const fn input_layout(&self) -> SequenceLayout {
+        self.config.x_layout
+    }
+
+    /// The layout of the output, and of the pre-activation.
+    #[must_use]
+    pub const fn output_layout(&self) -> SequenceLayout {
+        self.config.y_layout
+    }
+
+    /// The layout in which the output's gradient is given.
+    #[must_use]
+    pub const fn grad_output_layout(&self) -> SequenceLayout {
+        self.config.dy_layout
+    }
+
+    /// The layout in which the input's gradient is returned.
+    #[must_use]
+    pub const fn grad_input_layout(&self) -> SequenceLayout {
+        self.config.dx_layout
+    }
+
+    /// Which way round the filter lies in memory.
+    #[must_use]
+    pub const fn filter_layout(&self) -> FilterLayout {
+        self.config.filter_layout
+    }
+
+    /// The element type of tensors and parameters.
+    #[must_use]
+    pub const fn dtype(&self) -> DType {
+        self.config.dtype
+    }
+
+    /// What is applied to the convolution with its bias.
+    #[must_use]
+    pub const fn activation(&self) -> Activation {
+        self.config.activation
+    }
+
+    /// The device handle it was built with.
+    #[must_use]
+    pub const fn device(&self) -> &Device {
+        &self.device
     }
 }

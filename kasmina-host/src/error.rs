@@ -9,6 +9,7 @@ use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::conv1d::Conv1dFault;
 use kasmina_kernels::gemm::hopper::comparison::Without;
+use kasmina_kernels::names::UnknownName;
 
 pub use session::SessionFault;
 
@@ -167,8 +168,8 @@ pub enum Error {
 
     /// What was kept of the forward pass does not tell the activation's gradient.
     #[error(
-        "{op}: the gradient of {activation:?} needs {needed}; keep it from the forward pass, or use \
-         `KasminaLayer::backward`, which computes it anew"
+        "{op}: the gradient of {activation} needs {needed}; keep it from the forward pass, or use \
+         the layer's `backward`, which computes it anew"
     )]
     Saved {
         /// The operation.
@@ -244,10 +245,12 @@ pub enum Error {
     },
 
     /// No tier has this name.
-    #[error("KASMINA_TIER={name} is not a tier; the tiers are cpu, portable and hopper")]
+    #[error("KASMINA_TIER={name}: {fault}")]
     UnknownTier {
         /// The name that was given.
         name: String,
+        /// The names there are.
+        fault: UnknownName,
     },
 
     /// The driver refused a PTX module.

@@ -48,6 +48,7 @@ const MAX_TILES: u64 = i32::MAX as u64;
 /// is `[n]`, and Y is `[…, n]`. It is enqueued on the stream of W's device handle; where another
 /// operand belongs to another stream of the same GPU, that stream is ordered around the use.
 #[derive(Debug)]
+#[must_use = "a pass does nothing until `run`"]
 pub struct Forward<'a, T: Element> {
     /// The input.
     pub x: &'a Tensor<T>,

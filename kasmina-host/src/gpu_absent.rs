@@ -120,6 +120,10 @@ impl Buffer {
         match self.never {}
     }
 
+    pub(crate) fn copy_from(&self, _: Region, _: &Self, _: Region) -> Result<()> {
+        match self.never {}
+    }
+
     pub(crate) fn fill(&self, _: &[u8], _: usize) -> Result<()> {
         match self.never {}
     }

@@ -6,23 +6,20 @@ mod telemetry;
 
 pub use backward::LinearGradients;
 
-use std::any::Any;
-
-use half::{bf16, f16};
 use kasmina_kernels::abi::{DType, Tier};
 use kasmina_kernels::activation::Activation;
 use kasmina_kernels::gemm::WeightLayout;
 use kasmina_kernels::gemm::hopper::unaligned;
-use rayon::prelude::*;
 
 use crate::config::KernelConfig;
 use crate::device::Device;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::gemm::{Forward, Pass, choose_forward_tier};
+use crate::parameters::{Draw, Parameters, Weights, with_parameters};
 use crate::persistent::{StreamConfig, StreamSession};
 use crate::shape::Shape;
-use crate::tensor::{Tensor, zeroed};
+use crate::tensor::Tensor;
 
 /// What a [`KasminaLayer`] is to be; [`build`](Self::build) makes it.
 ///
@@ -117,52 +114,20 @@ impl LinearConfig {
         if shape != expected {
             return Err(Error::Shape { op, operand: "weight", expected, got: shape });
         }
-        let parameters = match self.dtype {
-            DType::F32 => Parameters::F32(self.draw(device, shape)?),
-            DType::F16 => Parameters::F16(self.draw(device, shape)?),
-            DType::BF16 => Parameters::BF16(self.draw(device, shape)?),
-            got => return Err(Error::DType { op, expected: DType::F32, got }),
+        let draw = Draw {
+            op,
+            weight: shape,
+            bias: self.bias.then_some(out_features),
+            bound: 1.0 / (in_features as f32).sqrt(),
+            seed: self.seed,
         };
+        // Numbered by (out, in) whatever the layout.
+        let parameters = draw.parameters(device, self.dtype, |position| match weight_layout {
+            WeightLayout::OutIn => position,
+            WeightLayout::InOut => position % out_features * in_features + position / out_features,
+        })?;
         Ok(KasminaLayer { config: self, device: device.clone(), parameters })
     }
-
-    fn draw<T: Element>(&self, device: &Device, shape: Shape) -> Result<Linear<T>> {
-        // Reserved first, so that a weight that does not fit costs no time.
-        let mut weight = Tensor::uninitialised(device, shape, "LinearConfig::build")?;
-        let bound = 1.0 / (self.in_features as f32).sqrt();
-        let (in_features, out_features) = (self.in_features, self.out_features);
-        let mut values: Vec<T> = zeroed(in_features * out_features)?;
-        values.par_iter_mut().enumerate().for_each(|(position, value)| {
-            // Numbered by (out, in) whatever the layout.
-            let index = match self.weight_layout {
-                WeightLayout::OutIn => position,
-                WeightLayout::InOut => {
-                    position % out_features * in_features + position / out_features
-                }
-            };
-            *value = T::from_f32(bound * uniform(self.seed, index as u64));
-        });
-        weight.copy_from_slice(&values)?;
-        let bias = self.bias.then(|| {
-            // Numbers no weight has.
-            let values: Vec<T> = (0..out_features as u64)
-                .map(|index| T::from_f32(bound * uniform(!self.seed, !index)))
-                .collect();
-            Tensor::from_slice(device, &values, [out_features])
-        });
-        Ok(Linear { weight, bias: bias.transpose()? })
-    }
-}
-
-/// The `index`th number of a sequence in [−1, 1): SplitMix64, whose numbers can be drawn in any
-/// order, with the upper 24 bits as the fraction.
-pub(crate) fn uniform(seed: u64, index: u64) -> f32 {
-    let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^= z >> 31;
-    let steps = 1u32 << 23;
-    (z >> 40) as f32 / steps as f32 - 1.0
 }
 
 /// A linear layer, `Y = act(X·W + b)`.
@@ -176,30 +141,6 @@ pub struct KasminaLayer {
     parameters: Parameters,
 }
 
-#[derive(Debug)]
-enum Parameters {
-    F32(Linear<f32>),
-    F16(Linear<f16>),
-    BF16(Linear<bf16>),
-}
-
-#[derive(Debug)]
-struct Linear<T: Element> {
-    weight: Tensor<T>,
-    bias: Option<Tensor<T>>,
-}
-
-/// Evaluates an expression with the parameters of whichever element type there is.
-macro_rules! with_parameters {
-    ($parameters:expr, $linear:ident => $body:expr) => {
-        match $parameters {
-            Parameters::F32($linear) => $body,
-            Parameters::F16($linear) => $body,
-            Parameters::BF16($linear) => $body,
-        }
-    };
-}
-
 impl KasminaLayer {
     /// `act(X·W + b)` for `x` of shape `[…, in_features]`, in a new tensor of shape
     /// `[…, out_features]`. Enqueued: reading the result waits for it.
@@ -209,7 +150,7 @@ impl KasminaLayer {
     /// [`Error::OutOfMemory`].
     pub fn forward<T: Element>(&self, x: &Tensor<T>) -> Result<Tensor<T>> {
         let op = "KasminaLayer::forward";
-        let linear = self.linear::<T>(op)?;
+        let linear = self.parameters.of::<T>(op)?;
         // Checked before memory is taken, whose size a wrong input would decide.
         self.check_input(op, x)?;
         let shape = x.shape().with_columns(self.config.out_features);
@@ -218,26 +159,26 @@ impl KasminaLayer {
         Ok(y)
     }
 
-    /// As [`forward`](Self::forward), into a tensor that exists.
+    /// As [`forward`](Self::forward), into a tensor that exists. Says which tier runs it.
     ///
     /// # Errors
     /// As [`Forward::run`], and [`Error::DType`] if the tensors have another element type than
     /// the layer.
-    pub fn forward_into<T: Element>(&self, x: &Tensor<T>, y: &mut Tensor<T>) -> Result<()> {
-        let linear = self.linear::<T>("KasminaLayer::forward_into")?;
-        self.run(linear, x, y).map(drop)
+    pub fn forward_into<T: Element>(&self, x: &Tensor<T>, y: &mut Tensor<T>) -> Result<Tier> {
+        let linear = self.parameters.of::<T>("KasminaLayer::forward_into")?;
+        self.run(linear, x, y)
     }
 
     fn run<T: Element>(
         &self,
-        linear: &Linear<T>,
+        linear: &Weights<T>,
         x: &Tensor<T>,
         y: &mut Tensor<T>,
     ) -> Result<Tier> {
         self.pass(linear, x).run(y, &self.config.kernel_config)
     }
 
-    fn pass<'a, T: Element>(&self, linear: &'a Linear<T>, x: &'a Tensor<T>) -> Forward<'a, T> {
+    fn pass<'a, T: Element>(&self, linear: &'a Weights<T>, x: &'a Tensor<T>) -> Forward<'a, T> {
         Forward {
             x,
             w: &linear.weight,
@@ -255,22 +196,13 @@ impl KasminaLayer {
         Err(Error::Shape { op, operand: "x", expected, got: *x.shape() })
     }
 
-    fn linear<T: Element>(&self, op: &'static str) -> Result<&Linear<T>> {
-        let any = with_parameters!(&self.parameters, linear => linear as &dyn Any);
-        let mismatch = Error::DType { op, expected: self.config.dtype, got: T::DTYPE };
-        any.downcast_ref().ok_or(mismatch)
-    }
-
     /// Replaces the weight, given row by row in the layer's layout and rounded to its element
     /// type. Returns once the values have been read.
     ///
     /// # Errors
     /// [`Error::Shape`] if there are not `in_features · out_features` values, [`Error::Driver`].
     pub fn set_weight(&mut self, values: &[f32]) -> Result<()> {
-        with_parameters!(&mut self.parameters, linear => {
-            let op = "KasminaLayer::set_weight";
-            replace(op, &mut linear.weight, values)
-        })
+        self.parameters.set_weight("KasminaLayer::set_weight", values)
     }
 
     /// Replaces the bias, rounded to the layer's element type. Returns once the values have been
@@ -280,15 +212,27 @@ impl KasminaLayer {
     /// [`Error::Shape`] if there are not `out_features` values, or any for a layer without bias;
     /// [`Error::Driver`].
     pub fn set_bias(&mut self, values: &[f32]) -> Result<()> {
-        let op = "KasminaLayer::set_bias";
-        with_parameters!(&mut self.parameters, linear => match &mut linear.bias {
-            Some(bias) => replace(op, bias, values),
-            None if values.is_empty() => Ok(()),
-            None => {
-                let got = [values.len()].into();
-                Err(Error::Shape { op, operand: "values", expected: [0].into(), got })
-            }
-        })
+        self.parameters.set_bias("KasminaLayer::set_bias", values)
+    }
+
+    /// Replaces the weight by a copy of `values`, which has the shape of
+    /// [`weight_tensor`](Self::weight_tensor). Enqueued: nothing passes through the host.
+    ///
+    /// # Errors
+    /// Before anything is enqueued: [`Error::DType`], [`Error::DeviceMismatch`], [`Error::Shape`],
+    /// and [`Error::Overlap`] if `values` shares memory with the weight. Always: [`Error::Driver`].
+    pub fn set_weight_tensor<T: Element>(&mut self, values: &Tensor<T>) -> Result<()> {
+        self.parameters.set_weight_tensor("KasminaLayer::set_weight_tensor", values)
+    }
+
+    /// Replaces the bias by a copy of `values`, `[out_features]`. Enqueued: nothing passes through
+    /// the host.
+    ///
+    /// # Errors
+    /// As [`set_weight_tensor`](Self::set_weight_tensor), and [`Error::Shape`] if there are values
+    /// for a layer without bias.
+    pub fn set_bias_tensor<T: Element>(&mut self, values: &Tensor<T>) -> Result<()> {
+        self.parameters.set_bias_tensor("KasminaLayer::set_bias_tensor", values)
     }
 
     /// The weight in f32, row by row in the layer's layout. Waits for the stream.
@@ -296,7 +240,7 @@ impl KasminaLayer {
     /// # Errors
     /// [`Error::Driver`].
     pub fn weight(&self) -> Result<Vec<f32>> {
-        with_parameters!(&self.parameters, linear => in_f32(&linear.weight))
+        self.parameters.weight()
     }
 
     /// The bias in f32; `None` for a layer without. Waits for the stream.
@@ -304,9 +248,25 @@ impl KasminaLayer {
     /// # Errors
     /// [`Error::Driver`].
     pub fn bias(&self) -> Result<Option<Vec<f32>>> {
-        with_parameters!(&self.parameters, linear => {
-            linear.bias.as_ref().map(in_f32).transpose()
-        })
+        self.parameters.bias()
+    }
+
+    /// The weight as it lies on the device, `[out_features, in_features]` or the other way round as
+    /// the layout says. A clone shares the memory: what is written through it is the layer's weight.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if the layer has another element type.
+    pub fn weight_tensor<T: Element>(&self) -> Result<&Tensor<T>> {
+        Ok(&self.parameters.of("KasminaLayer::weight_tensor")?.weight)
+    }
+
+    /// The bias as it lies on the device, `[out_features]`; `None` for a layer without. A clone
+    /// shares the memory: what is written through it is the layer's bias.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if the layer has another element type.
+    pub fn bias_tensor<T: Element>(&self) -> Result<Option<&Tensor<T>>> {
+        Ok(self.parameters.of("KasminaLayer::bias_tensor")?.bias.as_ref())
     }
 
     /// The tier that would serve a contiguous input of `batch` rows.
@@ -344,7 +304,7 @@ impl KasminaLayer {
         with_parameters!(&self.parameters, linear => self.warm_up(linear, batch))
     }
 
-    fn warm_up<T: Element>(&self, linear: &Linear<T>, batch: usize) -> Result<()> {
+    fn warm_up<T: Element>(&self, linear: &Weights<T>, batch: usize) -> Result<()> {
         let x = Tensor::<T>::zeros(&self.device, [batch, self.config.in_features])?;
         let mut y = Tensor::zeros(&self.device, [batch, self.config.out_features])?;
         self.run(linear, &x, &mut y)?;
@@ -401,26 +361,10 @@ impl KasminaLayer {
     }
 }
 
-pub(crate) fn replace<T: Element>(
-    op: &'static str,
-    tensor: &mut Tensor<T>,
-    values: &[f32],
-) -> Result<()> {
-    if values.len() != tensor.len() {
-        let (expected, got) = (*tensor.shape(), [values.len()].into());
-        return Err(Error::Shape { op, operand: "values", expected, got });
-    }
-    let mut rounded: Vec<T> = zeroed(values.len())?;
-    rounded.par_iter_mut().zip(values).for_each(|(rounded, &value)| *rounded = T::from_f32(value));
-    tensor.copy_from_slice(&rounded)
-}
-
-pub(crate) fn in_f32<T: Element>(tensor: &Tensor<T>) -> Result<Vec<f32>> {
-    Ok(tensor.to_vec()?.into_par_iter().map(T::to_f32).collect())
-}
-
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
 
     fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {

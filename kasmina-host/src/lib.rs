@@ -10,6 +10,7 @@
 //! | `tensor`, `shape`, `element` | what they run on |
 //! | `reduce` | statistics of whole tensors and of their segments |
 //! | `layer`, `conv1d_layer` | what they are used through |
+//! | `parameters` | their weights and biases |
 //! | `persistent` | layers that stay resident for streams of small batches |
 //! | `config` | how kernels are chosen |
 //! | `error` | what can go wrong |
@@ -29,6 +30,7 @@ pub mod gemm;
 #[cfg_attr(not(feature = "cuda"), path = "gpu_absent.rs")]
 mod gpu;
 mod layer;
+mod parameters;
 mod persistent;
 mod reduce;
 mod shape;
@@ -42,11 +44,13 @@ pub use device::{Capability, Device, DeviceId, MemoryStats};
 pub use element::Element;
 pub use error::{Error, ForeignPointerFault, Obstacle, Result, SessionFault};
 pub use gemm::LayerTelemetry;
+pub use half::{self, bf16, f16};
 pub use kasmina_kernels::abi::{DType, Tier};
 pub use kasmina_kernels::activation::Activation;
 pub use kasmina_kernels::conv1d::{Conv1dFault, FilterLayout, Padding, SequenceLayout};
 pub use kasmina_kernels::gemm::hopper::comparison::Without;
 pub use kasmina_kernels::gemm::{F32Products, WeightLayout};
+pub use kasmina_kernels::names::UnknownName;
 pub use kasmina_kernels::persistent::PlanFault;
 pub use layer::{KasminaLayer, LinearConfig, LinearGradients};
 pub use persistent::{

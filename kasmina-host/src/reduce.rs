@@ -90,6 +90,7 @@ impl Reduction {
 
 /// What becomes of NaN. Infinities are elements like any other under either.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum NanPolicy {
     /// They are counted as not finite, and make every statistic NaN that they belong to.
     #[default]
@@ -101,6 +102,7 @@ pub enum NanPolicy {
 
 /// What a [`TelemetryReducer`] is to do.
 #[derive(Clone, Debug)]
+#[must_use = "a config does nothing until a reducer is made with it"]
 pub struct ReducerConfig {
     epsilon: f32,
     nan: NanPolicy,
@@ -123,14 +125,12 @@ impl Default for ReducerConfig {
 
 impl ReducerConfig {
     /// Elements of a smaller absolute value count as dead; 1e-6 by default.
-    #[must_use]
     pub const fn epsilon(mut self, epsilon: f32) -> Self {
         self.epsilon = epsilon;
         self
     }
 
     /// What becomes of NaN; they propagate by default.
-    #[must_use]
     pub const fn nan(mut self, policy: NanPolicy) -> Self {
         self.nan = policy;
         self
@@ -141,7 +141,6 @@ impl ReducerConfig {
     }
 
     /// How kernels are chosen.
-    #[must_use]
     pub fn kernel_config(mut self, config: KernelConfig) -> Self {
         self.kernel_config = config;
         self
@@ -150,7 +149,6 @@ impl ReducerConfig {
     /// Launches at most this many blocks, at least one, where blocks take chunk after chunk. The
     /// result does not depend on it, which is what tests use it for.
     #[doc(hidden)]
-    #[must_use]
     pub const fn max_blocks(mut self, blocks: u32) -> Self {
         self.max_blocks = blocks;
         self
@@ -158,7 +156,6 @@ impl ReducerConfig {
 
     /// On a GPU, [`Reduction::Sum`] takes the single-stage kernel that benchmarks compare with.
     #[doc(hidden)]
-    #[must_use]
     pub const fn single_stage(mut self, single_stage: bool) -> Self {
         self.single_stage = single_stage;
         self

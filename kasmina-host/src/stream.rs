@@ -80,6 +80,7 @@ pub(crate) enum Operation {
     Conv1dForward = 11,
     Conv1dBackward = 12,
     ActivationGrad = 13,
+    Copy = 14,
 }
 
 impl Operation {
@@ -93,6 +94,7 @@ impl Operation {
             11 => Some(Self::Conv1dForward),
             12 => Some(Self::Conv1dBackward),
             13 => Some(Self::ActivationGrad),
+            14 => Some(Self::Copy),
             _ => None,
         }
     }
@@ -106,6 +108,7 @@ impl Operation {
             Self::Conv1dForward => "conv1d forward",
             Self::Conv1dBackward => "conv1d backward",
             Self::ActivationGrad => "activation gradient",
+            Self::Copy => "copy",
         }
     }
 }
@@ -124,6 +127,7 @@ mod tests {
             Operation::Conv1dForward,
             Operation::Conv1dBackward,
             Operation::ActivationGrad,
+            Operation::Copy,
         ] {
             assert_eq!(Operation::from_number(operation as u8), Some(operation));
         }

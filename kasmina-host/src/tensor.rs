@@ -1,5 +1,7 @@
 //! Arrays on a device.
 
+mod assign;
+mod reshape;
 mod span;
 
 use std::any::Any;

@@ -2,7 +2,6 @@
 
 #[cfg(feature = "ptx")]
 use alloc::string::String;
-use core::fmt;
 use core::marker::PhantomData;
 
 #[cfg(feature = "ptx")]
@@ -13,6 +12,7 @@ use crate::gemm::hopper::{
     self, comparison, direct, ping_pong, split, telemetry, tf32, weight_gradient,
 };
 use crate::gemm::{backward, portable};
+use crate::names::{displayed_by_name, parsed_by_name};
 use crate::persistent;
 use crate::reduce;
 
@@ -42,12 +42,6 @@ impl Tier {
         }
     }
 
-    /// The tier of this name.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|tier| tier.name() == name)
-    }
-
     /// The architecture its PTX is compiled for; `None` for the CPU.
     #[must_use]
     pub const fn target_cpu(self) -> Option<&'static str> {
@@ -70,11 +64,8 @@ impl Tier {
     }
 }
 
-impl fmt::Display for Tier {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+displayed_by_name!(Tier);
+parsed_by_name!(Tier, "tier");
 
 /// Element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -122,11 +113,8 @@ impl DType {
     }
 }
 
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+displayed_by_name!(DType);
+parsed_by_name!(DType, "element type");
 
 /// A PTX module: the unit the driver compiles on first use.
 #[derive(Debug, PartialEq, Eq)]

@@ -11,6 +11,7 @@
 mod gradient;
 
 use crate::elementary::{erf, exp, fused_multiply_add};
+use crate::names::{displayed_by_name, parsed_by_name};
 
 /// What is applied to `X·W + b`, element by element.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -82,6 +83,9 @@ impl Activation {
         }
     }
 }
+
+displayed_by_name!(Activation);
+parsed_by_name!(Activation, "activation");
 
 /// √(2/π)
 const GELU_TANH_SCALE: f32 = 0.797_884_6;

@@ -16,6 +16,7 @@
 
 use core::fmt;
 
+use crate::names::displayed_by_name;
 use crate::tile_scheduler::div;
 
 pub mod depthwise;
@@ -25,6 +26,8 @@ mod parked;
 pub mod portable;
 
 /// Which way round the channels and positions of a tensor lie in memory.
+///
+/// Exhaustive on purpose: whoever lays out data has to know every layout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum SequenceLayout {
@@ -69,6 +72,8 @@ impl SequenceLayout {
 }
 
 /// Which way round the filter lies in memory.
+///
+/// Exhaustive on purpose: whoever lays out data has to know every layout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum FilterLayout {
     /// `[out_channels, in_channels / groups, kernel_size]`: PyTorch's layout.
@@ -114,8 +119,11 @@ impl FilterLayout {
     }
 }
 
+displayed_by_name!(SequenceLayout, FilterLayout);
+
 /// Zeros before and after the input.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Padding {
     /// None.
     #[default]

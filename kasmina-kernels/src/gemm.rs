@@ -12,7 +12,11 @@ pub mod hopper;
 pub mod parts;
 pub mod portable;
 
+use crate::names::displayed_by_name;
+
 /// Which way round the weight matrix lies in memory.
+///
+/// Exhaustive on purpose: whoever lays out data has to know every layout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum WeightLayout {
     /// `[in_features, out_features]`, that is `[k, n]`, row-major.
@@ -53,6 +57,8 @@ impl WeightLayout {
         }
     }
 }
+
+displayed_by_name!(WeightLayout);
 
 /// Which way round the first operand of a product lies in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

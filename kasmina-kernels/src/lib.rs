@@ -9,6 +9,7 @@
 //! | [`conv1d`] | one-dimensional convolution and its gradients: shapes, walks, one file of kernels per tier |
 //! | [`elementary`] | exponential and error function in f32, for host and device |
 //! | [`gemm`] | `Y = act(X·W + b)`: shapes, parameters, one file of kernels per tier |
+//! | [`names`] | values by their names |
 //! | [`persistent`] | layers that stay resident: ring protocol, plan, packed weights, kernels |
 //! | [`pipeline`] | the full/empty ring between producer and consumers |
 //! | [`tile_scheduler`] | which output tile a block computes, in which order |
@@ -29,6 +30,7 @@ pub mod activation;
 pub mod conv1d;
 pub mod elementary;
 pub mod gemm;
+pub mod names;
 pub mod persistent;
 pub mod pipeline;
 #[cfg(target_arch = "nvptx64")]

@@ -43,6 +43,7 @@ impl Shape {
                 let total = needed.saturating_sub(self.length);
                 (total / 2, total - total / 2)
             }
+            other => panic!("no reference for {other:?}"),
         };
         let places = (self.length + left + right).checked_sub(span)?;
         Some((left, places / stride + 1))

@@ -65,32 +65,29 @@ pub(crate) fn bad_input(device: &Device) -> Result<(), Failed> {
             filter_layout: FilterLayout::OutInTap,
             dz: Sequences::new(dz, SequenceLayout::Ncl),
             window: plain,
-            accumulate: false,
         };
         backward.run(gradients, &config)
     };
     let short = Tensor::<f32>::zeros(device, [2, 4, 7])?;
-    let wrong = backward(
-        &short,
-        Gradients { dx: Some((&mut dx, SequenceLayout::Ncl)), dw: None, db: None },
-    );
+    let wrong = backward(&short, of_input(&mut dx));
     require(matches!(wrong, Err(Error::Shape { operand: "dz", .. })), || format!("{wrong:?}"))?;
     let mut shared = x.clone();
-    let overlap = backward(
-        &dz,
-        Gradients { dx: Some((&mut shared, SequenceLayout::Ncl)), dw: None, db: None },
-    );
+    let overlap = backward(&dz, of_input(&mut shared));
     require(matches!(overlap, Err(Error::Overlap { operand: "x", .. })), || {
         format!("{overlap:?}")
     })?;
     let mut db = Tensor::<f32>::zeros(device, [5])?;
-    let wrong = backward(&dz, Gradients { dx: None, dw: None, db: Some(&mut db) });
+    let wrong = backward(&dz, Gradients { db: Some(&mut db), ..Gradients::default() });
     require(matches!(wrong, Err(Error::Shape { operand: "db", .. })), || format!("{wrong:?}"))?;
     // None of it left a trace.
-    let served =
-        backward(&dz, Gradients { dx: Some((&mut dx, SequenceLayout::Ncl)), dw: None, db: None })?;
-    require(served[0].is_some() && served[1].is_none(), || format!("{served:?}"))?;
+    let served = backward(&dz, of_input(&mut dx))?;
+    require(served.dx.is_some() && served.dw.is_none(), || format!("{served:?}"))?;
     require(dx.to_vec()?.iter().all(|&value| value == 0.0), || "dx of zeros".to_owned())
+}
+
+/// Only the input's gradient is wanted.
+fn of_input(dx: &mut Tensor<f32>) -> Gradients<'_, f32> {
+    Gradients { dx: Some((dx, SequenceLayout::Ncl)), ..Gradients::default() }
 }
 
 fn require(holds: bool, message: impl FnOnce() -> String) -> Result<(), Failed> {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kasmina_kernels::persistent::{MAX_LAYERS, MAX_WIDTH, PlanFault};
+use kasmina_kernels::persistent::PlanFault;
 
 /// Why a stream session cannot begin, or has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -68,7 +68,7 @@ pub enum SessionFault {
         within: Duration,
     },
     /// The stack of layers cannot stay resident.
-    #[error("{}; allow the fallback, or use `forward`", plan_message(.0))]
+    #[error("{0}; allow the fallback, or use `forward`")]
     Stack(PlanFault),
     /// The resident kernel ended because the process stood still for longer than the lease.
     #[error(
@@ -139,21 +139,4 @@ pub enum SessionFault {
         /// What takes such a ticket.
         use_instead: &'static str,
     },
-}
-
-fn plan_message(fault: &PlanFault) -> String {
-    match *fault {
-        PlanFault::Layers(got) => {
-            format!("a stack of {got} layers was given, 1 to {MAX_LAYERS} can stay resident")
-        }
-        PlanFault::Width(got) => {
-            format!("a layer has {got} inputs or outputs, 1 to {MAX_WIDTH} can stay resident")
-        }
-        PlanFault::Chain { layer, expected, got } => {
-            format!("layer {layer} has {got} inputs and the one before it {expected} outputs")
-        }
-        PlanFault::SharedMemory { needed, limit } => {
-            format!("activations need {needed} bytes of shared memory, a block has {limit}")
-        }
-    }
 }

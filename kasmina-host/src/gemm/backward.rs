@@ -42,9 +42,9 @@ const DZ_ALIGN: usize = 8;
 pub enum Saved<'a, T: Element> {
     /// Nothing: enough without an activation.
     Nothing,
-    /// The output `Y`: enough for ReLU.
+    /// The output: enough for ReLU.
     Output(&'a Tensor<T>),
-    /// The pre-activation `Z = X·W + b`: enough for every activation.
+    /// The pre-activation, `Z = X·W + b` or `z = w ⋆ x + b`: enough for every activation.
     PreActivation(&'a Tensor<T>),
 }
 
@@ -104,12 +104,12 @@ impl<T: Element> Default for Gradients<'_, T> {
     }
 }
 
-/// Which tier computes the products; `None` for one that is not wanted.
+/// Which tier computes the gradients; `None` for one that is not wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiers {
-    /// `dZ·Wᵀ`
+    /// The input's: `dZ·Wᵀ`, or a convolution's dgrad.
     pub dx: Option<Tier>,
-    /// `Xᵀ·dZ`
+    /// The weight's: `Xᵀ·dZ`, or a convolution's wgrad, which makes the bias's too.
     pub dw: Option<Tier>,
 }
 
@@ -123,6 +123,7 @@ pub struct Tiers {
 /// enqueued on the stream of W's device handle; where another operand belongs to another stream of
 /// the same GPU, that stream is ordered around the use.
 #[derive(Debug)]
+#[must_use = "a pass does nothing until `run`"]
 pub struct Backward<'a, T: Element> {
     /// The input of the forward pass.
     pub x: &'a Tensor<T>,

@@ -95,20 +95,74 @@ impl Buffer {
     /// # Safety
     /// The host's end is valid for `host_bytes` bytes, for writing when that is where they go.
     unsafe fn copy(&self, region: Region, host_bytes: usize, copy: Copy) -> Result<()> {
-        let Region { offset, rows, row_bytes, row_stride } = region;
-        // A tensor's region lies within its storage; checked again because memory depends on it.
-        assert_eq!(rows * row_bytes, host_bytes, "host memory does not match the region");
-        assert!(
-            rows == 0 || offset + (rows - 1) * row_stride + row_bytes <= self.bytes,
-            "the region reaches beyond the buffer"
-        );
+        let bytes = region.rows * region.row_bytes;
+        assert_eq!(bytes, host_bytes, "host memory does not match the region");
+        let start = self.start_of(region);
         self.stream.gpu().bind()?;
-        let start = self.address + offset as u64;
         // SAFETY: as above; the host's end is valid until the wait below, which nothing skips.
         let enqueued = unsafe { self.enqueue(region, start, host_bytes, copy) };
         // Also after a failure: rows before the one that failed may still be on their way.
         let waited = self.stream.synchronize();
         enqueued.and(waited)
+    }
+
+    /// The address of the region's first row.
+    fn start_of(&self, region: Region) -> u64 {
+        let Region { offset, rows, row_bytes, row_stride } = region;
+        // A tensor's region lies within its storage; checked again because memory depends on it.
+        assert!(
+            rows == 0 || offset + (rows - 1) * row_stride + row_bytes <= self.bytes,
+            "the region reaches beyond the buffer"
+        );
+        self.address + offset as u64
+    }
+
+    /// Enqueues a copy of rows of `source`, whose stream has to be ordered around this one, and which
+    /// share no byte with those they replace.
+    pub(crate) fn copy_from(&self, region: Region, source: &Self, from: Region) -> Result<()> {
+        let Region { rows, row_bytes, row_stride, .. } = region;
+        assert_eq!([rows, row_bytes], [from.rows, from.row_bytes], "the regions differ");
+        let (target, origin) = (self.start_of(region), source.start_of(from));
+        self.stream.gpu().bind()?;
+        let stream = self.stream.raw();
+        let copy_bytes = |target, origin, bytes| {
+            // SAFETY: both buffers hold these bytes, as asserted in `start_of`, and neither is reused
+            // before the stream has run this: memory is given away in the order of the streams.
+            unsafe { driver!(cuMemcpyDtoDAsync_v2(target, origin, bytes, stream)) }
+        };
+        let packed = |region: Region| rows == 1 || region.row_stride == row_bytes;
+        let enqueued = if packed(region) && packed(from) {
+            copy_bytes(target, origin, rows * row_bytes)
+        } else if row_stride.max(from.row_stride) <= MAX_PITCH {
+            let descriptor = CUDA_MEMCPY2D {
+                srcXInBytes: 0,
+                srcY: 0,
+                srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+                srcHost: ptr::null(),
+                srcDevice: origin,
+                srcArray: ptr::null_mut(),
+                srcPitch: from.row_stride,
+                dstXInBytes: 0,
+                dstY: 0,
+                dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+                dstHost: ptr::null_mut(),
+                dstDevice: target,
+                dstArray: ptr::null_mut(),
+                dstPitch: row_stride,
+                WidthInBytes: row_bytes,
+                Height: rows,
+            };
+            // SAFETY: as above, row by row; the driver reads the descriptor during the call.
+            unsafe { driver!(cuMemcpy2DAsync_v2(&raw const descriptor, stream)) }
+        } else {
+            (0..rows).try_for_each(|row| {
+                let (target_row, origin_row) = (row * row_stride, row * from.row_stride);
+                copy_bytes(target + target_row as u64, origin + origin_row as u64, row_bytes)
+            })
+        };
+        enqueued.map_err(|error| self.stream.failed(error))?;
+        self.stream.note(Operation::Copy);
+        Ok(())
     }
 
     /// # Safety

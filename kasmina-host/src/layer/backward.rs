@@ -52,7 +52,7 @@ impl KasminaLayer {
         dy: &Tensor<T>,
     ) -> Result<LinearGradients<T>> {
         let op = "KasminaLayer::backward";
-        let linear = self.linear::<T>(op)?;
+        let linear = self.parameters.of::<T>(op)?;
         // Checked before memory is taken, whose size a wrong input would decide.
         self.check_input(op, x)?;
         let like = |tensor: &Tensor<T>| Tensor::uninitialised(&self.device, *tensor.shape(), op);
@@ -78,7 +78,7 @@ impl KasminaLayer {
         gradients: Gradients<'_, T>,
     ) -> Result<Tiers> {
         let op = "KasminaLayer::backward_into";
-        let linear = self.linear::<T>(op)?;
+        let linear = self.parameters.of::<T>(op)?;
         let (saved, activation) = (saved.into(), self.config.activation);
         if let Some((operand, saved)) = saved.tensor() {
             // Here, as an output that does not tell the gradient is not looked at again.
@@ -106,7 +106,7 @@ impl KasminaLayer {
     /// As [`forward`](Self::forward).
     pub fn pre_activation<T: Element>(&self, x: &Tensor<T>) -> Result<Tensor<T>> {
         let op = "KasminaLayer::pre_activation";
-        let linear = self.linear::<T>(op)?;
+        let linear = self.parameters.of::<T>(op)?;
         self.check_input(op, x)?;
         let shape = x.shape().with_columns(self.config.out_features);
         let mut z = Tensor::uninitialised(&self.device, shape, op)?;

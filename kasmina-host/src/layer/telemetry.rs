@@ -40,7 +40,7 @@ impl KasminaLayer {
         chunks: usize,
     ) -> Result<(Tensor<T>, LayerTelemetry)> {
         let op = "KasminaLayer::forward_with_telemetry";
-        let linear = self.linear::<T>(op)?;
+        let linear = self.parameters.of::<T>(op)?;
         self.check_input(op, x)?;
         let shape = x.shape().with_columns(self.config.out_features);
         let mut y = Tensor::uninitialised(&self.device, shape, op)?;
@@ -61,7 +61,7 @@ impl KasminaLayer {
         reducer: &TelemetryReducer,
         chunks: usize,
     ) -> Result<LayerTelemetry> {
-        let linear = self.linear::<T>("KasminaLayer::forward_into_with_telemetry")?;
+        let linear = self.parameters.of::<T>("KasminaLayer::forward_into_with_telemetry")?;
         let pass = self.pass(linear, x);
         pass.run_with_telemetry(y, &self.config.kernel_config, reducer, chunks)
     }

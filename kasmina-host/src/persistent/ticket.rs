@@ -208,6 +208,7 @@ impl<T: Element> fmt::Debug for Ticket<T> {
 }
 
 /// The results of batches, in the order of the batches; made by [`StreamSession::pipelined`].
+#[must_use = "nothing is submitted before the iterator is advanced"]
 pub struct Pipelined<'a, T: Element, I: Iterator> {
     pub(super) session: &'a StreamSession<T>,
     pub(super) batches: I,

@@ -1,6 +1,7 @@
 //! How a stack of layers lies in a block: which weights stay in shared memory, where everything
 //! is, and how weights are packed for it.
 
+use core::fmt;
 use core::mem::size_of;
 
 use crate::abi::{DType, Tier};
@@ -104,6 +105,7 @@ pub struct StackPlan {
 
 /// Why a stack cannot stay resident.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum PlanFault {
     /// The number of layers is not 1 to [`MAX_LAYERS`].
     Layers(usize),
@@ -126,6 +128,27 @@ pub enum PlanFault {
         limit: u32,
     },
 }
+
+impl fmt::Display for PlanFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layers(got) => {
+                write!(f, "a stack of {got} layers was given, 1 to {MAX_LAYERS} can stay resident")
+            }
+            Self::Width(got) => {
+                write!(f, "a layer has {got} inputs or outputs, 1 to {MAX_WIDTH} can stay resident")
+            }
+            Self::Chain { layer, expected, got } => {
+                write!(f, "layer {layer} has {got} inputs and the one before it {expected} outputs")
+            }
+            Self::SharedMemory { needed, limit } => {
+                write!(f, "activations need {needed} bytes of shared memory, a block has {limit}")
+            }
+        }
+    }
+}
+
+impl core::error::Error for PlanFault {}
 
 impl StackPlan {
     /// The plan of these layers for blocks that may have `smem_limit` bytes of shared memory.

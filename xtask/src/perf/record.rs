@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use kasmina_kernels::abi::DType;
 use serde_json::{Map, Value};
 
 /// Says on what a case was measured.
@@ -248,11 +249,8 @@ fn derived_flops(fields: &Map<String, Value>) -> Option<f64> {
 
 /// Each matrix, or each element of a reduction, is read or written once.
 fn derived_bytes(fields: &Map<String, Value>) -> Option<f64> {
-    let size = match fields.get("dtype")?.as_str()? {
-        "f32" => 4.0,
-        "bf16" | "f16" => 2.0,
-        _ => return None,
-    };
+    let dtype: DType = fields.get("dtype")?.as_str()?.parse().ok()?;
+    let size = dtype.size() as f64;
     match product(fields) {
         Some([m, n, k]) => Some((m * k + k * n + m * n) * size),
         None => fields.get("len").and_then(Value::as_f64).map(|len| len * size),

@@ -14,10 +14,9 @@
 //! # Shape contract
 //! As the forward kernels'. Rows of X and W are read in pieces of 16 bytes as far as they exist.
 
-use core::fmt;
-
 use super::{HopperGemmParams, Tile};
 use crate::abi::{Kernel, KernelParams, hopper_kernel};
+use crate::names::displayed_by_name;
 
 #[cfg(all(target_arch = "nvptx64", kasmina_tier = "hopper"))]
 mod device;
@@ -48,11 +47,7 @@ impl Without {
     }
 }
 
-impl fmt::Display for Without {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+displayed_by_name!(Without);
 
 /// A kernel for comparison: bf16, W as `[k, n]`.
 pub struct ComparisonKernel {
